@@ -2,12 +2,12 @@
 
 Pure: every member computes the same plan from the same arguments, so nothing but counters is ever sent.
 
-An epoch is a pool of sample indices in one shuffled order. In each *round* every member gets one batch. A plan is a
-chain of *segments*; within a segment membership is constant, and a round takes the next ``sum(sizes)`` samples of the
-segment's pool, cut into consecutive pieces, one per member in rank order. When membership changes, the members that
-stay keep the rounds which were already handed out to them (a prefetching loader cannot take a batch back), what the
-departed ones had not finished returns to the front of the pool, and a new segment starts after the last round
-that anyone was handed.
+An epoch is a pool of sample indices in one shuffled order. In each *round* every member gets one batch. A
+plan is a chain of *segments*; within a segment membership is constant, and a round takes the next
+``sum(sizes)`` samples of the segment's pool, cut into consecutive pieces, one per member in rank order. When
+membership changes, the members that stay keep the rounds which were already handed out to them (a prefetching
+loader cannot take a batch back), what the departed ones had not finished returns to the front of the pool,
+and a new segment starts after the last round that anyone was handed.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ def permutation(length: int, seed: int, epoch: int, shuffle: bool) -> Indices:
 class Segment:
     """A stretch of rounds with constant membership, over ``pool``.
 
-    ``origin``, where not None, says that ``pool`` is the permutation from that position on. ``gone`` are members that
-    departed since: their pieces have been moved to a later segment. The plan ends a segment where the next begins.
+    ``origin``, where not None, says that ``pool`` is the permutation from that position on. ``gone`` are
+    members that departed since: their pieces have been moved to a later segment. The plan ends a segment
+    where the next begins.
     """
 
     first_round: int
@@ -59,7 +60,8 @@ class Segment:
     def end_round(self) -> int:
         """The first round after this segment, if no other segment cuts it short.
 
-        A remainder too small to give every member a sample joins the last full round instead of making its own.
+        A remainder too small to give every member a sample joins the last full round instead of making its
+        own.
         """
         full, rest = divmod(len(self.pool), self.batch)
         own_round = rest > 0 and not self.drop_last and (full == 0 or rest >= len(self.members))
@@ -141,9 +143,7 @@ class EpochPlan:
         Raises ``IndexError`` for a round that is not part of the plan, or so long done that it was forgotten.
         """
         if not self.first_round <= round_ < self.rounds:
-            raise IndexError(
-                f"round {round_} is not in the plan's rounds {self.first_round}..{self.rounds - 1}"
-            )
+            raise IndexError(f"round {round_} is not in the plan's rounds {self.first_round}..{self.rounds - 1}")
         segment = next(s for s in reversed(self.segments) if s.first_round <= round_)
         if member in segment.gone or member not in segment.members:
             return _NOTHING
@@ -159,10 +159,11 @@ class EpochPlan:
     ) -> EpochPlan:
         """The plan once the members are ``survivors`` (some of whom may be new), with the batch sizes ``new_sizes``.
 
-        Rounds before ``done_round`` are finished, by whoever was a member then. Up to ``horizon``, the end of what
-        any survivor was handed, survivors keep their assignments and a new one has none; what the departed had there
-        goes to the front of the new pool, before all that was planned from ``horizon`` on. Rounds outside the plan are
-        taken as its nearest end. Raises ``ValueError`` when survivors and sizes do not fit together.
+        Rounds before ``done_round`` are finished, by whoever was a member then. Up to ``horizon``, the end of
+        what any survivor was handed, survivors keep their assignments and a new one has none; what the
+        departed had there goes to the front of the new pool, before all that was planned from ``horizon`` on.
+        Rounds outside the plan are taken as its nearest end. Raises ``ValueError`` when survivors and sizes
+        do not fit together.
         """
         _check_members(survivors, new_sizes)
         done = min(max(done_round, self.first_round), self.rounds)
@@ -227,9 +228,7 @@ class EpochPlan:
             pool = permutation(length, seed, epoch, shuffle)[int(origin) :]
         else:
             pool = np.array(remaining, dtype=np.int64)
-            if len(np.unique(pool)) != len(pool) or (
-                len(pool) and not 0 <= pool.min() <= pool.max() < length
-            ):
+            if len(np.unique(pool)) != len(pool) or (len(pool) and not 0 <= pool.min() <= pool.max() < length):
                 raise ValueError(f"the remaining samples are not distinct indices below {length}")
             pool.setflags(write=False)
         segment = Segment(numbers["done"], tuple(members), tuple(sizes), pool, drop_last, origin)
@@ -244,8 +243,8 @@ class EpochPlan:
     def _remaining(self, round_: int, *, finished: bool) -> tuple[list[Indices], int | None]:
         """All samples of rounds ``round_`` and later, in order, and where they begin in the permutation.
 
-        The second value is None unless they are simply its end. With ``drop_last`` they include what was too little
-        for a round, since after a change it may be enough, but not once the epoch is ``finished``.
+        The second value is None unless they are simply its end. With ``drop_last`` they include what was too
+        little for a round, since after a change it may be enough, but not once the epoch is ``finished``.
         """
         front: list[Indices] = []
         for segment, end in list(self._active())[:-1]:
@@ -262,6 +261,43 @@ class EpochPlan:
         return [*front, last.pool[low:]], origin
 
 
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A change of membership, in the terms of the newest pass over the data (``lap``) that any survivor is in."""
+
+    lap: int
+    epoch: int
+    old: tuple[str, ...]
+    new: tuple[str, ...]
+    done: int
+    horizon: int
+    seen: int  # the most rounds that a survivor's loop had been given
+    over: bool  # some survivor has left the loop over this epoch: it can get no longer
+
+    @classmethod
+    def from_reports(
+        cls, reports: Sequence[Mapping[str, Any]], old_members: Sequence[str], new_members: Sequence[str]
+    ) -> Change:
+        """The same change at every survivor, from where each of them is. Survivors of older laps have no say."""
+        lap = max(int(report["lap"]) for report in reports)
+        front = [report for report in reports if report["lap"] == lap]
+        return cls(
+            lap=lap,
+            epoch=int(front[0]["epoch"]),
+            old=tuple(old_members),
+            new=tuple(new_members),
+            done=max(int(report["done"]) for report in front),
+            horizon=max(int(report["issued"]) for report in front),
+            seen=max(int(report["taken"]) for report in front),
+            over=any(bool(report["ended"]) for report in front),
+        )
+
+    @property
+    def departed(self) -> list[str]:
+        """Who is gone."""
+        return sorted(set(self.old) - set(self.new))
+
+
 def _join(pieces: list[Indices]) -> Indices:
     pieces = [piece for piece in pieces if len(piece)]
     if len(pieces) == 1:
@@ -275,6 +311,4 @@ def _check_members(members: Sequence[str], sizes: Sequence[int]) -> None:
     if not members or len(set(members)) != len(members):
         raise ValueError(f"members must be distinct and at least one: {list(members)}")
     if len(sizes) != len(members) or min(sizes) < 1:
-        raise ValueError(
-            f"every member needs a batch size of at least 1: {list(sizes)} for {len(members)} members"
-        )
+        raise ValueError(f"every member needs a batch size of at least 1: {list(sizes)} for {len(members)} members")

@@ -3,15 +3,15 @@
 Four rules, chosen by name:
 
 ``keep_global_batch``
-    The global batch stays what it was at the start; the ranks share it anew. The learning rate is untouched, and a
-    step sees as many samples as before, so the course of training is the least disturbed. The default.
+    The global batch stays what it was at the start; the ranks share it anew. The learning rate is untouched,
+    and a step sees as many samples as before, so the course of training is the least disturbed. The default.
 ``linear``
     Every rank keeps its batch size, so the global batch follows the number of ranks, and the learning rate is
-    multiplied by ``n / initial``: the linear scaling rule of Goyal et al., *Accurate, Large Minibatch SGD: Training
-    ImageNet in 1 Hour* (arXiv:1706.02677, 2017).
+    multiplied by ``n / initial``: the linear scaling rule of Goyal et al., *Accurate, Large Minibatch SGD:
+    Training ImageNet in 1 Hour* (arXiv:1706.02677, 2017).
 ``sqrt``
-    The same with ``sqrt(n / initial)``, which keeps the variance of the gradient estimate: Krizhevsky, *One weird
-    trick for parallelizing convolutional neural networks* (arXiv:1404.5997, 2014).
+    The same with ``sqrt(n / initial)``, which keeps the variance of the gradient estimate: Krizhevsky, *One
+    weird trick for parallelizing convolutional neural networks* (arXiv:1404.5997, 2014).
 ``none``
     Every rank keeps its batch size and the learning rate is left alone.
 """
@@ -36,9 +36,9 @@ def member_batches(policy: str, batch_size: int, initial_size: int, n: int) -> t
     """Samples per round for each of ``n`` ranks, in rank order, each at least 1.
 
     ``batch_size`` is what one rank took when there were ``initial_size`` ranks. ``keep_global_batch`` shares
-    ``initial_size * batch_size`` samples as evenly as possible, the remainder going to the lower ranks; with more
-    ranks than samples each gets one, so the global batch then grows. All other policies give each ``batch_size``.
-    Raises :class:`ConfigError` for an unknown policy or a number below 1.
+    ``initial_size * batch_size`` samples as evenly as possible, the remainder going to the lower ranks; with
+    more ranks than samples each gets one, so the global batch then grows. All other policies give each
+    ``batch_size``. Raises :class:`ConfigError` for an unknown policy or a number below 1.
     """
     check_policy(policy)
     _check_counts(batch_size=batch_size, initial_size=initial_size, n=n)
@@ -52,8 +52,8 @@ def lr_factor(policy: str, initial_size: int, n: int) -> float:
     """What to multiply the learning rate by, now that ``n`` ranks train where ``initial_size`` began.
 
     1 for ``keep_global_batch`` and ``none``; ``n / initial_size`` for ``linear`` (Goyal et al. 2017);
-    ``sqrt(n / initial_size)`` for ``sqrt`` (Krizhevsky 2014). Raises :class:`ConfigError` for an unknown policy or a
-    number below 1.
+    ``sqrt(n / initial_size)`` for ``sqrt`` (Krizhevsky 2014). Raises :class:`ConfigError` for an unknown
+    policy or a number below 1.
     """
     check_policy(policy)
     _check_counts(initial_size=initial_size, n=n)

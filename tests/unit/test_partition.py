@@ -16,9 +16,7 @@ from chaos_mpi.elastic.scaling import member_batches
 
 def fresh(length: int, sizes: Sequence[int], *, drop_last: bool = False, epoch: int = 0) -> EpochPlan:
     members = [f"m{i}" for i in range(len(sizes))]
-    return EpochPlan.fresh(
-        epoch=epoch, seed=3, length=length, members=members, sizes=sizes, drop_last=drop_last
-    )
+    return EpochPlan.fresh(epoch=epoch, seed=3, length=length, members=members, sizes=sizes, drop_last=drop_last)
 
 
 @dataclasses.dataclass
@@ -36,9 +34,7 @@ class Rank:
 class Cluster:
     """A cluster that trains one epoch in steps of ``accumulate`` rounds while members die and join."""
 
-    def __init__(
-        self, length: int, members: int, batch: int, policy: str, accumulate: int, drop_last: bool
-    ) -> None:
+    def __init__(self, length: int, members: int, batch: int, policy: str, accumulate: int, drop_last: bool) -> None:
         self.policy, self.batch, self.initial, self.accumulate = policy, batch, members, accumulate
         sizes = member_batches(policy, batch, members, members)
         self.ranks = {f"m{i}": Rank(f"m{i}", fresh(length, sizes, drop_last=drop_last), 1, 0, 0, {})
@@ -91,9 +87,7 @@ class Cluster:
             assert plan.rounds == plans[0].rounds
             for round_ in range(self.done, plan.rounds):
                 for name in self.ranks:
-                    np.testing.assert_array_equal(
-                        plan.assignment(round_, name), plans[0].assignment(round_, name)
-                    )
+                    np.testing.assert_array_equal(plan.assignment(round_, name), plans[0].assignment(round_, name))
 
 
 @settings(max_examples=600, deadline=None)
@@ -114,11 +108,7 @@ def test_every_sample_is_trained_exactly_once_whatever_dies(data: st.DataObject)
         assert guard < 400, "the epoch does not end"
         for rank in cluster.ranks.values():
             cluster.advance(rank, draw(st.integers(0, 8), label="moves"))
-        event = (
-            draw(st.sampled_from(["finish", "finish", "die", "finish+die", "join"]))
-            if guard < 40
-            else "finish"
-        )
+        event = draw(st.sampled_from(["finish", "finish", "die", "finish+die", "join"])) if guard < 40 else "finish"
         if event in ("finish", "finish+die"):
             cluster.finish_step()
         if event in ("die", "finish+die"):
@@ -149,9 +139,7 @@ def test_a_fresh_plan(length: int, sizes: list[int], drop_last: bool) -> None:
     seen = [plan.assignment(r, m) for r in range(plan.rounds) for m in members]
     flat = np.concatenate(seen).tolist() if seen else []
     used = length // batch * batch if drop_last else length
-    assert (
-        flat == permutation(length, 3, 0, True)[:used].tolist()
-    )  # rank after rank, in the order of the pool
+    assert flat == permutation(length, 3, 0, True)[:used].tolist()  # rank after rank, in the order of the pool
     for round_ in range(plan.rounds):
         got = [len(plan.assignment(round_, m)) for m in members]
         if round_ < plan.rounds - 1 or sum(got) == batch:
@@ -201,9 +189,7 @@ def test_done_segments_are_forgotten() -> None:
 
 
 def test_a_finished_epoch_stays_finished() -> None:
-    plan = fresh(
-        11, [4, 4], drop_last=True
-    )  # 3 left over: enough for one rank with a batch of 2, but too late
+    plan = fresh(11, [4, 4], drop_last=True)  # 3 left over: enough for one rank with a batch of 2, but too late
     assert plan.after_change(plan.rounds, plan.rounds, ["m0"], [2]).rounds == plan.rounds
     values, rest = plan.to_state(plan.rounds)
     assert EpochPlan.from_state(values, rest, ["m0"], [2]).rounds == plan.rounds
@@ -211,7 +197,8 @@ def test_a_finished_epoch_stays_finished() -> None:
 
 def test_change_before_anything_was_handed_out_is_a_fresh_plan() -> None:
     plan = fresh(50, [4, 4]).after_change(0, 0, ["m1"], [8])
-    assert plan.rounds == 7 and len(plan.segments) == 1
+    assert plan.rounds == 7
+    assert len(plan.segments) == 1
     np.testing.assert_array_equal(plan.assignment(0, "m1"), permutation(50, 3, 0, True)[:8])
     assert plan.to_state(2)[0]["offset"] == 16
 
@@ -256,11 +243,14 @@ def test_state_goes_on_with_exactly_what_is_left(
 def test_state_is_compact_while_nothing_changed() -> None:
     plan = fresh(1000, [4, 4, 4])
     values, rest = plan.to_state(7)
-    assert rest is None and values["offset"] == 84
+    assert rest is None
+    assert values["offset"] == 84
     resumed = EpochPlan.from_state(values, rest, ["a", "b"], [6, 6])
     assert resumed.to_state(8)[0]["offset"] == 96
     values, rest = plan.after_change(7, 8, ["m0", "m2"], [6, 6]).to_state(7)
-    assert values["offset"] is None and rest is not None and len(rest) == 1000 - 84
+    assert values["offset"] is None
+    assert rest is not None
+    assert len(rest) == 1000 - 84
 
 
 def test_bad_states_are_refused() -> None:

@@ -13,7 +13,8 @@ from chaos_mpi.errors import ConfigError
 @given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 40))
 def test_keep_global_batch_shares_the_whole_batch(batch: int, initial: int, n: int) -> None:
     sizes = member_batches("keep_global_batch", batch, initial, n)
-    assert len(sizes) == n and min(sizes) >= 1
+    assert len(sizes) == n
+    assert min(sizes) >= 1
     assert sum(sizes) == max(n, batch * initial)
     assert max(sizes) - min(sizes) <= 1
     assert list(sizes) == sorted(sizes, reverse=True)

@@ -1,0 +1,409 @@
+"""A batch sampler that follows the membership: no sample of an epoch is skipped or trained on twice.
+
+Three counters per rank say where it is. Rounds before ``done`` went into finished gradient steps; rounds
+before ``taken`` were handed to the training loop; rounds before ``issued`` were handed to the data loader,
+whose workers may be ahead of the loop. What a dead rank had beyond ``done`` is shared out anew, and nobody's
+issued rounds change. Which samples a round holds is decided in :mod:`chaos_mpi.elastic.partition`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from typing import Any, Protocol, Self
+
+import torch
+from torch.utils.data import Sampler
+
+from chaos_mpi.elastic.partition import Change, EpochPlan
+from chaos_mpi.elastic.scaling import member_batches
+from chaos_mpi.errors import ConfigError
+
+log = logging.getLogger("chaos_mpi.elastic")
+
+
+class SamplerSession(Protocol):
+    """What the sampler needs of the session."""
+
+    @property
+    def member(self) -> str:
+        """This process's id."""
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Ids of the members, in rank order."""
+
+    @property
+    def batch_policy(self) -> str:
+        """The rule for the batch size on a change of size."""
+
+    @property
+    def initial_size(self) -> int:
+        """The number of ranks that ``batch_size`` was chosen for."""
+
+    def attach_sampler(self, sampler: ElasticSampler) -> None:
+        """Have the sampler told of finished steps and of changes of membership."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Taken:
+    """A round handed to the training loop and not yet part of a finished step."""
+
+    lap: int
+    indices: list[int]  # none in a ghost round
+
+
+class ElasticSampler(Sampler[list[int]]):
+    """Batches of sample indices for this rank, over an epoch that all members share.
+
+    Use it as ``batch_sampler`` of :class:`chaos_mpi.DataLoader`, which is exact for any ``num_workers``;
+    torch's own is exact with ``num_workers=0`` only. A round with fewer samples than members repeats some
+    index on the others to keep the ranks in step; the gradient of such a *ghost* round counts nothing.
+
+    Iterating again after a whole epoch begins the next one, with or without :meth:`set_epoch`. After breaking
+    out of the loop, iterating again goes on with the next batch; ``set_epoch`` with another number leaves the
+    rest.
+
+    Args:
+        data_source: the dataset, or the number of its samples.
+        batch_size: samples per rank and round with the ranks the job started with; see
+            :mod:`chaos_mpi.elastic.scaling` for other numbers of ranks.
+        shuffle: a new order in each epoch, from ``seed`` and the epoch's number.
+        seed: not negative, the same on all ranks.
+        drop_last: leave out a last round that would be smaller than the global batch.
+        session: the elastic session; the current one if None.
+
+    Raises:
+        ConfigError: an argument cannot be used.
+        NoSessionError: no session was given, and there is none.
+    """
+
+    def __init__(
+        self,
+        data_source: Sized | int,
+        batch_size: int = 1,
+        *,
+        shuffle: bool = True,
+        seed: int = 0,
+        drop_last: bool = False,
+        session: SamplerSession | None = None,
+    ) -> None:
+        length = data_source if isinstance(data_source, int) else len(data_source)
+        if length < 0 or batch_size < 1 or seed < 0:
+            raise ConfigError(
+                "ElasticSampler needs a length and a seed of at least 0 and a batch_size of at least 1, got "
+                f"length {length}, seed {seed}, batch_size {batch_size}"
+            )
+        if session is None:
+            from chaos_mpi.elastic.session import current_session  # late, since the session knows samplers
+
+            session = current_session()
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.drop_last = drop_last
+        self._length = length
+        self._session = session
+        # A lap is one pass over the data. Unlike the epoch's number it only grows, so it tells which rank is
+        # ahead even if the user repeats an epoch or goes back to one.
+        self._lap = 0
+        self._epoch = 0
+        self._plan: EpochPlan | None = None  # made when needed: members may still change before the first batch
+        self._base = self._done = self._taken = self._issued = 0
+        self.loop_start = 0  # the first round of the present loop
+        self._ended = False
+        self._generation = 0
+        self._explicit = False
+        self._ever_issued = False
+        self._known_index = 0
+        self._in_flight: list[_Taken] = []
+        self._last_is_ghost = False
+        self._backwards = 0
+        self._warned = False
+        # Per lap, from the present one on: another rank may be a lap ahead when a member dies.
+        self._changes: dict[int, list[Change]] = {}
+        self._lengths: list[tuple[int, int]] = []  # of each change in this lap: seen, and the rounds before it
+        session.attach_sampler(self)
+
+    # -- for the training script ---------------------------------------------------------------------
+
+    @property
+    def epoch(self) -> int:
+        """The number of the present epoch."""
+        return self._epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to an epoch. Does nothing in the middle of that epoch; once it is complete, repeats it.
+
+        Raises:
+            ConfigError: ``epoch`` is negative.
+        """
+        if epoch < 0:
+            raise ConfigError(f"an epoch's number is at least 0, got {epoch}")
+        if epoch != self._epoch or self._is_complete():
+            self._next_lap(epoch)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        if self._is_complete():
+            self._next_lap(self._epoch + 1)
+        # What a loop that was left had fetched but not seen is handed out again.
+        self._issued = self.loop_start = self._taken
+        self._generation += 1
+        return _Rounds(self, self._generation)
+
+    def __len__(self) -> int:
+        """The number of batches of the present loop over this epoch, else of the next loop.
+
+        It may change when members die. Asked within one and the same round, all ranks get the same answer,
+        even if some ask before and some after a death: a script may decide by it where a step ends.
+        """
+        if self._ended:
+            return self._fresh_plan(self._epoch + 1, self._session.members, shuffle=False).rounds
+        rounds = self._current_plan().rounds
+        for seen, rounds_before in reversed(self._lengths):
+            if self._taken > seen:
+                break
+            rounds = rounds_before
+        return rounds - self.loop_start
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last finished step: numbers, and an int64 tensor if the order changed."""
+        if self._plan is None:
+            plan = self._fresh_plan(self._epoch, (self._session.member,), shuffle=False)
+            values, remaining = plan.to_state(0)
+            values["shuffle"] = int(self.shuffle)
+        else:
+            values, remaining = self._plan.to_state(self._done)
+        state = {name: value for name, value in values.items() if value is not None}
+        state["lap"] = self._lap
+        if remaining is not None:
+            state["remaining"] = torch.tensor(remaining, dtype=torch.int64)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`, possibly of a job with another number of ranks. All ranks must do it.
+
+        The order of the samples is that of the state, so its ``seed`` and ``shuffle`` replace this sampler's.
+
+        Raises:
+            ConfigError: the state is of a dataset of another length, or incomplete.
+        """
+        try:
+            if int(state["length"]) != self._length:
+                raise ConfigError(
+                    f"the sampler's state is of {state['length']} samples, this dataset has {self._length}"
+                )
+            lap, remaining = int(state["lap"]), state.get("remaining")
+            values = {"offset": None, **state}
+            # A rank that loads late missed what happened to the others, and makes up for it here.
+            missed = [] if self._ever_issued else self._changes.get(lap, [])
+            members = missed[0].old if missed else self._session.members
+            array = None if remaining is None else torch.as_tensor(remaining, dtype=torch.int64).numpy()
+            plan = EpochPlan.from_state(values, array, members, self._sizes(members))
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"this is not the state of an ElasticSampler: {error!r}") from error
+        self.seed, self.shuffle = plan.seed, plan.shuffle
+        self._next_lap(plan.epoch, lap=lap)
+        self._base = self._done = self._taken = self._issued = self.loop_start = plan.first_round
+        self._in_flight.clear()
+        self._backwards = 0
+        for change in missed:
+            plan = self._changed(plan, change)
+        self._plan = plan
+        self._changes = {lap: missed} if missed else {}
+
+    # -- for the session and DDP ---------------------------------------------------------------------
+
+    def commit(self) -> None:
+        """The gradient step that used all rounds taken so far has finished."""
+        ahead = len(self._in_flight) - self._backwards
+        if not self._explicit and self._backwards and ahead > 1 and not self._warned:
+            self._warned = True
+            log.warning(
+                "%d batches were fetched but only %d used: with loader workers, exact accounting of samples through "
+                "failures needs chaos_mpi.DataLoader in place of torch.utils.data.DataLoader.",
+                len(self._in_flight), self._backwards,
+            )  # fmt: skip
+        self._done = self._taken
+        self._in_flight.clear()
+        self._backwards = 0
+
+    def note_backward(self) -> None:
+        """A backward pass was made, whether or not it ends a step."""
+        self._backwards += 1
+
+    def report(self) -> dict[str, Any]:
+        """Where this rank is, in JSON values, for :meth:`apply_change` on all survivors."""
+        return {
+            "lap": self._lap,
+            "epoch": self._epoch,
+            "done": self._done,
+            "taken": self._taken,
+            "issued": self._issued,
+            "ended": self._ended,
+        }
+
+    def apply_change(
+        self, reports: Sequence[Mapping[str, Any]], old_members: Sequence[str], new_members: Sequence[str]
+    ) -> None:
+        """The members are now ``new_members``; ``reports`` are those of all survivors of ``old_members``.
+
+        To be called after survivors that were behind have adopted the last finished step and committed it,
+        and before the step in flight is repeated. Survivors may be in neighbouring epochs, if some already
+        drew the first batches of the next one: the plan of the newest epoch is changed on all of them,
+        including those that get there later. Older epochs are past changing: everyone has had all of their
+        rounds.
+        """
+        change = Change.from_reports(reports, old_members, new_members)
+        if change.lap < self._lap:
+            raise ValueError(f"the reports lack this rank's own: lap {self._lap}, reported {change.lap}")
+        self._changes.setdefault(change.lap, []).append(change)
+        if change.lap == self._lap and self._plan is not None:
+            self._plan = self._changed(self._plan, change)
+        if change.departed and any(taken.lap < change.lap for taken in self._in_flight):
+            log.warning(
+                "samples of an earlier epoch that %s had accumulated and not applied are dropped",
+                change.departed,
+            )
+
+    def ghost_round(self) -> bool:
+        """Whether the batch the loop has now is a stand-in whose gradient must count nothing."""
+        return self._last_is_ghost
+
+    def step_is_ghost(self) -> bool:
+        """Whether there are batches since the last finished step, and all of them are stand-ins."""
+        if not self._in_flight:
+            return self._last_is_ghost  # a second step over the same batch
+        return not any(taken.indices for taken in self._in_flight)
+
+    def in_flight(self) -> list[int]:
+        """The samples taken since the last finished step."""
+        return [index for taken in self._in_flight for index in taken.indices]
+
+    # -- for the loader ------------------------------------------------------------------------------
+
+    @property
+    def generation(self) -> int:
+        """A number that changes whenever a new iteration begins or the epoch is left."""
+        return self._generation
+
+    @property
+    def has_more(self) -> bool:
+        """Whether this rank has rounds in this epoch which were not issued yet."""
+        return self._issued < self._current_plan().rounds
+
+    def take_explicitly(self) -> None:
+        """From now on an issued round counts as taken only when :meth:`take` is called for it."""
+        self._explicit = True
+
+    def take(self) -> None:
+        """The training loop gets the batch of the next issued round.
+
+        Raises:
+            RuntimeError: no round is issued that was not taken.
+        """
+        if self._taken >= self._issued:
+            raise RuntimeError("take() without an issued batch: the sampler is not iterated by chaos_mpi.DataLoader")
+        indices = self._current_plan().assignment(self._taken, self._session.member).tolist()
+        self._taken += 1
+        self._in_flight.append(_Taken(self._lap, indices))
+        self._last_is_ghost = not indices
+
+    def finish(self) -> None:
+        """The training loop was told that the epoch is over: what returns to the pool now comes too late."""
+        self._ended = True
+        self._last_is_ghost = False
+
+    def issue(self) -> list[int] | None:
+        """The indices of the next round; None when there is none left, or not yet any that returned."""
+        plan = self._current_plan()
+        if self._issued >= plan.rounds:
+            if not self._explicit:
+                self.finish()
+            return None
+        indices: list[int] = plan.assignment(self._issued, self._session.member).tolist()
+        self._issued += 1
+        self._ever_issued = True
+        if indices:
+            self._known_index = indices[-1]
+        if not self._explicit:
+            self.take()
+        return indices or [self._known_index]
+
+    # -- plans ---------------------------------------------------------------------------------------
+
+    def _is_complete(self) -> bool:
+        """Whether the loop has had the whole epoch here; not so for one that was restored complete."""
+        return self._ended or (self._taken > self._base and not self._current_plan().rounds > self._taken)
+
+    def _next_lap(self, epoch: int, lap: int | None = None) -> None:
+        self._lap = self._lap + 1 if lap is None else lap
+        self._epoch = epoch
+        self._plan = None
+        self._lengths = []
+        self._base = self._done = self._taken = self._issued = self.loop_start = 0
+        self._ended = self._last_is_ghost = False
+        self._generation += 1
+        self._changes = {at: changes for at, changes in self._changes.items() if at >= self._lap}
+
+    def _current_plan(self) -> EpochPlan:
+        if self._plan is None:
+            changes = self._changes.get(self._lap, [])
+            if any(change.epoch != self._epoch for change in changes):
+                log.error("ranks went from one epoch to different ones: %d here, %s", self._epoch, changes)
+                changes = []
+            members = changes[0].old if changes else self._session.members
+            self._plan = self._fresh_plan(self._epoch, members, shuffle=self.shuffle)
+            for change in changes:
+                self._plan = self._changed(self._plan, change)
+        return self._plan
+
+    def _changed(self, plan: EpochPlan, change: Change) -> EpochPlan:
+        if change.over:
+            if lost := plan.unfinished(change.done, change.departed):
+                log.warning(
+                    "%d samples of epoch %d are dropped: %s had not applied them, and others have left the loop",
+                    lost, plan.epoch, change.departed,
+                )  # fmt: skip
+            return plan
+        self._lengths.append((change.seen, plan.rounds))
+        return plan.after_change(change.done, change.horizon, change.new, self._sizes(change.new))
+
+    def _fresh_plan(self, epoch: int, members: Sequence[str], *, shuffle: bool) -> EpochPlan:
+        return EpochPlan.fresh(
+            epoch=epoch,
+            seed=self.seed,
+            length=self._length,
+            members=members,
+            sizes=self._sizes(members),
+            shuffle=shuffle,
+            drop_last=self.drop_last,
+        )
+
+    def _sizes(self, members: Sequence[str]) -> tuple[int, ...]:
+        session = self._session
+        return member_batches(session.batch_policy, self.batch_size, session.initial_size, len(members))
+
+
+class _Rounds(Iterator[list[int]]):
+    """One iteration. Not a generator, since it can have more to give after it ran dry: returned samples."""
+
+    def __init__(self, sampler: ElasticSampler, generation: int) -> None:
+        self._sampler = sampler
+        self._generation = generation
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> list[int]:
+        if self._sampler.generation != self._generation:
+            raise RuntimeError(
+                "this iteration over the ElasticSampler is over: another was begun, or the epoch changed"
+            )
+        indices = self._sampler.issue()
+        if indices is None:
+            raise StopIteration
+        return indices
