@@ -260,6 +260,8 @@ class ElasticSampler(Sampler[list[int]]):
         change = Change.from_reports(reports, old_members, new_members)
         if change.lap < self._lap:
             raise ValueError(f"the reports lack this rank's own: lap {self._lap}, reported {change.lap}")
+        if len({r["done"] for r in reports if r["lap"] == change.lap}) > 1:
+            log.warning("ranks disagree on which samples are trained; some may be lost or repeated: %s", reports)
         self._changes.setdefault(change.lap, []).append(change)
         if change.lap == self._lap and self._plan is not None:
             self._plan = self._changed(self._plan, change)

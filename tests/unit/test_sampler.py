@@ -343,15 +343,15 @@ def test_a_rank_that_is_slow_to_begin_learns_what_it_missed(resuming: bool) -> N
     loop = iter(before)
     applied = [i for _ in range(5) for i in next(loop)]
     before.commit()
-    a, b, _ = make(3, 40, 2)
+    a, _, c = make(3, 40, 2)
     if resuming:
         a.load_state_dict(before.state_dict())
     loop_a = iter(a)
     seen = [*next(loop_a)]
-    change([a, b])
+    change([a, c])
     if resuming:
-        b.load_state_dict(before.state_dict())
-    seen += [i for loop in (loop_a, iter(b)) for batch in loop for i in batch]
+        c.load_state_dict(before.state_dict())
+    seen += [i for loop in (loop_a, iter(c)) for batch in loop for i in batch]
     assert sorted(seen) == sorted(set(range(40)) - set(applied if resuming else []))
 
 
