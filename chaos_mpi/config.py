@@ -1,0 +1,103 @@
+"""Settings of a session: arguments of :func:`chaos_mpi.init`, else ``CHAOS_*`` environment variables, else defaults."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from chaos_mpi.errors import ConfigError
+
+BATCH_POLICIES = ("keep_global_batch", "linear", "sqrt", "none")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a session is run with.
+
+    Attributes:
+        min_ranks: the job stops, with its state saved, when fewer members are left.
+        batch_policy: what a change of size does to batch size and learning rate
+            (``keep_global_batch``, ``linear``, ``sqrt`` or ``none``).
+        timeout_s: longest wait for other members, seconds.
+        checkpoint_dir: directory of disk checkpoints, or None for none.
+        checkpoint_every: steps between two checkpoints.
+        resume: go on from the newest checkpoint in ``checkpoint_dir`` if there is one.
+        event_log: path of the event log; ``%h`` and ``%m`` stand for host and member. None for none.
+        run_dir: private directory that ``chaosrun`` made for this job, or None.
+    """
+
+    min_ranks: int = 1
+    batch_policy: str = "keep_global_batch"
+    timeout_s: float = 300.0
+    checkpoint_dir: Path | None = None
+    checkpoint_every: int = 100
+    resume: bool = False
+    event_log: str | None = None
+    run_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.min_ranks < 1:
+            raise ConfigError(f"min_ranks is {self.min_ranks}; it must be at least 1")
+        if self.batch_policy not in BATCH_POLICIES:
+            raise ConfigError(f"batch_policy is {self.batch_policy!r}; choose one of {', '.join(BATCH_POLICIES)}")
+        if not 0 < self.timeout_s < float("inf"):
+            raise ConfigError(f"timeout_s is {self.timeout_s}; it must be a positive number of seconds")
+        if self.checkpoint_every < 1:
+            raise ConfigError(f"checkpoint_every is {self.checkpoint_every}; it must be at least 1 step")
+        if self.resume and self.checkpoint_dir is None:
+            raise ConfigError("resume needs a checkpoint directory (checkpoint_dir, or --checkpoint-dir)")
+
+
+def load_settings(
+    *,
+    min_ranks: int | None = None,
+    batch_policy: str | None = None,
+    timeout_s: float | None = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    checkpoint_every: int | None = None,
+    resume: bool | None = None,
+    event_log: str | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> Settings:
+    """Settings from arguments; those that are None come from the environment, then from the defaults.
+
+    Raises:
+        ConfigError: a value cannot be used; the message names the argument or the variable.
+    """
+
+    def choose(given: T | None, variable: str, convert: Callable[[str], T], default: T) -> T:
+        if given is not None:
+            return given
+        text = environ.get(variable, "")
+        if not text:
+            return default
+        try:
+            return convert(text)
+        except ValueError as error:
+            raise ConfigError(f"the environment variable {variable} is {text!r}: {error}") from error
+
+    directory = checkpoint_dir if checkpoint_dir is not None else environ.get("CHAOS_CHECKPOINT_DIR") or None
+    run_dir = environ.get("CHAOS_RUN_DIR") or None
+    return Settings(
+        min_ranks=choose(min_ranks, "CHAOS_MIN_RANKS", int, 1),
+        batch_policy=choose(batch_policy, "CHAOS_BATCH_POLICY", str, "keep_global_batch"),
+        timeout_s=choose(timeout_s, "CHAOS_TIMEOUT_S", float, 300.0),
+        checkpoint_dir=Path(directory) if directory is not None else None,
+        checkpoint_every=choose(checkpoint_every, "CHAOS_CHECKPOINT_EVERY", int, 100),
+        resume=choose(resume, "CHAOS_RESUME", _flag, False),
+        event_log=event_log if event_log is not None else environ.get("CHAOS_EVENT_LOG") or None,
+        run_dir=Path(run_dir) if run_dir is not None else None,
+    )
+
+
+def _flag(text: str) -> bool:
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "off"):
+        return False
+    raise ValueError("expected 0 or 1")

@@ -1,0 +1,76 @@
+"""What a rank leaves behind: its records for the launcher, and its behaviour at the end of the process.
+
+A process that ends by an exception must end at once and without ``MPI_Finalize``, which would wait for the
+others; they then see a dead peer and train on. A script that just ends without :func:`chaos_mpi.finalize` is
+closed in good order.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from chaos_mpi.errors import ChaosError
+
+log = logging.getLogger("chaos_mpi.elastic")
+
+#: Exit status of a rank that stopped on purpose because the job cannot go on.
+STOPPED_STATUS = 3
+
+
+def write_record(run_dir: Path | None, kind: str, fields: dict[str, Any]) -> None:
+    """Write ``<kind>-<pid>.json`` into the job's private directory, whole or not at all."""
+    if run_dir is None:
+        return
+    path = run_dir / f"{kind}-{os.getpid()}.json"
+    temporary = path.with_suffix(".tmp")
+    try:
+        temporary.write_text(json.dumps(fields), encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        log.warning("could not write %s for the launcher: %s", path, error)
+
+
+class ExitGuard:
+    """Ends the process the right way, whichever way it ends.
+
+    Args:
+        close: ends the session in good order.
+        crashed: records that this rank ends by an exception, given as text.
+    """
+
+    def __init__(self, close: Callable[[], object], crashed: Callable[[str], None]) -> None:
+        self._close, self._crashed = close, crashed
+        self._previous = sys.excepthook
+        sys.excepthook = self._on_exception
+        atexit.register(self._at_exit)
+
+    def release(self) -> None:
+        """The session is over; the process may end as any other."""
+        sys.excepthook = self._previous
+        atexit.unregister(self._at_exit)
+
+    def _at_exit(self) -> None:
+        log.warning("the script ended without chaos_mpi.finalize(); closing the session now")
+        self._close()
+
+    def _on_exception(self, kind: type[BaseException], value: BaseException, traceback: TracebackType | None) -> None:
+        stopped = isinstance(value, ChaosError)
+        if stopped:
+            # Written for the person who reads it; a traceback through the engine adds nothing.
+            if str(value):
+                print(f"chaos_mpi: {value}", file=sys.stderr)
+        else:
+            self._previous(kind, value, traceback)
+        self._crashed(str(value) if stopped else f"{kind.__name__}: {value}")
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(STOPPED_STATUS if stopped else 130 if issubclass(kind, KeyboardInterrupt) else 1)

@@ -1,0 +1,184 @@
+"""Collective operations that survive the death of a member while they are under way.
+
+An operation keeps its local input untouched until it is finished, reduces in a buffer of its own, and keeps
+the result until the next operation is finished. So it can be done again among the survivors, and a survivor
+that has the result can hand it to one that has not.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from chaos_mpi.errors import EngineError, RecoveryError
+from chaos_mpi.membership import View
+from chaos_mpi.mpi.world import PeerFailedError, Pending, World, transportable
+
+GRADIENTS = "gradient step"
+
+
+class Operation(ABC):
+    """One place in the sequence of collective operations that all members execute.
+
+    Attributes:
+        label: what it is, the same at every member.
+        contributors: members whose input is in the result; empty until the operation is finished.
+    """
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.contributors: tuple[str, ...] = ()
+        self.failure: PeerFailedError | None = None
+        self._pending: Pending | None = None
+
+    @abstractmethod
+    def start(self, pending: Pending, view: View, rank: int) -> None:
+        """Fill the transport buffers from the kept input and start reducing all of them."""
+
+    @abstractmethod
+    def results(self) -> list[torch.Tensor]:
+        """The transport buffers, in the same order and shapes at every member that started on the same view."""
+
+    @abstractmethod
+    def renew_buffers(self) -> None:
+        """Replace the transport buffers: a broken collective may still write into the old ones."""
+
+    @property
+    def launched(self) -> bool:
+        """Whether the operation is under way on the present communicator."""
+        return self._pending is not None
+
+    def launch(self, world: World, view: View) -> None:
+        """Start on this communicator, from the kept input.
+
+        Raises:
+            PeerFailedError: the communicator is broken.
+        """
+        self.failure = None
+        self._pending = world.pending()
+        self.start(self._pending, view, world.rank)
+
+    def wait(self, what: Callable[[], str], limit_s: float) -> None:
+        """Wait until the result is there; raises as :meth:`chaos_mpi.mpi.world.Pending.wait` does."""
+        if self.failure is not None:
+            raise self.failure
+        if self._pending is None:
+            raise EngineError(f"'{self.label}' was awaited before it was launched")
+        self._pending.wait(what, limit_s)
+        self._pending = None
+
+    def withdraw(self) -> None:
+        """Leave a revoked communicator, keeping the input; :meth:`launch` starts again on another one."""
+        if self._pending is not None:
+            self._pending.drain()
+            self._pending = None
+            self.renew_buffers()
+        self.failure = None
+
+
+class Reduce(Operation):
+    """Sum (or maximum, minimum) of one tensor over the members."""
+
+    def __init__(self, label: str, tensor: torch.Tensor, op: str) -> None:
+        super().__init__(f"{label}[{op}, {str(tensor.dtype).removeprefix('torch.')}, {tuple(tensor.shape)}]")
+        self._input = tensor.detach().to(_transport_dtype(tensor.dtype)).contiguous()
+        self._op = op
+        self._buffer = torch.empty_like(self._input)
+
+    def start(self, pending: Pending, view: View, rank: int) -> None:
+        self._buffer.copy_(self._input)
+        pending.reduce(self._buffer, self._op)
+
+    def results(self) -> list[torch.Tensor]:
+        return [self._buffer]
+
+    def renew_buffers(self) -> None:
+        self._buffer = torch.empty_like(self._input)
+
+
+class GatherRows(Operation):
+    """Every member's bytes, at most ``width`` of them, side by side: one row for each rank."""
+
+    def __init__(self, label: str, payload: bytes, width: int) -> None:
+        super().__init__(label)
+        self._payload, self._width = payload, width
+        self._rows = torch.empty((0, width), dtype=torch.uint8)
+
+    def start(self, pending: Pending, view: View, rank: int) -> None:
+        self._rows = torch.zeros((view.size, self._width), dtype=torch.uint8)
+        self._rows[rank, : len(self._payload)] = torch.frombuffer(bytearray(self._payload), dtype=torch.uint8)
+        pending.reduce(self._rows, "bor")
+
+    def results(self) -> list[torch.Tensor]:
+        return [self._rows]
+
+    def renew_buffers(self) -> None:
+        self._rows = torch.empty_like(self._rows)
+
+    def decoded(self) -> list[Any]:
+        """The JSON value of each row (rows are padded with zero bytes, which JSON never contains)."""
+        return [json.loads(bytes(row.numpy().tobytes()).rstrip(b"\0")) for row in self._rows]
+
+
+class Share(Operation):
+    """The bits of tensors as one member (``root``, else rank 0) has them, given to every member.
+
+    A broadcast could finish at the root before anyone else entered it, which would break the rule that survivors
+    differ by at most one operation; so all others contribute zero bits to a bitwise OR.
+    """
+
+    def __init__(self, label: str, tensors: list[torch.Tensor], root: str | None) -> None:
+        super().__init__(label)
+        self._root = root
+        self._tensors = [t.detach() for t in tensors]
+        self._flat = torch.empty(sum(t.nbytes for t in self._tensors), dtype=torch.uint8)
+
+    def start(self, pending: Pending, view: View, rank: int) -> None:
+        root = self._root if self._root is not None else view.members[0]
+        if root not in view.members:
+            raise RecoveryError(f"{root} died while it handed out '{self.label}'; start the job again")
+        if view.members[rank] == root:
+            pack_bytes(self._tensors, self._flat)
+        else:
+            self._flat.zero_()
+        pending.reduce(self._flat, "bor")
+
+    def results(self) -> list[torch.Tensor]:
+        return [self._flat]
+
+    def renew_buffers(self) -> None:
+        self._flat = torch.empty_like(self._flat)
+
+    def deliver(self) -> None:
+        """Write the shared bits into the tensors."""
+        unpack_bytes(self._flat, self._tensors)
+
+
+def pack_bytes(tensors: list[torch.Tensor], flat: torch.Tensor) -> None:
+    """Copy the bytes of ``tensors`` one after the other into ``flat`` (uint8, of their total size)."""
+    offset = 0
+    for tensor in tensors:
+        flat[offset : offset + tensor.nbytes] = tensor.contiguous().view(-1).view(torch.uint8)
+        offset += tensor.nbytes
+
+
+def unpack_bytes(flat: torch.Tensor, tensors: list[torch.Tensor]) -> None:
+    """The reverse of :func:`pack_bytes`, in place."""
+    offset = 0
+    for tensor in tensors:
+        # A copy of the slice, because a view as a wider type needs an aligned start.
+        part = flat[offset : offset + tensor.nbytes].clone()
+        tensor.copy_(part.view(tensor.dtype).view(tensor.shape))
+        offset += tensor.nbytes
+
+
+def _transport_dtype(dtype: torch.dtype) -> torch.dtype:
+    if transportable(dtype):
+        return dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        return torch.float32
+    return torch.int64

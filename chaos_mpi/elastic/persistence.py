@@ -1,0 +1,173 @@
+"""Keeping the training state safe: compared at the start, resumed, written while training goes on, saved at the end."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from chaos_mpi.elastic import checkpoint
+from chaos_mpi.elastic.learning_rate import scale_learning_rate
+from chaos_mpi.elastic.scaling import lr_factor
+from chaos_mpi.elastic.state import TrainingState, first_difference
+from chaos_mpi.elastic.tree import Packed, pack, unpack
+from chaos_mpi.errors import ChaosError, CheckpointError, ConfigError, MismatchError
+
+if TYPE_CHECKING:
+    from chaos_mpi.elastic.session import Session
+
+log = logging.getLogger("chaos_mpi.elastic")
+
+#: Longest wait at the end of a job for the checkpoint that is being written.
+FLUSH_LIMIT_S = 120.0
+
+
+class Persistence:
+    """Takes care of the training state of one session. Rank 0 writes; whoever is rank 0 at the time."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._settings = session.settings
+        self._state: TrainingState | None = None
+        self._writer: checkpoint.CheckpointWriter | None = None
+        self._saved_step = -1
+
+    def attach(self, state: TrainingState) -> None:
+        """Compare the state between ranks, apply the learning-rate rule, and resume if asked to.
+
+        Raises:
+            ConfigError: a state is attached already, or the checkpoint directory holds another run.
+            MismatchError: the state differs between ranks; names the first difference.
+            CheckpointError: the checkpoint to resume from does not fit.
+        """
+        if self._state is not None:
+            raise ConfigError("this session has a TrainingState already; name everything in one")
+        self._refuse_differences(state)
+        for optimizer in state.optimizers():
+            scale_learning_rate(optimizer, self._lr_factor)
+        self._state = state
+        directory = self._settings.checkpoint_dir
+        if directory is not None:
+            self._resume(state, directory)
+
+    def digest(self) -> str:
+        """Digest over the training state of this member; empty when none is attached."""
+        return self._state.digest() if self._state is not None else ""
+
+    def at_boundary(self, final: bool) -> None:
+        """Between two steps: hand a copy of the state to the writer when a checkpoint is due."""
+        directory, step = self._settings.checkpoint_dir, self._session.step
+        if directory is None or self._state is None or self._session.rank != 0 or step == self._saved_step:
+            return
+        if not final and (step == 0 or step % self._settings.checkpoint_every):
+            return
+        if self._writer is None:
+            self._writer = checkpoint.CheckpointWriter(directory)
+        self._saved_step = step
+        self._writer.submit(step, self._packed(clone=not final))
+
+    def close(self) -> None:
+        """Wait for the checkpoint that is being written."""
+        if self._writer is not None:
+            self._writer.close(FLUSH_LIMIT_S)
+            if self._writer.last_error is not None:
+                log.error("the last checkpoint was not written: %s", self._writer.last_error)
+
+    def save_emergency(self) -> str:
+        """Write the state at once, and say where, or why not."""
+        if self._state is None:
+            return "No state was saved, because the script names none (chaos_mpi.TrainingState)."
+        directory = self._settings.checkpoint_dir or Path.cwd() / "chaos-state"
+        step = self._session.step
+        path = checkpoint.checkpoint_path(directory, step)
+        try:
+            if self._writer is not None:
+                self._writer.flush(FLUSH_LIMIT_S)
+            checkpoint.save_now(path, step, self._packed(clone=False))
+        except (ChaosError, OSError) as error:
+            return f"The state could NOT be saved to {path}: {error}."
+        return f"The state is saved in {path}; go on with --checkpoint-dir {directory} --resume."
+
+    def _packed(self, *, clone: bool) -> Packed:
+        assert self._state is not None
+        tree = {"state": self._state.capture(), "session": self._progress()}
+        return pack(tree, clone=clone)
+
+    def _progress(self) -> dict[str, int]:
+        # The first size goes along: batch size and learning rate are relative to it, also after a resume.
+        return {"step": self._session.step, "initial_size": self._session.initial_size}
+
+    def _lr_factor(self) -> float:
+        # The contributors of the finished step, not the view: they are the same everywhere, while a member
+        # may learn of a death one step later than another.
+        session = self._session
+        return lr_factor(session.batch_policy, session.initial_size, session.gradient_contributors)
+
+    def _refuse_differences(self, state: TrainingState) -> None:
+        signatures = self._session.gather(state.signature())
+        for rank, signature in enumerate(signatures[1:], start=1):
+            difference = first_difference(signatures[0], signature)
+            if difference is not None:
+                raise MismatchError(
+                    f"the training state differs between rank 0 (here) and rank {rank} (there): {difference}"
+                )
+
+    def _resume(self, state: TrainingState, directory: Path) -> None:
+        """Load the newest checkpoint that any rank can see, and give it to all: the directory need not be shared."""
+        session = self._session
+        mine = checkpoint.list_checkpoints(directory)
+        newest = max(session.gather(checkpoint.step_of(mine[-1]) if mine else -1))
+        if newest < 0:
+            if self._settings.resume and session.rank == 0:
+                log.warning("no checkpoint in %s yet; starting from the beginning", directory)
+            return
+        if not self._settings.resume:
+            raise ConfigError(
+                f"{directory} holds checkpoints of an earlier run, up to step {newest}: "
+                "add --resume to go on from there, or choose another directory"
+            )
+        loaded, problem = None, ""
+        try:
+            loaded = checkpoint.load_latest(directory)
+        except CheckpointError as error:
+            problem = str(error)
+        step = loaded[0] if loaded is not None else -1
+        offers = session.gather({"member": session.member, "step": step, "problem": problem})
+        best = max(offers, key=lambda offer: offer["step"])
+        if best["step"] < 0:
+            problems = [offer["problem"] for offer in offers if offer["problem"]]
+            raise CheckpointError(problems[0] if problems else f"nothing to load in {directory}")
+        packed = self._distribute(loaded[1] if loaded is not None else None, best["member"])
+        tree = unpack(packed)
+        state.restore(tree["state"])
+        session.resumed(tree["session"]["step"], tree["session"]["initial_size"])
+        self._saved_step = session.step
+        if session.rank == 0:
+            log.warning("resumed from step %d in %s", session.step, directory)
+
+    def _distribute(self, mine: Packed | None, source: str) -> Packed:
+        """The packed state of the member ``source``, at every rank."""
+        session = self._session
+        is_source = session.member == source
+        layout = None
+        if is_source and mine is not None:
+            layout = {
+                "skeleton": mine.skeleton,
+                "tensors": {
+                    name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in mine.tensors.items()
+                },
+            }
+        layout = next((row for row in session.gather(layout) if row is not None), None)
+        if layout is None:
+            raise CheckpointError(f"{source} died while it handed out its checkpoint; start the job again")
+        if is_source and mine is not None:
+            tensors = mine.tensors
+        else:
+            tensors = {
+                name: torch.empty(shape, dtype=getattr(torch, dtype))
+                for name, (dtype, shape) in layout["tensors"].items()
+            }
+        session.share("checkpoint", list(tensors.values()), root=source)
+        return Packed(layout["skeleton"], tensors)

@@ -1,0 +1,222 @@
+"""The common sequence of collective operations, and the recovery of the one under way when a member dies."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any, NoReturn, Protocol
+
+from chaos_mpi.elastic.operations import GRADIENTS, Operation
+from chaos_mpi.elastic.recovery import Position, Regrouped, Regrouping
+from chaos_mpi.errors import ChaosError, RecoveryError, WaitTimeoutError
+from chaos_mpi.membership import Report, View
+from chaos_mpi.mpi.world import PeerFailedError, World
+
+log = logging.getLogger("chaos_mpi.elastic")
+
+#: Recoveries in a row, of one operation, that removed nobody: then MPI itself is broken, not a member.
+_FRUITLESS_LIMIT = 5
+
+
+class Listener(Protocol):
+    """What the sequence tells its owner, and asks of it."""
+
+    def emit(self, event: str, **fields: Any) -> None:
+        """Write a line to the event log."""
+
+    def operation_finished(self, operation: Operation) -> None:
+        """The operation has its result; called before anything else happens."""
+
+    def sampler_reports(self) -> list[dict[str, Any]]:
+        """Where this member's samplers are."""
+
+    def view_changed(self, regrouped: Regrouped, old: View, reports: list[list[dict[str, Any]]]) -> None:
+        """A new view is committed; ``reports`` holds the samplers' reports of each survivor, in rank order."""
+
+    def give_up(self, error: WaitTimeoutError) -> NoReturn:
+        """A wait reached its limit: end the job."""
+
+
+class OperationSequence:
+    """Runs the operations of this member one after the other, on whatever communicator is left.
+
+    Args:
+        world: the first communicator.
+        member: this process's id.
+        timeout_s: longest wait for the other members, seconds.
+        listener: see :class:`Listener`.
+
+    Attributes:
+        world: the present communicator.
+        view: the present view.
+        phase: what is being done: the label of an operation, a part of a recovery, or ``compute``.
+    """
+
+    def __init__(self, world: World, member: str, timeout_s: float, listener: Listener) -> None:
+        self.world = world
+        self.phase = "start"
+        self._member = member
+        self._timeout_s = timeout_s
+        self._listener = listener
+        self._finished = 0
+        self._last: Operation | None = None
+        self._in_flight: Operation | None = None
+        self._fruitless = 0
+        self._regrouping = Regrouping(timeout_s, self._set_phase)
+        self.view = self._assemble()
+        self.phase = "compute"
+
+    @property
+    def in_flight(self) -> Operation | None:
+        """The operation that is entered and not finished."""
+        return self._in_flight
+
+    def execute(self, operation: Operation) -> None:
+        """Run one operation to its end, whatever happens to other members."""
+        self.enter(operation)
+        self.settle(operation)
+
+    def enter(self, operation: Operation) -> None:
+        """Begin the next operation of the common sequence.
+
+        Raises:
+            ChaosError: another one is under way.
+        """
+        if self._in_flight is not None:
+            raise ChaosError(
+                f"'{operation.label}' was called while '{self._in_flight.label}' is under way "
+                "(a collective call inside backward, or from another thread)"
+            )
+        self._in_flight = operation
+
+    def settle(self, operation: Operation) -> None:
+        """Wait until the operation is finished, recovering as often as members die.
+
+        Raises:
+            TooFewRanksError: fewer than ``min_ranks`` members are left.
+            WaitTimeoutError: the others did not arrive within the limit.
+        """
+        self.phase = operation.label
+        began = time.perf_counter()
+        recovery: dict[str, float] = {}
+        while not operation.contributors:
+            try:
+                if not operation.launched and operation.failure is None:
+                    operation.launch(self.world, self.view)
+                operation.wait(self._describe, self._timeout_s)
+                self._mark_finished(operation, self.view.members)
+            except PeerFailedError as failure:
+                detected = time.perf_counter()
+                recovery.setdefault("detect_ms", (detected - began) * 1e3)
+                recovery.setdefault("_detected", detected)
+                self._recover(operation, failure, recovery)
+            except WaitTimeoutError as error:
+                self._listener.give_up(error)
+        if recovery:
+            self._report_recovery(recovery)
+        self._fruitless = 0
+        self.phase = "compute"
+
+    def close(self) -> None:
+        """Return once every living member has called it: from then on nobody needs a recovery."""
+        while (regrouped := self._regroup(closing=True)) is not None:
+            self._enter_view(regrouped)
+
+    def free(self) -> None:
+        """Give all communicators back. Only after :meth:`close`."""
+        self._regrouping.free_retired()
+        self.world.free()
+
+    # -- recovery ------------------------------------------------------------------------------------
+
+    def _recover(self, operation: Operation, failure: PeerFailedError, spent: dict[str, float]) -> None:
+        failed = [self.view.members[r] for r in self.world.failed_ranks()]
+        self._listener.emit("failure_detected", failed=failed, how=str(failure))
+        begun = time.perf_counter()
+        self.phase = "revoke"
+        self.world.revoke()
+        operation.withdraw()
+        spent["revoke_ms"] = spent.get("revoke_ms", 0.0) + (time.perf_counter() - begun) * 1e3
+        regrouped = self._regroup(closing=False)
+        if regrouped is None:
+            raise RecoveryError("the survivors agreed to close while this rank was in a collective call")
+        for name, milliseconds in regrouped.milliseconds.items():
+            spent[name] = spent.get(name, 0.0) + milliseconds
+        spent["_regrouped"] = time.perf_counter()
+        self._enter_view(regrouped)
+        self._fruitless = 0 if regrouped.lost else self._fruitless + 1
+        if self._fruitless >= _FRUITLESS_LIMIT:
+            raise RecoveryError(
+                f"MPI failed {self._fruitless} times in a row in '{operation.label}' although no member died "
+                f"({self._member}, rank {self.world.rank}): {failure}. Run 'chaosrun --doctor'."
+            ) from failure
+
+    def _regroup(self, *, closing: bool) -> Regrouped | None:
+        try:
+            return self._regrouping.run(self.world, self.view, self._position, closing)
+        except WaitTimeoutError as error:
+            self._listener.give_up(error)
+
+    def _enter_view(self, regrouped: Regrouped) -> None:
+        old, decision = self.view, regrouped.decision
+        self.world, self.view = regrouped.world, regrouped.view
+        if self.world.rank in decision.behind and self._in_flight is not None:
+            self._mark_finished(self._in_flight, regrouped.contributors)
+        reports = regrouped.samplers
+        if decision.behind and self._last is not None and self._last.label == GRADIENTS:
+            # They adopt the finished step along with the samples that went into it.
+            for i in decision.behind:
+                reports[i] = [{**report, "done": report["taken"]} for report in reports[i]]
+        self._listener.view_changed(regrouped, old, reports)
+
+    def _position(self) -> Position:
+        flight, last = self._in_flight, self._last
+        report = Report(
+            member=self._member,
+            finished=self._finished,
+            entered=self._finished + (flight is not None),
+            label=flight.label if flight is not None else "",
+            finished_label=last.label if last is not None else "",
+        )
+        return Position(
+            report=report,
+            contributors=last.contributors if last is not None else (),
+            samplers=self._listener.sampler_reports(),
+            adoptable=lambda: last.results() if last is not None else [],
+            in_flight=lambda: flight.results() if flight is not None else [],
+        )
+
+    def _mark_finished(self, operation: Operation, contributors: tuple[str, ...]) -> None:
+        operation.contributors = contributors
+        self._finished += 1
+        self._last, self._in_flight = operation, None
+        self._listener.operation_finished(operation)
+
+    def _report_recovery(self, spent: dict[str, float]) -> None:
+        now = time.perf_counter()
+        detected, regrouped = spent.pop("_detected"), spent.pop("_regrouped")
+        total_s = now - detected + spent["detect_ms"] / 1e3
+        fields = {name: round(ms, 3) for name, ms in spent.items()}
+        fields["redo_ms"] = round((now - regrouped) * 1e3, 3)
+        self._listener.emit("recovered", **fields, total_ms=round(total_s * 1e3, 3))
+        self._listener.emit("stalled", seconds=round(total_s, 6), cause="failure")
+
+    def _assemble(self) -> View:
+        """The first view: who is here. A rank that dies already now is left out."""
+        limit = self._timeout_s
+        while True:
+            rows: list[bytes] = []
+            try:
+                rows = self.world.all_gather(self._member.encode(), self._describe, limit)
+            except PeerFailedError:
+                log.warning("a rank died while the job started")
+            if self.world.agree(bool(rows), limit, self._describe):
+                return View(0, tuple(row.decode() for row in rows))
+            self.world.revoke()
+            self.world = self.world.shrink(limit, self._describe)
+
+    def _describe(self) -> str:
+        return f"the other members in '{self.phase}'"
+
+    def _set_phase(self, phase: str) -> None:
+        self.phase = phase

@@ -1,0 +1,463 @@
+"""The elastic session: this process's part in a job whose members come and go.
+
+It is what users and integrations call. The sequence of collective operations it runs recovers inside when a member dies
+(:mod:`chaos_mpi.elastic.sequence`): no failure of another rank ever surfaces in the training loop.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn, Self
+
+import torch
+
+from chaos_mpi.elastic.lifecycle import ExitGuard, write_record
+from chaos_mpi.elastic.operations import GRADIENTS, GatherRows, Operation, Reduce, Share
+from chaos_mpi.elastic.persistence import Persistence
+from chaos_mpi.elastic.sequence import OperationSequence
+from chaos_mpi.errors import ChaosError, ConfigError, NoSessionError, TooFewRanksError, WaitTimeoutError
+from chaos_mpi.events import EventLog
+from chaos_mpi.mpi import runtime
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from chaos_mpi.config import Settings
+    from chaos_mpi.elastic.recovery import Regrouped
+    from chaos_mpi.elastic.sampler import ElasticSampler
+    from chaos_mpi.elastic.state import TrainingState
+    from chaos_mpi.membership import View
+    from chaos_mpi.torch.buckets import GradientStep
+
+log = logging.getLogger("chaos_mpi.elastic")
+
+_SHARE_CHUNK_BYTES = 32 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class SessionResult:
+    """How a session ended.
+
+    Attributes:
+        outcome: ``finished``.
+        params_digest: digest over the training state of this member, or an empty string without one.
+        replicas_identical: whether all members ended with the same bits.
+        steps: gradient steps finished.
+        size: members at the end.
+    """
+
+    outcome: str
+    params_digest: str
+    replicas_identical: bool
+    steps: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """A change of the view, kept for samplers that this rank has not made yet.
+
+    Attributes:
+        reports: of each survivor, in rank order, those of its samplers.
+        old, new: members before and after.
+        attached: how many samplers this rank had at the time.
+    """
+
+    reports: list[list[dict[str, Any]]]
+    old: tuple[str, ...]
+    new: tuple[str, ...]
+    attached: int
+
+    def tell(self, index: int, sampler: ElasticSampler) -> None:
+        """Let the sampler with this index, the same at all ranks, know."""
+        reports = [of_member[index] for of_member in self.reports if index < len(of_member)]
+        if reports:
+            sampler.apply_change(reports, self.old, self.new)
+
+
+class Session:
+    """This process's part in an elastic job. Made by :func:`chaos_mpi.init`; one at a time.
+
+    All methods that communicate must be called by every member, in the same order, from the main thread.
+
+    Attributes:
+        settings: what the session is run with.
+        host: name of this machine.
+        member: this process's id, ``host:pid``; it never changes, while :attr:`rank` may.
+        initial_size: number of ranks the job was started with.
+        step: gradient steps finished.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.host = socket.gethostname()
+        self.member = f"{self.host}:{os.getpid()}"
+        self.step = 0
+        self._ended = False
+        self._samplers: list[ElasticSampler] = []
+        self._changes: list[_Change] = []
+        self._rollbacks: list[Callable[[], None]] = []
+        self._recorded: dict[str, Any] = {}
+        self._boundary_step = 0
+        self._result: SessionResult | None = None
+        world = runtime.start()
+        _bound_threads()
+        self.initial_size = world.size
+        if settings.min_ranks > world.size:
+            raise ConfigError(f"min_ranks is {settings.min_ranks}, but the job was started with {world.size} ranks")
+        self._events = EventLog(settings.event_log, self.member, self.host)
+        self._sequence = OperationSequence(world, self.member, settings.timeout_s, self)
+        self._gradient_contributors = self.size
+        self._persistence = Persistence(self)
+        self._guard = ExitGuard(self.close, self._crashed)
+        identity = {"member": self.member, "pid": os.getpid(), "rank": self.rank, "host": self.host}
+        write_record(settings.run_dir, "member", identity)
+        self.emit("session_started", pid=os.getpid(), host=self.host, members=list(self.members))
+
+    # -- who takes part ------------------------------------------------------------------------------
+
+    @property
+    def rank(self) -> int:
+        """This member's rank in the present view."""
+        return self._sequence.world.rank
+
+    @property
+    def size(self) -> int:
+        """Number of members in the present view."""
+        return self._sequence.view.size
+
+    @property
+    def epoch(self) -> int:
+        """Number of the present view; one more after every committed change of membership."""
+        return self._sequence.view.epoch
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Ids of the members, in rank order."""
+        return self._sequence.view.members
+
+    @property
+    def phase(self) -> str:
+        """What the session is doing: ``compute``, the label of an operation, or a part of a recovery."""
+        return self._sequence.phase
+
+    @property
+    def gradient_contributors(self) -> int:
+        """How many members took part in the last finished step; the same number at every member."""
+        return self._gradient_contributors
+
+    @property
+    def batch_policy(self) -> str:
+        """The rule for batch size and learning rate on a change of size."""
+        return self.settings.batch_policy
+
+    # -- collective calls ----------------------------------------------------------------------------
+
+    def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
+        """Reduce a CPU tensor over all members, in place, and return it.
+
+        Half precisions are summed in float32. A member that dies meanwhile is left out.
+
+        Args:
+            op: ``sum``, ``max`` or ``min``.
+
+        Raises:
+            ConfigError: unknown ``op``, or the tensor is not on the CPU.
+        """
+        if op not in ("sum", "max", "min"):
+            raise ConfigError(f"all_reduce knows sum, max and min, not {op!r}")
+        if tensor.device.type != "cpu":
+            raise ConfigError(f"all_reduce takes CPU tensors; this one is on {tensor.device}")
+        operation = Reduce("all_reduce", tensor, op)
+        self.execute(operation)
+        with torch.no_grad():
+            tensor.copy_(operation.results()[0])
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every member's JSON-able ``value``, in rank order, of the members that took part."""
+        payload = json.dumps(value).encode()
+        longest = self.all_reduce(torch.tensor([len(payload)]), "max")
+        operation = GatherRows("gather", payload, int(longest[0]))
+        self.execute(operation)
+        return operation.decoded()
+
+    def share(self, label: str, tensors: Sequence[torch.Tensor], root: str | None = None) -> None:
+        """Give every member the bits that the member ``root`` (else rank 0) has in ``tensors``.
+
+        Any dtype, on the CPU, in place.
+
+        Raises:
+            RecoveryError: ``root`` was named and died meanwhile.
+        """
+        chunk: list[torch.Tensor] = []
+        for index, tensor in enumerate(tensors, start=1):
+            chunk.append(tensor)
+            if sum(t.nbytes for t in chunk) >= _SHARE_CHUNK_BYTES or index == len(tensors):
+                operation = Share(f"{label}[{sum(t.nbytes for t in chunk)} bytes]", chunk, root)
+                self.execute(operation)
+                operation.deliver()
+                chunk = []
+
+    def barrier(self) -> None:
+        """Return once every member has called it."""
+        self.all_reduce(torch.zeros(1))
+
+    def evaluate(self, n_items: int, fn: Callable[[range], torch.Tensor]) -> torch.Tensor:
+        """Sum ``fn`` over a partition of ``range(n_items)`` among the members, every item exactly once.
+
+        When a member dies meanwhile, the survivors share all items out again and repeat.
+
+        Args:
+            n_items: number of items to share out.
+            fn: takes the item indices of this member (a ``range``, possibly empty) and returns a 1-D tensor.
+
+        Returns:
+            The sum, float64, shape as returned by ``fn``; the same bits at every member.
+        """
+        while True:
+            epoch, rank, size = self.epoch, self.rank, self.size
+            part = fn(range(rank, n_items, size)).detach().to(torch.float64).reshape(-1)
+            # A member may learn of a death one call later than another. Only if all used the same view, and all of
+            # that view are in the sum, was every item counted once. All see the same sums, so all decide alike.
+            tags = torch.tensor([1.0, epoch, epoch**2, size], dtype=torch.float64)
+            total = self.all_reduce(torch.cat([part, tags]))
+            count, epochs, squares, sizes = total[-4:].tolist()
+            if count * squares == epochs**2 and sizes == count**2:
+                return total[:-4]
+
+    def record(self, **values: float) -> None:
+        """Add values, ``loss`` for one, to the event log's line of the present step."""
+        self._recorded.update(values)
+
+    # -- the life of a session -----------------------------------------------------------------------
+
+    def close(self) -> SessionResult:
+        """End the session in good order: compare the replicas, write the last checkpoint, leave MPI.
+
+        Every member calls it when training is over. Calling it again returns the same result.
+        """
+        if self._result is not None:
+            return self._result
+        self._refuse_if_ended()
+        self.boundary(final=True)
+        self._persistence.close()
+        mine = self._persistence.digest()
+        digests = self.gather(mine)
+        self._sequence.close()
+        identical = len(set(digests)) == 1
+        if not identical and self.rank == 0:
+            log.error("the replicas differ at the end of training; digests in rank order: %s", ", ".join(digests))
+        self._result = SessionResult("finished", mine, identical, self.step, self.size)
+        self._end("finished", "", mine)
+        self._guard.release()
+        self._sequence.free()
+        _forget(self)
+        runtime.stop()
+        return self._result
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+
+    # -- for the integrations ------------------------------------------------------------------------
+
+    @property
+    def samplers(self) -> tuple[ElasticSampler, ...]:
+        """The attached samplers."""
+        return tuple(self._samplers)
+
+    def attach_sampler(self, sampler: ElasticSampler) -> None:
+        """Keep ``sampler`` informed of finished steps and of changes of the view.
+
+        Other ranks may have had theirs for longer: changes of the view that came in between are told now.
+        """
+        index = len(self._samplers)
+        self._samplers.append(sampler)
+        for change in self._changes:
+            if index >= change.attached:
+                change.tell(index, sampler)
+
+    def attach_state(self, state: TrainingState) -> None:
+        """Take charge of the training state: compare it between ranks, resume it, keep it safe."""
+        self._persistence.attach(state)
+
+    def on_rollback(self, undo: Callable[[], None]) -> None:
+        """Call ``undo`` before an emergency save: it takes back what the unfinished step changed."""
+        self._rollbacks.append(undo)
+
+    def resumed(self, step: int, initial_size: int) -> None:
+        """The training state now is that of ``step``, of a job that was started with ``initial_size`` ranks."""
+        self.step = self._boundary_step = step
+        self.initial_size = initial_size
+
+    def boundary(self, *, final: bool = False) -> None:
+        """Between two steps, when optimizer, scheduler and counters are all up to date."""
+        if self.step != self._boundary_step:
+            self.emit("step", **self._recorded)
+            self._recorded = {}
+            self._boundary_step = self.step
+            self._persistence.at_boundary(final)
+        elif final:
+            self._persistence.at_boundary(final)
+
+    def execute(self, operation: Operation) -> None:
+        """Run one collective operation to its end, whatever happens to other members."""
+        self._refuse_if_ended()
+        self._sequence.execute(operation)
+
+    def begin(self, step: GradientStep) -> None:
+        """Begin a gradient step in the middle of backward; :meth:`settle` ends it.
+
+        A failure seen meanwhile is told to the others at once, so that nobody waits for this member, and
+        dealt with at the end of backward.
+        """
+        self._refuse_if_ended()
+        self._sequence.enter(step)
+        step.begin(self._sequence.world)
+
+    def settle(self, operation: Operation) -> None:
+        """Wait until the operation is finished, recovering as often as members die.
+
+        Raises:
+            TooFewRanksError: fewer than ``min_ranks`` members are left.
+            WaitTimeoutError: the others did not arrive within ``timeout_s``.
+        """
+        self._sequence.settle(operation)
+
+    # -- what the sequence of operations tells -------------------------------------------------------
+
+    def emit(self, event: str, **fields: Any) -> None:
+        """Write a line to the event log."""
+        where = self._sequence
+        self._events.emit(
+            event, rank=where.world.rank, size=where.view.size, epoch=where.view.epoch, step=self.step, **fields
+        )
+
+    def operation_finished(self, operation: Operation) -> None:
+        """A collective operation has its result."""
+        if operation.label == GRADIENTS:
+            self.step += 1
+            self._gradient_contributors = len(operation.contributors)
+            for sampler in self._samplers:
+                sampler.commit()
+
+    def sampler_reports(self) -> list[dict[str, Any]]:
+        """Where this member's samplers are."""
+        return [sampler.report() for sampler in self._samplers]
+
+    def view_changed(self, regrouped: Regrouped, old: View, reports: list[list[dict[str, Any]]]) -> None:
+        """A new view is committed at all members."""
+        change = _Change(reports, old.members, self.members, len(self._samplers))
+        self._changes.append(change)
+        for index, sampler in enumerate(self._samplers):
+            change.tell(index, sampler)
+        lost = regrouped.lost
+        self.emit("view_committed", cause="failure", members=list(self.members), lost=list(lost), links=[])
+        if self.rank == 0 and lost:
+            log.warning(
+                "step %d: %s died; training goes on with %d of %d ranks",
+                self.step, ", ".join(lost), self.size, old.size,
+            )  # fmt: skip
+        if self.size < self.settings.min_ranks and self._sequence.in_flight is not None:
+            self._stop_too_few(saver=regrouped.decision.furthest)
+
+    def give_up(self, error: WaitTimeoutError) -> NoReturn:
+        """A wait reached its limit: save the state and end the whole job."""
+        message = (
+            f"{error} (host {self.host}, rank {self.rank} of {self.size}, step {self.step}). A member is stuck or cut "
+            f"off, so the whole job ends. {self._save_emergency_state()} If steps can take that long, raise --timeout."
+        )
+        log.error("%s", message)
+        self._end("failed", message, "")
+        self._sequence.world.abort(1)
+        raise WaitTimeoutError(message) from error
+
+    # -- ends ----------------------------------------------------------------------------------------
+
+    def _stop_too_few(self, saver: int) -> NoReturn:
+        """All survivors agree that the job cannot go on; the most advanced one saves the state and says so."""
+        message = ""
+        if self.rank == saver:
+            message = (
+                f"stopped at step {self.step}: {self.size} of {self.initial_size} ranks are left, and min_ranks is "
+                f"{self.settings.min_ranks} (host {self.host}). {self._save_emergency_state()}"
+            )
+        self._end("stopped", message, "")
+        raise TooFewRanksError(message)
+
+    def _save_emergency_state(self) -> str:
+        for undo in self._rollbacks:
+            undo()
+        return self._persistence.save_emergency()
+
+    def _crashed(self, message: str) -> None:
+        if not self._ended:
+            self._end("crashed", f"{message} (host {self.host}, rank {self.rank}, step {self.step})", "")
+
+    def _end(self, outcome: str, message: str, digest: str) -> None:
+        self._ended = True
+        self.emit("session_ended", outcome=outcome, params_digest=digest, message=message)
+        self._events.close(5.0)
+        record = {
+            "member": self.member, "rank": self.rank, "outcome": outcome, "message": message,
+            "params_digest": digest, "step": self.step, "size": self.size,
+        }  # fmt: skip
+        write_record(self.settings.run_dir, "outcome", record)
+
+    def _refuse_if_ended(self) -> None:
+        if self._ended:
+            raise NoSessionError("the session has ended; nothing can be communicated any more")
+
+
+def _bound_threads() -> None:
+    """Share the cores among the ranks of this node unless the user chose a number of threads."""
+    _, ranks = runtime.node_rank_and_size()
+    if ranks > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+
+
+_current: Session | None = None
+
+
+def open_session(settings: Settings) -> Session:
+    """Open this process's session.
+
+    Raises:
+        ChaosError: one is open already.
+        EngineError, ConfigError, WaitTimeoutError: see :func:`chaos_mpi.init`.
+    """
+    global _current
+    if _current is not None:
+        raise ChaosError("a session is open already; chaos_mpi.init() is called once per process")
+    _current = Session(settings)
+    return _current
+
+
+def current_session() -> Session:
+    """The open session.
+
+    Raises:
+        NoSessionError: :func:`chaos_mpi.init` has not been called, or the session was closed.
+    """
+    if _current is None:
+        raise NoSessionError("no session is open: call chaos_mpi.init() first")
+    return _current
+
+
+def current_session_or_none() -> Session | None:
+    """The open session, or None."""
+    return _current
+
+
+def _forget(session: Session) -> None:
+    global _current
+    if _current is session:
+        _current = None

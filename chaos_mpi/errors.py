@@ -1,0 +1,42 @@
+"""The named errors of chaos_mpi: every failure a user can meet is one of these.
+
+Each message says what happened, where (host, rank, step) and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class ChaosError(RuntimeError):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(ChaosError, ValueError):
+    """A setting, an argument or an environment variable has a value that cannot be used."""
+
+
+class EngineError(ChaosError):
+    """MPI is missing, was started without fault tolerance, or broke in a way that is not a member's death."""
+
+
+class NoSessionError(ChaosError):
+    """Something needs the elastic session, and :func:`chaos_mpi.init` has not been called (or it was closed)."""
+
+
+class MismatchError(ChaosError):
+    """The model, the optimizer or another part of the training state differs between ranks."""
+
+
+class TooFewRanksError(ChaosError):
+    """Fewer members are left than ``min_ranks`` allows; the job stops after saving its state."""
+
+
+class WaitTimeoutError(ChaosError):
+    """A wait for other members reached its limit (``timeout_s``)."""
+
+
+class CheckpointError(ChaosError):
+    """A checkpoint cannot be written or read, or does not fit the model it is loaded into."""
+
+
+class RecoveryError(ChaosError):
+    """Recovery from a failure did not converge; the cause of the last attempt is chained to it."""

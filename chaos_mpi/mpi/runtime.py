@@ -1,0 +1,115 @@
+"""Start and end of MPI in this process.
+
+MPI is initialised here and nowhere else, because three things have to be right before ``MPI_Init``:
+the component selection (:data:`chaos_mpi.mpi.launch.MCA_DEFAULTS`), the thread level, and that mpi4py leaves
+``MPI_Finalize`` to us. A process that ends by an exception must *not* finalize: finalize waits for
+the other ranks, and they are to see a dead peer and train on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+from typing import TYPE_CHECKING, Self
+
+from chaos_mpi.errors import EngineError
+from chaos_mpi.mpi.launch import MCA_DEFAULTS
+
+if TYPE_CHECKING:
+    from chaos_mpi.mpi.world import World
+
+log = logging.getLogger("chaos_mpi.mpi")
+
+#: Exit status of a process that was ended by a :class:`Watchdog` (``EX_TEMPFAIL`` of sysexits.h).
+WATCHDOG_STATUS = 75
+
+
+def start() -> World:
+    """Initialise MPI and return the world communicator of this job.
+
+    Under ``mpirun`` the job must have been started with ``--with-ft ulfm`` when it has more than one
+    rank. A script started without ``mpirun`` becomes a world of one rank.
+
+    Raises:
+        EngineError: MPI cannot be loaded or initialised, or has no fault tolerance here.
+    """
+    for name, value in MCA_DEFAULTS.items():
+        os.environ.setdefault(f"OMPI_MCA_{name}", value)
+    from chaos_mpi.mpi.world import MPI, World  # raises EngineError when MPI cannot be loaded
+
+    if MPI.Is_finalized():
+        raise EngineError("MPI was already finalized in this process; a session can be opened once per process.")
+    if not MPI.Is_initialized():
+        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        raise EngineError(
+            "MPI was initialised without THREAD_MULTIPLE before chaos_mpi.init(); "
+            "call chaos_mpi.init() before anything else imports mpi4py.MPI."
+        )
+    world = World(MPI.COMM_WORLD)
+    if world.size > 1 and not _fault_tolerant():
+        raise EngineError(
+            f"this job of {world.size} ranks was started without fault tolerance: "
+            "start it with 'chaosrun -n N script.py' or 'mpirun --with-ft ulfm -n N python script.py'."
+        )
+    return world
+
+
+def stop() -> None:
+    """Leave MPI, once every member has agreed that nothing is left to do.
+
+    Under ``mpirun`` the process just ends afterwards, without ``MPI_Finalize``: finalize fences with every
+    process the launcher ever started, and was seen to wait for ever, with the interpreter locked, in one of six
+    runs in which a rank had been killed. With ``--with-ft ulfm`` the launcher takes a plain exit with status 0 as
+    success and cleans up behind it. A process without a launcher has nobody to wait for, and finalizes.
+    """
+    from mpi4py import MPI
+
+    if not _fault_tolerant() and MPI.Is_initialized() and not MPI.Is_finalized():
+        MPI.Finalize()
+
+
+def node_rank_and_size() -> tuple[int, int]:
+    """This rank's index among the ranks that ``mpirun`` started on this node, and their number."""
+    rank = int(os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0"))
+    return rank, int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1"))
+
+
+def _fault_tolerant() -> bool:
+    # Set by mpirun --with-ft ulfm in every rank's environment.
+    return os.environ.get("OMPI_MCA_mpi_ft_enable", "0").lower() in ("1", "true", "yes")
+
+
+class Watchdog:
+    """Ends the process when a blocking MPI call outlasts its limit.
+
+    A blocked MPI call cannot be interrupted from Python, so a limit on it can only end the process; the
+    other ranks then see a dead peer, and go on. Used for the few calls that have no
+    non-blocking form.
+
+    Args:
+        what: what is waited for, for the message.
+        limit_s: seconds.
+    """
+
+    def __init__(self, what: str, limit_s: float) -> None:
+        self._what, self._limit_s = what, limit_s
+        self._timer = threading.Timer(limit_s, self._expired)
+        self._timer.daemon = True
+
+    def __enter__(self) -> Self:
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+
+    def _expired(self) -> None:
+        log.error(
+            "%s did not return within %.0f s on %s (pid %d); ending this process",
+            self._what, self._limit_s, socket.gethostname(), os.getpid(),
+        )  # fmt: skip
+        logging.shutdown()
+        os._exit(WATCHDOG_STATUS)

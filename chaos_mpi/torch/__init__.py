@@ -1,0 +1,1 @@
+"""The integration with PyTorch: data parallel modules and data loading."""

@@ -1,0 +1,231 @@
+"""Gradients in flat buckets, summed over the members while backward is still running.
+
+The memory of one gradient step is: ``param.grad`` (the local gradient until the step is finished, the average
+from then on), and two sets of buckets that take turns, because the sum of the last step is kept for a survivor
+that could not finish it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from chaos_mpi.elastic.operations import GRADIENTS, Operation, pack_bytes, unpack_bytes
+from chaos_mpi.errors import ConfigError
+from chaos_mpi.membership import View
+from chaos_mpi.mpi.world import PeerFailedError, Pending, World
+
+_TRANSPORT = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+}
+#: The first bucket is small, so that reducing starts early in backward (as torch's own DDP does).
+FIRST_BUCKET_BYTES = 1 << 20
+_CONTROL_HEADER = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Parameters whose gradients travel together.
+
+    Attributes:
+        params: indices into the reducer's parameter list.
+        offsets: first element of each in the flat buffer.
+        numel: elements of all of them.
+        dtype: of the flat buffer: the gradients' own, or float32 for half precisions, which are summed in float32.
+    """
+
+    params: tuple[int, ...]
+    offsets: tuple[int, ...]
+    numel: int
+    dtype: torch.dtype
+
+
+def make_buckets(params: Sequence[torch.nn.Parameter], cap_bytes: int) -> list[Bucket]:
+    """Split the parameters into buckets, in the reverse of their order, which is about the order of backward.
+
+    Raises:
+        ConfigError: a parameter has a dtype or a device whose gradients cannot be summed.
+    """
+    for param in params:
+        if param.dtype not in _TRANSPORT:
+            known = ", ".join(map(str, _TRANSPORT))
+            raise ConfigError(f"gradients of dtype {param.dtype} are not supported; use one of {known}")
+    buckets: list[Bucket] = []
+    open_buckets: dict[torch.dtype, list[int]] = {}
+    for index in reversed(range(len(params))):
+        dtype = _TRANSPORT[params[index].dtype]
+        chosen = open_buckets.setdefault(dtype, [])
+        chosen.append(index)
+        cap = cap_bytes if buckets else min(FIRST_BUCKET_BYTES, cap_bytes)
+        if sum(params[i].numel() for i in chosen) * dtype.itemsize >= cap:
+            buckets.append(_bucket(params, open_buckets.pop(dtype), dtype))
+    for dtype, chosen in open_buckets.items():
+        buckets.append(_bucket(params, chosen, dtype))
+    return buckets
+
+
+def _bucket(params: Sequence[torch.nn.Parameter], chosen: list[int], dtype: torch.dtype) -> Bucket:
+    offsets, end = [], 0
+    for index in chosen:
+        offsets.append(end)
+        end += params[index].numel()
+    return Bucket(tuple(chosen), tuple(offsets), end, dtype)
+
+
+class BufferSet:
+    """Transport memory of one gradient step: a flat tensor for each bucket, and one for the module's buffers.
+
+    The last bucket has a tail: how many members contribute, and how many of them used each parameter. It
+    rides along so that a step costs no collective of its own for it.
+    """
+
+    def __init__(self, buckets: Sequence[Bucket], params: Sequence[torch.nn.Parameter], shared_bytes: int) -> None:
+        tail = _CONTROL_HEADER + len(params)
+        last = len(buckets) - 1
+        self.flats = [torch.zeros(b.numel + (tail if i == last else 0), dtype=b.dtype) for i, b in enumerate(buckets)]
+        self.control = self.flats[-1][-tail:]
+        self.shared = torch.empty(shared_bytes, dtype=torch.uint8)
+        self.views = [
+            [flat[o : o + params[i].numel()].view(params[i].shape) for i, o in zip(b.params, b.offsets, strict=True)]
+            for b, flat in zip(buckets, self.flats, strict=True)
+        ]
+
+
+class GradientStep(Operation):
+    """The gradients of one step: started bucket by bucket during backward, delivered into ``param.grad`` at its end.
+
+    Args:
+        params: the parameters that are trained.
+        buckets: their split, the same at every member.
+        buffers: module buffers to be made equal to those of rank 0 (empty for none).
+        memory: the transport memory to use.
+        contributes: whether this member's gradients count (they do not when its samples are spent).
+    """
+
+    def __init__(
+        self,
+        params: Sequence[torch.nn.Parameter],
+        buckets: Sequence[Bucket],
+        buffers: list[torch.Tensor],
+        memory: BufferSet,
+        contributes: bool,
+    ) -> None:
+        super().__init__(GRADIENTS)
+        self._params, self._buckets, self._buffers = params, buckets, buffers
+        self.memory = memory
+        self._contributes = contributes
+        self._world: World | None = None
+        self._awaited = [len(b.params) for b in buckets]
+        self._next = 0
+
+    def begin(self, world: World) -> None:
+        """Start in the middle of backward: module buffers are final already, buckets follow as they fill."""
+        self._world = world
+        self._pending = world.pending()
+        with self._failure_kept():
+            self._start_buffers(self._pending, world.rank)
+
+    def ready(self, bucket: int) -> None:
+        """One more gradient of this bucket is final; start every bucket whose turn has come."""
+        self._awaited[bucket] -= 1
+        if self.failure is not None or self._pending is None:
+            return
+        last = len(self._buckets) - 1
+        with self._failure_kept():
+            # In order, so that every member starts the same collectives in the same order. The last one waits
+            # for the end of backward: only then it is known which parameters were used.
+            while self._next < last and self._awaited[self._next] <= 0:
+                self._start_bucket(self._pending, self._next)
+                self._next += 1
+            self._pending.test()
+
+    def start_rest(self) -> None:
+        """Backward is over: start what is left."""
+        if self.failure is not None or self._pending is None:
+            return
+        with self._failure_kept():
+            for index in range(self._next, len(self._buckets)):
+                self._start_bucket(self._pending, index)
+
+    def start(self, pending: Pending, view: View, rank: int) -> None:
+        self._start_buffers(pending, rank)
+        for index in range(len(self._buckets)):
+            self._start_bucket(pending, index)
+
+    def results(self) -> list[torch.Tensor]:
+        return [*self.memory.flats, self.memory.shared]
+
+    def renew_buffers(self) -> None:
+        self.memory = BufferSet(self._buckets, self._params, self.memory.shared.numel())
+
+    def deliver(self) -> None:
+        """Put the averages into ``param.grad`` and rank 0's values into the module buffers.
+
+        A parameter that no contributing member used keeps its ``grad`` as it is, as with one process.
+        """
+        control = self.memory.control.tolist()
+        count = max(control[0], 1.0)
+        for bucket, views in zip(self._buckets, self.memory.views, strict=True):
+            for index, view in zip(bucket.params, views, strict=True):
+                if control[_CONTROL_HEADER + index] == 0.0:
+                    continue
+                param = self._params[index]
+                if param.grad is None:
+                    param.grad = torch.empty_like(param)
+                torch.div(view, count, out=param.grad)
+        if self._buffers:
+            unpack_bytes(self.memory.shared, self._buffers)
+
+    @property
+    def contributed(self) -> int:
+        """How many members' gradients are in the result."""
+        return int(self.memory.control[0])
+
+    @contextmanager
+    def _failure_kept(self) -> Iterator[None]:
+        """Keep a failure for the end of backward; revoke now, so that nobody waits for this member meanwhile."""
+        try:
+            yield
+        except PeerFailedError as failure:
+            self.failure = failure
+            if self._world is not None:
+                self._world.revoke()
+
+    def _start_buffers(self, pending: Pending, rank: int) -> None:
+        if not self._buffers:
+            return
+        if rank == 0:
+            pack_bytes(self._buffers, self.memory.shared)
+        else:
+            self.memory.shared.zero_()
+        pending.reduce(self.memory.shared, "bor")
+
+    def _start_bucket(self, pending: Pending, index: int) -> None:
+        bucket, views = self._buckets[index], self.memory.views[index]
+        if index == len(self._buckets) - 1:
+            self._fill_control()
+        if not self._contributes:
+            self.memory.flats[index][: bucket.numel].zero_()
+        else:
+            targets, sources = [], []
+            for param, view in zip(bucket.params, views, strict=True):
+                grad = self._params[param].grad
+                if grad is None:
+                    view.zero_()
+                else:
+                    targets.append(view)
+                    sources.append(grad)
+            if targets:
+                torch._foreach_copy_(targets, sources)
+        pending.reduce(self.memory.flats[index], "sum")
+
+    def _fill_control(self) -> None:
+        counts = self._contributes
+        used = [1.0 if counts and p.grad is not None else 0.0 for p in self._params]
+        self.memory.control.copy_(torch.tensor([1.0 if counts else 0.0, *used]))

@@ -1,0 +1,212 @@
+"""Data parallel training that goes on when ranks die: the counterpart of torch's ``DistributedDataParallel``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd import Variable
+
+from chaos_mpi.elastic.operations import pack_bytes, unpack_bytes
+from chaos_mpi.elastic.session import Session, current_session
+from chaos_mpi.errors import ConfigError, MismatchError
+from chaos_mpi.torch.buckets import BufferSet, GradientStep, make_buckets
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+
+class DistributedDataParallel(torch.nn.Module):
+    """Averages the gradients of ``module`` over all members, at the end of every ``backward()``.
+
+    Takes the arguments of :class:`torch.nn.parallel.DistributedDataParallel` and can stand in for it. While
+    backward runs, full buckets are reduced with non-blocking MPI allreduce. When a member dies, the reduction is
+    done again among the survivors from the local gradients, which are kept until it is finished; the training
+    loop sees nothing but a longer step. The average is over the members that took part.
+
+    At construction, all ranks get rank 0's parameters and buffers. After every step, buffers (BatchNorm
+    statistics, for one) are those of rank 0, unless ``broadcast_buffers`` is false.
+
+    Args:
+        module: its parameters are on the CPU, of dtype float16, bfloat16, float32 or float64. Half-precision
+            gradients are summed in float32 and rounded once.
+        device_ids, output_device, dim: as in torch; for CPU modules None (or 0 for ``dim``).
+        broadcast_buffers: keep module buffers equal to rank 0's.
+        init_sync: give all ranks rank 0's parameters and buffers now.
+        process_group: must be None: the session is the group.
+        bucket_cap_mb: size of a bucket, MiB.
+        find_unused_parameters, static_graph, gradient_as_bucket_view, check_reduction: accepted; nothing has
+            to be chosen here. Parameters that backward did not reach are always found, at no cost, and local
+            gradients need memory of their own.
+        session: default: the open session.
+
+    Raises:
+        ConfigError: an argument or a parameter is of a kind that cannot be used.
+        MismatchError: the module differs between ranks; the message names the first difference.
+        NoSessionError: :func:`chaos_mpi.init` has not been called.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        device_ids: list[int] | None = None,
+        output_device: int | None = None,
+        dim: int = 0,
+        broadcast_buffers: bool = True,
+        init_sync: bool = True,
+        process_group: object = None,
+        bucket_cap_mb: float | None = None,
+        find_unused_parameters: bool = False,
+        check_reduction: bool = False,
+        gradient_as_bucket_view: bool = False,
+        static_graph: bool = False,
+        *,
+        session: Session | None = None,
+    ) -> None:
+        super().__init__()
+        _refuse_unusable(module, device_ids, output_device, process_group, bucket_cap_mb)
+        self.module = module
+        self.dim = dim
+        self.broadcast_buffers = broadcast_buffers
+        self.find_unused_parameters = find_unused_parameters
+        self.require_backward_grad_sync = True
+        self._session = session if session is not None else current_session()
+        self._params = [p for p in module.parameters() if p.requires_grad]
+        self._buckets = make_buckets(self._params, int((bucket_cap_mb or 25) * (1 << 20)))
+        self._synced_buffers = [b.detach() for b in module.buffers()] if broadcast_buffers else []
+        self._refuse_differences()
+        if init_sync:
+            everything = [p.detach() for p in module.parameters()] + [b.detach() for b in module.buffers()]
+            self._session.share("initial parameters", everything)
+        shared_bytes = sum(b.nbytes for b in self._synced_buffers)
+        self._memory = [BufferSet(self._buckets, self._params, shared_bytes) for _ in range(2)]
+        self._stable_buffers = torch.empty(shared_bytes, dtype=torch.uint8)
+        self._keep_buffers()
+        self._session.on_rollback(self._restore_buffers)
+        self._in_backward = False
+        self._step: GradientStep | None = None
+        self._muted: list[RemovableHandle] = []
+        for position, bucket in enumerate(self._buckets):
+            for index in bucket.params:
+                self._params[index].register_post_accumulate_grad_hook(self._hook(position))  # type: ignore[no-untyped-call]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module."""
+        if torch.is_grad_enabled():
+            self._session.boundary()
+            if any(sampler.ghost_round() for sampler in self._session.samplers):
+                self._mute()
+        return self.module(*args, **kwargs)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Within it, ``backward()`` accumulates gradients locally; the first one after it averages the total."""
+        before, self.require_backward_grad_sync = self.require_backward_grad_sync, False
+        try:
+            yield
+        finally:
+            self.require_backward_grad_sync = before
+
+    # -- backward ------------------------------------------------------------------------------------
+
+    def _hook(self, bucket: int) -> Callable[[torch.Tensor], None]:
+        def gradient_is_final(param: torch.Tensor) -> None:
+            if not self._in_backward:
+                self._backward_begins()
+            if self._step is not None:
+                self._step.ready(bucket)
+
+        return gradient_is_final
+
+    def _backward_begins(self) -> None:
+        self._in_backward = True
+        Variable._execution_engine.queue_callback(self._backward_ends)
+        if not self.require_backward_grad_sync:
+            return
+        contributes = not any(sampler.step_is_ghost() for sampler in self._session.samplers)
+        # The other set holds the sum of the last finished step, which a survivor may still have to be given.
+        self._memory.reverse()
+        self._step = GradientStep(self._params, self._buckets, self._synced_buffers, self._memory[0], contributes)
+        self._session.begin(self._step)
+
+    def _backward_ends(self) -> None:
+        step, self._step = self._step, None
+        self._in_backward = False
+        for sampler in self._session.samplers:
+            sampler.note_backward()
+        while self._muted:
+            self._muted.pop().remove()
+        if step is None:
+            return
+        step.start_rest()
+        self._session.settle(step)
+        self._memory[0] = step.memory
+        step.deliver()
+        self._keep_buffers()
+
+    def _mute(self) -> None:
+        """Make the next backward add nothing: this round repeats a sample only to keep the ranks in step."""
+        if not self._muted:
+            self._muted = [p.register_hook(torch.zeros_like) for p in self._params]  # type: ignore[no-untyped-call]
+
+    # -- equal modules -------------------------------------------------------------------------------
+
+    def _refuse_differences(self) -> None:
+        signature = {
+            "module": [
+                [name, list(t.shape), str(t.dtype), t.requires_grad]
+                for name, t in [*self.module.named_parameters(), *self.module.named_buffers()]
+            ],
+        }
+        signatures = self._session.gather(signature)
+        for rank, other in enumerate(signatures[1:], start=1):
+            for here, there in _pairs(signatures[0]["module"], other["module"]):
+                if here != there:
+                    raise MismatchError(
+                        f"the model differs between ranks: rank 0 has {_words(here)}, rank {rank} has {_words(there)}"
+                    )
+
+    def _keep_buffers(self) -> None:
+        if self._synced_buffers:
+            pack_bytes(self._synced_buffers, self._stable_buffers)
+
+    def _restore_buffers(self) -> None:
+        if self._synced_buffers:
+            unpack_bytes(self._stable_buffers, self._synced_buffers)
+
+
+def _pairs(here: list[Any], there: list[Any]) -> Iterator[tuple[Any, Any]]:
+    for i in range(max(len(here), len(there))):
+        yield (here[i] if i < len(here) else None), (there[i] if i < len(there) else None)
+
+
+def _words(entry: list[Any] | None) -> str:
+    if entry is None:
+        return "no further parameter"
+    name, shape, dtype, requires_grad = entry
+    return f"'{name}' of shape {tuple(shape)}, {dtype.removeprefix('torch.')}{'' if requires_grad else ', not trained'}"
+
+
+def _refuse_unusable(
+    module: torch.nn.Module,
+    device_ids: list[int] | None,
+    output_device: int | None,
+    process_group: object,
+    bucket_cap_mb: float | None,
+) -> None:
+    if process_group is not None:
+        raise ConfigError("process_group must be None: all members of the session take part")
+    if device_ids or output_device is not None:
+        raise ConfigError("device_ids and output_device must be None: only CPU modules are supported")
+    if bucket_cap_mb is not None and bucket_cap_mb <= 0:
+        raise ConfigError(f"bucket_cap_mb is {bucket_cap_mb}; it must be positive")
+    if not any(p.requires_grad for p in module.parameters()):
+        raise ConfigError("the module has no parameter that requires a gradient; it needs no DistributedDataParallel")
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if tensor.device.type != "cpu":
+            raise ConfigError(f"'{name}' is on {tensor.device}; only CPU modules are supported")
+    for name, part in module.named_modules():
+        if getattr(part, "sparse", False):
+            raise ConfigError(f"'{name}' produces sparse gradients, which are not supported; set sparse=False")

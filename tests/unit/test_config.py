@@ -1,0 +1,48 @@
+"""Settings: arguments before environment before defaults; bad values are refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from chaos_mpi.config import Settings, load_settings
+from chaos_mpi.errors import ConfigError
+
+
+def test_defaults() -> None:
+    assert load_settings(environ={}) == Settings()
+
+
+def test_environment_and_arguments() -> None:
+    environ = {
+        "CHAOS_MIN_RANKS": "2",
+        "CHAOS_BATCH_POLICY": "linear",
+        "CHAOS_TIMEOUT_S": "7.5",
+        "CHAOS_CHECKPOINT_DIR": "/some/where",
+        "CHAOS_RESUME": "1",
+    }
+    settings = load_settings(environ=environ, min_ranks=3)
+    assert settings.min_ranks == 3
+    assert settings.batch_policy == "linear"
+    assert settings.timeout_s == 7.5
+    assert settings.checkpoint_dir == Path("/some/where")
+    assert settings.resume
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"CHAOS_MIN_RANKS": "two"}, "CHAOS_MIN_RANKS"),
+        ({"CHAOS_MIN_RANKS": "0"}, "at least 1"),
+        ({"CHAOS_BATCH_POLICY": "quadratic"}, "keep_global_batch, linear, sqrt, none"),
+        ({"CHAOS_TIMEOUT_S": "-1"}, "positive"),
+        ({"CHAOS_TIMEOUT_S": "inf"}, "positive"),
+        ({"CHAOS_CHECKPOINT_EVERY": "0"}, "at least 1 step"),
+        ({"CHAOS_RESUME": "maybe"}, "CHAOS_RESUME"),
+        ({"CHAOS_RESUME": "1"}, "checkpoint directory"),
+    ],
+)
+def test_bad_values_are_named(environ: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_settings(environ=environ)
