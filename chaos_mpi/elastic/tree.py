@@ -125,7 +125,7 @@ class _Packer:
                     "keys must be str, int or bool"
                 )
         # Pairs, because JSON's own objects would turn the key 1 into "1".
-        pairs = [[self.encode(key, path), self.encode(item, (*path, str(key)))] for key, item in value.items()]
+        pairs = [[self.encode(key, path), self.encode(at, (*path, str(key)))] for key, at in value.items()]
         return {_DICT_NAMES[type(value)]: pairs}
 
     def _add(self, tensor: torch.Tensor, path: tuple[str, ...]) -> str:
