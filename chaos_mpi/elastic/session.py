@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
 
+from chaos_mpi.elastic.attached import AttachedSamplers
 from chaos_mpi.elastic.lifecycle import ExitGuard, write_record
 from chaos_mpi.elastic.operations import GRADIENTS, GatherRows, Operation, Reduce, Share
 from chaos_mpi.elastic.persistence import Persistence
@@ -57,28 +58,6 @@ class SessionResult:
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Change:
-    """A change of the view, kept for samplers that this rank has not made yet.
-
-    Attributes:
-        reports: of each survivor, in rank order, those of its samplers.
-        old, new: members before and after.
-        attached: how many samplers this rank had at the time.
-    """
-
-    reports: list[list[dict[str, Any]]]
-    old: tuple[str, ...]
-    new: tuple[str, ...]
-    attached: int
-
-    def tell(self, index: int, sampler: ElasticSampler) -> None:
-        """Let the sampler with this index, the same at all ranks, know."""
-        reports = [of_member[index] for of_member in self.reports if index < len(of_member)]
-        if reports:
-            sampler.apply_change(reports, self.old, self.new)
-
-
 class Session:
     """This process's part in an elastic job. Made by :func:`chaos_mpi.init`; one at a time.
 
@@ -98,20 +77,19 @@ class Session:
         self.member = f"{self.host}:{os.getpid()}"
         self.step = 0
         self._ended = False
-        self._samplers: list[ElasticSampler] = []
-        self._changes: list[_Change] = []
+        self._samplers = AttachedSamplers()
         self._rollbacks: list[Callable[[], None]] = []
         self._recorded: dict[str, Any] = {}
         self._boundary_step = 0
         self._result: SessionResult | None = None
         world = runtime.start()
-        _bound_threads()
+        runtime.bound_threads()
         self.initial_size = world.size
         if settings.min_ranks > world.size:
             raise ConfigError(f"min_ranks is {settings.min_ranks}, but the job was started with {world.size} ranks")
         self._events = EventLog(settings.event_log, self.member, self.host)
         self._sequence = OperationSequence(world, self.member, settings.timeout_s, self)
-        self._gradient_contributors = self.size
+        self._last_contributors = self.members
         self._persistence = Persistence(self)
         self._guard = ExitGuard(self.close, self._crashed)
         identity = {"member": self.member, "pid": os.getpid(), "rank": self.rank, "host": self.host}
@@ -146,9 +124,14 @@ class Session:
         return self._sequence.phase
 
     @property
+    def last_contributors(self) -> tuple[str, ...]:
+        """Members whose gradients are in the last finished step; the same at every member."""
+        return self._last_contributors
+
+    @property
     def gradient_contributors(self) -> int:
-        """How many members took part in the last finished step; the same number at every member."""
-        return self._gradient_contributors
+        """The number of :attr:`last_contributors`; before the first step, the size."""
+        return len(self._last_contributors)
 
     @property
     def batch_policy(self) -> str:
@@ -275,15 +258,8 @@ class Session:
         return tuple(self._samplers)
 
     def attach_sampler(self, sampler: ElasticSampler) -> None:
-        """Keep ``sampler`` informed of finished steps and of changes of the view.
-
-        Other ranks may have had theirs for longer: changes of the view that came in between are told now.
-        """
-        index = len(self._samplers)
-        self._samplers.append(sampler)
-        for change in self._changes:
-            if index >= change.attached:
-                change.tell(index, sampler)
+        """Keep ``sampler`` informed of finished steps and of changes of the view."""
+        self._samplers.attach(sampler)
 
     def attach_state(self, state: TrainingState) -> None:
         """Take charge of the training state: compare it between ranks, resume it, keep it safe."""
@@ -345,20 +321,16 @@ class Session:
         """A collective operation has its result."""
         if operation.label == GRADIENTS:
             self.step += 1
-            self._gradient_contributors = len(operation.contributors)
-            for sampler in self._samplers:
-                sampler.commit()
+            self._last_contributors = operation.contributors
+            self._samplers.commit()
 
     def sampler_reports(self) -> list[dict[str, Any]]:
         """Where this member's samplers are."""
-        return [sampler.report() for sampler in self._samplers]
+        return self._samplers.reports()
 
     def view_changed(self, regrouped: Regrouped, old: View, reports: list[list[dict[str, Any]]]) -> None:
         """A new view is committed at all members."""
-        change = _Change(reports, old.members, self.members, len(self._samplers))
-        self._changes.append(change)
-        for index, sampler in enumerate(self._samplers):
-            change.tell(index, sampler)
+        self._samplers.view_changed(reports, old.members, self.members)
         lost = regrouped.lost
         self.emit("view_committed", cause="failure", members=list(self.members), lost=list(lost), links=[])
         if self.rank == 0 and lost:
@@ -415,13 +387,6 @@ class Session:
     def _refuse_if_ended(self) -> None:
         if self._ended:
             raise NoSessionError("the session has ended; nothing can be communicated any more")
-
-
-def _bound_threads() -> None:
-    """Share the cores among the ranks of this node unless the user chose a number of threads."""
-    _, ranks = runtime.node_rank_and_size()
-    if ranks > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
 
 
 _current: Session | None = None

@@ -14,6 +14,8 @@ import socket
 import threading
 from typing import TYPE_CHECKING, Self
 
+import torch
+
 from chaos_mpi.errors import EngineError
 from chaos_mpi.mpi.launch import MCA_DEFAULTS
 
@@ -71,10 +73,11 @@ def stop() -> None:
         MPI.Finalize()
 
 
-def node_rank_and_size() -> tuple[int, int]:
-    """This rank's index among the ranks that ``mpirun`` started on this node, and their number."""
-    rank = int(os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0"))
-    return rank, int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1"))
+def bound_threads() -> None:
+    """Share the cores among the ranks of this node, unless the user chose a number of threads."""
+    ranks = int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1"))
+    if ranks > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
 
 
 def _fault_tolerant() -> bool:
