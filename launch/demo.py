@@ -1,0 +1,121 @@
+"""The demonstration: a real training job, a real SIGKILL, and a look at what happened.
+
+Run through launch/demo.sh, which installs what it needs first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from chaos_mpi.events import read_events
+
+ROOT = Path(__file__).resolve().parent
+#: The job is over long before; one that is not is ended.
+TIME_LIMIT_S = 170.0
+WANTED_ACCURACY_PERCENT = 95.0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--kill-rank", type=int, default=1, help="which rank is killed (0 works as well)")
+    parser.add_argument("--kill-at-step", type=int, default=200)
+    parser.add_argument("--out", type=Path, default=ROOT / "out", help="where event log and picture go")
+    args = parser.parse_args()
+    if not 0 <= args.kill_rank < args.ranks or args.ranks < 2:
+        parser.error("--kill-rank must be one of at least two ranks")
+    args.out.mkdir(parents=True, exist_ok=True)
+    log, picture = args.out / "events.jsonl", args.out / "demo.png"
+    log.unlink(missing_ok=True)
+
+    command = ["chaosrun", "-n", str(args.ranks), "--event-log", str(log)]
+    command += [str(ROOT / "examples" / "train_digits.py"), "--epochs", str(args.epochs)]
+    print(f"$ {' '.join(os.path.relpath(part) if os.path.isabs(part) else part for part in command)}\n", flush=True)
+    # One thread for each rank: more would only be in each other's way on a small machine.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    limit = threading.Timer(TIME_LIMIT_S, job.terminate)
+    limit.start()
+    try:
+        accuracy = follow(job, log, args.kill_rank, args.kill_at_step)
+        status = job.wait(timeout=60)
+    finally:
+        limit.cancel()
+        end(job)
+
+    print(flush=True)
+    subprocess.run(["chaosctl", "timeline", str(log), "--plot", str(picture)], check=True, timeout=120)
+    return judge(status, accuracy, read_events(log), picture)
+
+
+def follow(job: subprocess.Popen[str], log: Path, victim: int, at_step: int) -> float:
+    """Pass the job's output on, kill the victim when training is under way, and return the last accuracy."""
+    accuracy, killed = 0.0, False
+    assert job.stdout is not None
+    for line in job.stdout:
+        print(line, end="", flush=True)
+        if found := re.search(r"test accuracy ([\d.]+) %", line):
+            accuracy = float(found[1])
+        if not killed:
+            killed = kill_when_due(log, victim, at_step)
+    return accuracy
+
+
+def kill_when_due(log: Path, victim: int, at_step: int) -> bool:
+    """SIGKILL the rank once the event log shows that training has come so far."""
+    events = read_events(log) if log.exists() else []
+    if max((e["step"] for e in events if e["event"] == "step"), default=0) < at_step:
+        return False
+    pid = next(e["pid"] for e in events if e["event"] == "session_started" and e["rank"] == victim)
+    print(f"\n*** SIGKILL to rank {victim} (pid {pid}) ***\n", flush=True)
+    os.kill(pid, signal.SIGKILL)
+    return True
+
+
+def judge(status: int, accuracy: float, events: list[dict[str, Any]], picture: Path) -> int:
+    """Say whether everything held that the README promises."""
+    ended = [e for e in events if e["event"] == "session_ended" and e["outcome"] == "finished"]
+    digests = {e["params_digest"] for e in ended}
+    if status != 0:
+        return fail(f"chaosrun ended with status {status}")
+    if not any(e["event"] == "recovered" for e in events):
+        return fail("no rank was killed: the job ended too early; give it more --epochs")
+    if len(digests) != 1:
+        return fail(f"the {len(ended)} replicas are not identical: {', '.join(sorted(digests))}")
+    if accuracy <= WANTED_ACCURACY_PERCENT:
+        return fail(f"the test accuracy is {accuracy:.2f} %, and should be above {WANTED_ACCURACY_PERCENT:.0f} %")
+    print(
+        f"\nA rank was killed, and nothing was lost: {len(ended)} replicas are bitwise identical, "
+        f"test accuracy {accuracy:.2f} %.\nPicture: {os.path.relpath(picture)}"
+    )
+    return 0
+
+
+def fail(reason: str) -> int:
+    """Report why the demonstration failed."""
+    print(f"\nThe demonstration failed: {reason}.", file=sys.stderr)
+    return 1
+
+
+def end(job: subprocess.Popen[str]) -> None:
+    """Leave nothing behind."""
+    if job.poll() is None:
+        job.terminate()
+        try:
+            job.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            job.kill()
+            job.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
