@@ -11,6 +11,7 @@ from typing import TypeVar
 from chaos_mpi.errors import ConfigError
 
 BATCH_POLICIES = ("keep_global_batch", "linear", "sqrt", "none")
+LOG_LEVELS = ("debug", "info", "warning", "error")
 
 T = TypeVar("T")
 
@@ -29,6 +30,7 @@ class Settings:
         resume: go on from the newest checkpoint in ``checkpoint_dir`` if there is one.
         event_log: path of the event log; ``%h`` and ``%m`` stand for host and member. None for none.
         run_dir: private directory that ``chaosrun`` made for this job, or None.
+        log_level: level of this package's log (``debug`` to ``error``), or None to leave logging to the script.
     """
 
     min_ranks: int = 1
@@ -39,6 +41,7 @@ class Settings:
     resume: bool = False
     event_log: str | None = None
     run_dir: Path | None = None
+    log_level: str | None = None
 
     def __post_init__(self) -> None:
         if self.min_ranks < 1:
@@ -49,6 +52,8 @@ class Settings:
             raise ConfigError(f"timeout_s is {self.timeout_s}; it must be a positive number of seconds")
         if self.checkpoint_every < 1:
             raise ConfigError(f"checkpoint_every is {self.checkpoint_every}; it must be at least 1 step")
+        if self.log_level is not None and self.log_level.lower() not in LOG_LEVELS:
+            raise ConfigError(f"the log level is {self.log_level!r}; choose one of {', '.join(LOG_LEVELS)}")
         if self.resume and self.checkpoint_dir is None:
             raise ConfigError("resume needs a checkpoint directory (checkpoint_dir, or --checkpoint-dir)")
 
@@ -92,6 +97,7 @@ def load_settings(
         resume=choose(resume, "CHAOS_RESUME", _flag, False),
         event_log=event_log if event_log is not None else environ.get("CHAOS_EVENT_LOG") or None,
         run_dir=Path(run_dir) if run_dir is not None else None,
+        log_level=environ.get("CHAOS_LOG_LEVEL") or None,
     )
 
 

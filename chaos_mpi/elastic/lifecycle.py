@@ -38,6 +38,18 @@ def write_record(run_dir: Path | None, kind: str, fields: dict[str, Any]) -> Non
         log.warning("could not write %s for the launcher: %s", path, error)
 
 
+def set_log_level(level: str | None) -> None:
+    """Show this package's log from ``level`` on, on stderr if the script has set up nothing else."""
+    if level is None:
+        return
+    logger = logging.getLogger("chaos_mpi")
+    logger.setLevel(level.upper())
+    if not logger.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("chaos_mpi %(levelname)s: %(message)s"))
+        logger.addHandler(handler)
+
+
 class ExitGuard:
     """Ends the process the right way, whichever way it ends.
 

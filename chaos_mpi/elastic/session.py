@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 import torch
 
 from chaos_mpi.elastic.attached import AttachedSamplers
-from chaos_mpi.elastic.lifecycle import ExitGuard, write_record
+from chaos_mpi.elastic.lifecycle import ExitGuard, set_log_level, write_record
 from chaos_mpi.elastic.operations import GRADIENTS, GatherRows, Operation, Reduce, Share
 from chaos_mpi.elastic.persistence import Persistence
 from chaos_mpi.elastic.sequence import OperationSequence
@@ -72,6 +72,7 @@ class Session:
     """
 
     def __init__(self, settings: Settings) -> None:
+        set_log_level(settings.log_level)
         self.settings = settings
         self.host = socket.gethostname()
         self.member = f"{self.host}:{os.getpid()}"

@@ -39,6 +39,7 @@ def test_environment_and_arguments() -> None:
         ({"CHAOS_TIMEOUT_S": "-1"}, "positive"),
         ({"CHAOS_TIMEOUT_S": "inf"}, "positive"),
         ({"CHAOS_CHECKPOINT_EVERY": "0"}, "at least 1 step"),
+        ({"CHAOS_LOG_LEVEL": "loud"}, "debug, info, warning, error"),
         ({"CHAOS_RESUME": "maybe"}, "CHAOS_RESUME"),
         ({"CHAOS_RESUME": "1"}, "checkpoint directory"),
     ],
