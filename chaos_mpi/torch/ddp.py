@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd import Variable
+from torch.utils._pytree import tree_leaves
 
 from chaos_mpi.elastic.operations import pack_bytes, unpack_bytes
 from chaos_mpi.elastic.session import Session, current_session
@@ -86,6 +87,7 @@ class DistributedDataParallel(torch.nn.Module):
         self._keep_buffers()
         self._session.on_rollback(self._restore_buffers)
         self._in_backward = False
+        self._end_queued = False
         self._step: GradientStep | None = None
         self._muted: list[RemovableHandle] = []
         for position, bucket in enumerate(self._buckets):
@@ -94,11 +96,17 @@ class DistributedDataParallel(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module."""
-        if torch.is_grad_enabled():
-            self._session.boundary()
-            if any(sampler.ghost_round() for sampler in self._session.samplers):
-                self._mute()
-        return self.module(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            return self.module(*args, **kwargs)
+        self._session.boundary()
+        if any(sampler.ghost_round() for sampler in self._session.samplers):
+            self._mute()
+        self._end_queued = self._in_backward
+        output = self.module(*args, **kwargs)
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                tensor.register_hook(self._output_gradient)  # type: ignore[no-untyped-call]
+        return output
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -111,6 +119,16 @@ class DistributedDataParallel(torch.nn.Module):
 
     # -- backward ------------------------------------------------------------------------------------
 
+    def _output_gradient(self, _: torch.Tensor) -> None:
+        # Here the outermost backward is running. Parameters may get their gradients in backwards nested in
+        # it (reentrant activation checkpointing), whose end is not the end of the step.
+        self._queue_end()
+
+    def _queue_end(self) -> None:
+        if not self._end_queued:
+            self._end_queued = True
+            Variable._execution_engine.queue_callback(self._backward_ends)
+
     def _hook(self, bucket: int) -> Callable[[torch.Tensor], None]:
         def gradient_is_final(param: torch.Tensor) -> None:
             if not self._in_backward:
@@ -122,7 +140,7 @@ class DistributedDataParallel(torch.nn.Module):
 
     def _backward_begins(self) -> None:
         self._in_backward = True
-        Variable._execution_engine.queue_callback(self._backward_ends)
+        self._queue_end()
         if not self.require_backward_grad_sync:
             return
         contributes = not any(sampler.step_is_ghost() for sampler in self._session.samplers)
@@ -133,6 +151,9 @@ class DistributedDataParallel(torch.nn.Module):
 
     def _backward_ends(self) -> None:
         step, self._step = self._step, None
+        self._end_queued = False
+        if not self._in_backward:
+            return  # torch.autograd.grad, which reaches no parameter
         self._in_backward = False
         for sampler in self._session.samplers:
             sampler.note_backward()
