@@ -1,0 +1,1 @@
+"""The command line tools: ``chaosrun`` starts a job, ``chaosctl`` looks at one."""

@@ -1,0 +1,143 @@
+"""``chaosrun``: starts a job on this machine, passes its output on, and says how it ended."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import NoReturn
+
+import click
+
+from chaos_mpi import __version__
+from chaos_mpi.cli.outcome import EXIT_USAGE, judge, read_records
+from chaos_mpi.cli.process import MpirunJob
+from chaos_mpi.config import BATCH_POLICIES, LOG_LEVELS
+from chaos_mpi.errors import EngineError
+from chaos_mpi.mpi.launch import mpirun_command
+
+_SETTINGS = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+
+
+@click.command(context_settings=_SETTINGS)
+@click.option("-n", "--np", "ranks", type=click.IntRange(min=1), default=1, help="Number of ranks.", show_default=True)
+@click.option("--min-ranks", type=click.IntRange(min=1), help="Stop, with the state saved, when fewer are left.")
+@click.option("--batch-policy", type=click.Choice(BATCH_POLICIES), help="Batch and learning rate on a change of size.")
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Longest wait for other ranks, seconds.")
+@click.option("--checkpoint-dir", type=click.Path(file_okay=False, path_type=Path), help="Write checkpoints there.")
+@click.option("--checkpoint-every", type=click.IntRange(min=1), help="Steps between checkpoints.")
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint, if there is one.")
+@click.option("--event-log", type=click.Path(dir_okay=False), help="Append events; %h and %m: host, member.")
+@click.option("--tag-output", is_flag=True, help="Put its rank in front of each line of output.")
+@click.option("--log-level", type=click.Choice(LOG_LEVELS), help="debug also shows Open MPI's own remarks.")
+@click.option("-m", "module", is_flag=True, help="The first argument is a module, as in python -m.")
+@click.option("--dry-run", is_flag=True, help="Print the mpirun line, and do nothing.")
+@click.version_option(__version__)
+@click.argument("script", nargs=-1, type=click.UNPROCESSED)
+def main(
+    ranks: int,
+    min_ranks: int | None,
+    batch_policy: str | None,
+    timeout: float | None,
+    checkpoint_dir: Path | None,
+    checkpoint_every: int | None,
+    resume: bool,
+    event_log: str | None,
+    tag_output: bool,
+    log_level: str | None,
+    module: bool,
+    dry_run: bool,
+    script: tuple[str, ...],
+) -> None:
+    """Run SCRIPT with its arguments on -n ranks that may die while training goes on.
+
+    Exit status: 0 when training finished, even if ranks died on the way; 3 when the job stopped itself (too few
+    ranks left); 2 for wrong arguments; 128 + signal when interrupted; 1 when it failed.
+    """
+    if min_ranks is not None and min_ranks > ranks:
+        _refuse(f"--min-ranks {min_ranks} is more than -n {ranks}")
+    if resume and checkpoint_dir is None:
+        _refuse("--resume needs --checkpoint-dir")
+    if checkpoint_dir is not None:
+        _refuse_unwritable(checkpoint_dir)
+    settings = {
+        "CHAOS_MIN_RANKS": min_ranks,
+        "CHAOS_BATCH_POLICY": batch_policy,
+        "CHAOS_TIMEOUT_S": timeout,
+        "CHAOS_CHECKPOINT_DIR": checkpoint_dir.absolute() if checkpoint_dir is not None else None,
+        "CHAOS_CHECKPOINT_EVERY": checkpoint_every,
+        "CHAOS_RESUME": 1 if resume else None,
+        "CHAOS_EVENT_LOG": Path(event_log).absolute() if event_log is not None else None,
+        "CHAOS_LOG_LEVEL": log_level,
+    }
+    chosen = {name: str(value) for name, value in settings.items() if value is not None}
+    try:
+        line = mpirun_command(
+            ranks,
+            _program(script, module),
+            forward=sorted({*chosen, "CHAOS_RUN_DIR", *(v for v in os.environ if v.startswith("CHAOS_"))}),
+            tag_output=tag_output,
+        )
+    except EngineError as error:
+        _refuse(str(error))
+    if dry_run:
+        print(" ".join([*(f"{name}={shlex.quote(value)}" for name, value in chosen.items()), shlex.join(line)]))
+        return
+    sys.exit(_run(line, chosen, tag_output, drop_noise=log_level != "debug"))
+
+
+def _run(line: list[str], chosen: dict[str, str], tag_output: bool, drop_noise: bool) -> int:
+    """Run the job and return chaosrun's exit status."""
+    run_dir = Path(tempfile.mkdtemp(prefix="chaosrun-"))  # made with mode 0700
+    try:
+        environment = {**os.environ, **chosen, "CHAOS_RUN_DIR": str(run_dir)}
+        job = MpirunJob(line, environment, run_dir, tagged=tag_output, drop_noise=drop_noise)
+        status = job.wait()
+        if job.interrupted_by is not None:
+            print(f"chaosrun: interrupted by {job.interrupted_by.name}; all ranks were ended", file=sys.stderr)
+            return 128 + job.interrupted_by
+        verdict = judge(read_records(run_dir), status)
+        if verdict.message and f"chaos_mpi: {verdict.message}" not in job.shown_lines():
+            print(f"chaosrun: {verdict.message}", file=sys.stderr)
+        return verdict.status
+    finally:
+        shutil.rmtree(run_dir, ignore_errors=True)
+
+
+def _program(script: tuple[str, ...], module: bool) -> list[str]:
+    """The command of one rank."""
+    if not script:
+        _refuse("there is no script to run: chaosrun -n 4 train.py")
+    if module:
+        return [sys.executable, "-m", *script]
+    name = script[0]
+    if name.startswith("-"):
+        _refuse(f"no such option: {name}")
+    if Path(name).suffix == ".py":
+        if not Path(name).is_file():
+            _refuse(f"there is no file {name}")
+        return [sys.executable, *script]
+    if shutil.which(name) is None:
+        _refuse(f"{name} is neither a Python file (.py) nor an executable")
+    return list(script)
+
+
+def _refuse_unwritable(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _refuse(f"the checkpoint directory {directory} cannot be made: {error.strerror}")
+    if not os.access(directory, os.W_OK | os.X_OK):
+        _refuse(f"the checkpoint directory {directory} cannot be written to")
+
+
+def _refuse(reason: str) -> NoReturn:
+    print(f"chaosrun: {reason}", file=sys.stderr)
+    sys.exit(EXIT_USAGE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""How a job ended, judged from the records its ranks left in the job's private directory.
+
+``mpirun``'s own exit status is not the judge: it is non-zero whenever a rank was killed, whatever the others achieved.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+EXIT_FINISHED = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_STOPPED = 3
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """What the ranks wrote so far; each mapping is from process id to record.
+
+    Attributes:
+        starting: ranks that are about to start MPI.
+        members: ranks that joined the job.
+        outcomes: ranks that came to an end they could still write down.
+    """
+
+    starting: Mapping[int, Record]
+    members: Mapping[int, Record]
+    outcomes: Mapping[int, Record]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Exit status of the job, and one line for the person who started it (or an empty one)."""
+
+    status: int
+    message: str = ""
+
+
+def read_records(run_dir: Path) -> Records:
+    """All records in a job's private directory; what cannot be read is left out."""
+    found: dict[str, dict[int, Record]] = {"starting": {}, "member": {}, "outcome": {}}
+    for path in sorted(run_dir.glob("*-*.json")):
+        kind, _, pid = path.stem.rpartition("-")
+        if kind not in found or not pid.isdigit():
+            continue
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(record, dict):
+            found[kind][int(pid)] = record
+    return Records(found["starting"], found["member"], found["outcome"])
+
+
+def judge(records: Records, mpirun_status: int) -> Verdict:
+    """The outcome of a job that has ended by itself.
+
+    Args:
+        records: what the ranks wrote.
+        mpirun_status: ``mpirun``'s exit status, negative for a signal.
+    """
+    outcomes = list(records.outcomes.values())
+    by_kind = {
+        kind: [record for record in outcomes if record.get("outcome") == kind]
+        for kind in ("finished", "stopped", "failed", "crashed")
+    }
+    if by_kind["stopped"]:
+        return Verdict(EXIT_STOPPED, _first_message(by_kind["stopped"]) or "the job stopped before the end")
+    if by_kind["failed"]:
+        return Verdict(EXIT_FAILED, _first_message(by_kind["failed"]) or "the job failed")
+    crashed = by_kind["crashed"]
+    if by_kind["finished"]:
+        if not crashed:
+            return Verdict(EXIT_FINISHED)
+        return Verdict(
+            EXIT_FINISHED,
+            f"training finished, but {len(crashed)} of {len(records.members)} ranks crashed on the way: "
+            f"{_first_message(crashed)}",
+        )
+    if crashed:
+        return Verdict(EXIT_FAILED, f"training did not finish: {_first_message(crashed)}")
+    if records.members:
+        return Verdict(
+            EXIT_FAILED,
+            f"training did not finish: all {len(records.members)} ranks died (mpirun {describe_status(mpirun_status)})",
+        )
+    if mpirun_status == 0:
+        return Verdict(EXIT_FINISHED)
+    status = mpirun_status if mpirun_status > 0 else 128 - mpirun_status
+    what = "no rank had joined the job yet" if records.starting else "no rank opened a chaos_mpi session"
+    return Verdict(status, f"the job failed: mpirun {describe_status(mpirun_status)}, and {what}")
+
+
+def describe_status(status: int) -> str:
+    """An exit status as a clause, for example ``was killed by SIGKILL``."""
+    if status >= 0:
+        return f"ended with status {status}"
+    try:
+        return f"was killed by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"was killed by signal {-status}"
+
+
+def _first_message(records: Sequence[Record]) -> str:
+    return next((str(record["message"]) for record in records if record.get("message")), "")

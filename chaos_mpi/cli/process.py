@@ -1,0 +1,139 @@
+"""The ``mpirun`` of one job: its output, its signals, and that nothing of it is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+import psutil
+
+from chaos_mpi.cli.outcome import read_records
+from chaos_mpi.cli.output import OutputFilter
+
+#: After a signal, ``mpirun`` gets this long to end its ranks before everything is killed.
+GRACE_S = 10.0
+#: Ranks that have all recorded their end may hold ``mpirun`` up for so long.
+LINGER_S = 15.0
+_POLL_S = 0.1
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class MpirunJob:
+    """Starts ``mpirun`` in a process group of its own; to be used from the main thread.
+
+    Attributes:
+        interrupted_by: the first signal that was forwarded, or None.
+    """
+
+    def __init__(
+        self, line: list[str], environment: dict[str, str], run_dir: Path, *, tagged: bool, drop_noise: bool
+    ) -> None:
+        self.interrupted_by: signal.Signals | None = None
+        self._run_dir = run_dir
+        self._deadline: float | None = None
+        # Handlers first: a signal that comes while mpirun starts is remembered and forwarded.
+        self._process: subprocess.Popen[bytes] | None = None
+        self._previous = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        self._process = subprocess.Popen(
+            line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        )
+        self._filters = [OutputFilter(tagged=tagged, drop_noise=drop_noise) for _ in range(2)]
+        assert self._process.stdout is not None
+        assert self._process.stderr is not None
+        streams = zip(
+            (self._process.stdout, self._process.stderr), (sys.stdout, sys.stderr), self._filters, strict=True
+        )
+        self._pumps = [threading.Thread(target=_pump, args=stream, daemon=True) for stream in streams]
+        for pump in self._pumps:
+            pump.start()
+        self._forward_early_signal()
+
+    def wait(self) -> int:
+        """Wait for the end, end what does not end by itself, and return ``mpirun``'s exit status."""
+        assert self._process is not None
+        all_ended_at: float | None = None
+        while self._process.poll() is None:
+            now = time.monotonic()
+            if self._deadline is not None and now > self._deadline:
+                self._kill_everything()
+            if self._all_ended():
+                all_ended_at = all_ended_at or now
+                if now - all_ended_at > LINGER_S:
+                    self._kill_everything()
+            try:
+                self._process.wait(_POLL_S)
+            except subprocess.TimeoutExpired:
+                continue
+        self._kill_ranks()
+        for pump in self._pumps:
+            pump.join(GRACE_S)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        return self._process.returncode
+
+    def shown_lines(self) -> set[str]:
+        """The package's own messages that the ranks have printed already."""
+        return self._filters[0].own_lines | self._filters[1].own_lines
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        if self.interrupted_by is not None:
+            self._deadline = 0.0  # a second signal: at once
+            return
+        self.interrupted_by = signal.Signals(number)
+        if self._process is not None:
+            self._forward(self.interrupted_by)
+
+    def _forward_early_signal(self) -> None:
+        if self.interrupted_by is not None:
+            self._forward(self.interrupted_by)
+
+    def _forward(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        self._deadline = time.monotonic() + GRACE_S
+        if self._process.poll() is None:
+            # mpirun ends its ranks on SIGTERM; SIGHUP it would ignore.
+            self._process.send_signal(signal.SIGTERM if number is signal.SIGHUP else number)
+
+    def _all_ended(self) -> bool:
+        records = read_records(self._run_dir)
+        return bool(records.members) and all(
+            pid in records.outcomes or not psutil.pid_exists(pid) for pid in records.members
+        )
+
+    def _kill_everything(self) -> None:
+        assert self._process is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._kill_ranks()
+
+    def _kill_ranks(self) -> None:
+        """Ranks that outlived mpirun; only those that carry this job's directory in their environment."""
+        for pid in read_records(self._run_dir).members:
+            try:
+                process = psutil.Process(pid)
+                if process.environ().get("CHAOS_RUN_DIR") == str(self._run_dir):
+                    process.kill()
+            except psutil.Error:
+                continue
+
+
+def _pump(source: IO[bytes], target: IO[str], output: OutputFilter) -> None:
+    while data := os.read(source.fileno(), 65536):
+        _write(target, output.feed(data))
+    _write(target, output.finish())
+
+
+def _write(target: IO[str], data: bytes) -> None:
+    try:
+        target.buffer.write(data)  # type: ignore[attr-defined]
+        target.buffer.flush()  # type: ignore[attr-defined]
+    except (BrokenPipeError, ValueError):
+        return

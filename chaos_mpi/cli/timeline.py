@@ -1,0 +1,82 @@
+"""What happened to a job, told from its event log."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+Event = dict[str, Any]
+
+
+def rows(events: list[Event]) -> list[tuple[float, int, str]]:
+    """The story in order of time: seconds since the start, step, and what happened."""
+    start = min(e["t"] for e in events)
+    story = []
+    views: dict[int, Event] = {}
+    recoveries: dict[int, list[Event]] = {}
+    for event in events:
+        if event["event"] == "view_committed":
+            views.setdefault(event["epoch"], event)
+        elif event["event"] == "recovered":
+            recoveries.setdefault(event["epoch"], []).append(event)
+    first = next((e for e in events if e["event"] == "session_started"), None)
+    if first is not None:
+        story.append((first["t"] - start, first["step"], f"training started with {first['size']} ranks"))
+    for epoch, view in views.items():
+        lost = ", ".join(view["lost"]) or "nobody"
+        story.append((view["t"] - start, view["step"], f"{lost} died; {view['size']} ranks are left"))
+        if epoch in recoveries:
+            # The one that took longest is what the job as a whole waited for.
+            worst = max(recoveries[epoch], key=lambda e: e["total_ms"])
+            parts = ", ".join(
+                f"{part} {worst[part + '_ms']:.0f}" for part in ("detect", "revoke", "shrink", "exchange", "redo")
+            )
+            text = f"went on after {worst['total_ms']:.0f} ms ({parts})"
+            story.append((worst["t"] - start, worst["step"], text))
+    ended = [e for e in events if e["event"] == "session_ended"]
+    if ended:
+        story.append((ended[-1]["t"] - start, ended[-1]["step"], _ending(ended)))
+    return sorted(story)
+
+
+def _ending(ended: list[Event]) -> str:
+    finished = [e for e in ended if e["outcome"] == "finished"]
+    if not finished:
+        return f"ended: {ended[-1]['outcome']}"
+    digests = {e["params_digest"] for e in finished}
+    if len(digests) == 1:
+        return f"finished; all {len(finished)} replicas are bitwise identical (digest {digests.pop()})"
+    return f"finished; the {len(finished)} replicas DIFFER"
+
+
+def draw(events: list[Event], path: Path) -> None:
+    """Loss and cluster size over time, with the deaths marked, as a PNG. Needs matplotlib (extra ``plot``)."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    start = min(e["t"] for e in events)
+    rank = min((e["rank"] for e in events if e["event"] == "step"), default=0)
+    steps = [e for e in events if e["event"] == "step" and e["rank"] == rank]
+    losses = [(e["t"] - start, e["loss"]) for e in steps if e.get("loss") is not None]
+    deaths = [t for t, _, text in rows(events) if "died" in text]
+    figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(9, 5.5), height_ratios=(3, 1))
+    if losses:
+        above.plot(*zip(*losses, strict=True), linewidth=1, color="tab:blue")
+        above.set_yscale("log")
+    above.set_ylabel("loss")
+    below.step([e["t"] - start for e in steps], [e["size"] for e in steps], where="post", color="tab:green")
+    below.set_ylim(bottom=0)
+    below.set_ylabel("ranks")
+    below.set_xlabel("seconds since the start")
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+        for moment in deaths:
+            axes.axvline(moment, color="tab:red", linestyle="--", linewidth=1)
+    for moment in deaths:
+        above.annotate("rank died", (moment, 1), xycoords=("data", "axes fraction"), color="tab:red", va="top")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
