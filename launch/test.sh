@@ -7,7 +7,7 @@ set_up "[test,dev]"
 export OMP_NUM_THREADS=1
 
 echo "== ruff"
-ruff check chaos_mpi launch benchmarks tests/unit tests/collective
+ruff check chaos_mpi launch benchmarks
 echo "== mypy --strict"
 mypy --strict chaos_mpi
 echo "== unit tests"
