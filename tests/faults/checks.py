@@ -1,0 +1,91 @@
+"""What must hold after every run, whoever died on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from jobs import Finished
+from problem import Problem, check_exactly_once, largest_difference, read_traces, replay
+
+TOLERANCE = 1e-10
+
+
+def check_survival(
+    job: Finished,
+    problem: Problem,
+    dead: Collection[int],
+    *,
+    status: int | None = 0,
+    events_of: Collection[int] | None = None,
+    ended: Collection[int] = (),
+) -> dict[int, list[str]]:
+    """Assert everything that the package promises about a run in which the ranks ``dead`` were killed.
+
+    Args:
+        status: what the launcher must return; None when it is not chaosrun.
+        events_of: the deaths that survivors must have logged, if not all of ``dead``: one that comes
+            when all work is done needs no recovery.
+        ended: ranks that died after they had reported their result.
+
+    Returns:
+        The members whose gradients are in each step.
+    """
+    if status is not None:
+        assert job.status == status, f"the launcher returned {job.status}"
+    traces = read_traces(job.folder)
+    alive = [job.member(rank) for rank in range(problem.ranks) if rank not in dead]
+    gone = {job.member(rank) for rank in dead}
+
+    results = job.results()
+    assert set(results) - {job.member(r) for r in ended} == set(alive), "not all survivors came to the end"
+    steps = traces[alive[0]].steps
+    assert sorted(steps) == list(range(1, len(steps) + 1)), f"steps are missing: {sorted(steps)}"
+    for member in alive:
+        assert traces[member].steps == steps, f"{member} and {alive[0]} disagree on who contributed"
+    check_exactly_once(problem, steps, traces)
+    for member, result in results.items():
+        assert result["steps"] == result["scheduler"] == len(steps), (member, result)
+        assert result["identical"], f"{member} saw replicas that differ"
+    assert len({result["digest"] for result in results.values()}) == 1, results
+
+    finals = {member: torch.load(job.folder / f"final-{member}.pt", weights_only=True) for member in alive}
+    first = finals[alive[0]]
+    for member, final in finals.items():
+        for name, tensor in final.items():
+            assert torch.equal(tensor, first[name]), f"{name} differs between {alive[0]} and {member}"
+    reference = replay(problem, steps, traces)
+    difference = largest_difference(reference, first)
+    assert difference < TOLERANCE, f"the result is {difference:.1e} away from one process with the same history"
+
+    _check_events(job, alive, gone, {job.member(r) for r in (dead if events_of is None else events_of)}, len(steps))
+    return steps
+
+
+def _check_events(job: Finished, alive: list[str], gone: set[str], noticed: set[str], steps: int) -> None:
+    finals = {e["member"]: e for e in job.events("session_ended")}
+    assert set(alive) <= set(finals), "a survivor has no session_ended in its event log"
+    assert {finals[m]["outcome"] for m in alive} == {"finished"}
+    assert len({finals[m]["params_digest"] for m in alive}) == 1
+    for member in alive:
+        own = [e for e in job.events() if e["member"] == member]
+        names = [e["event"] for e in own]
+        assert names[0] == "session_started", names
+        views = [e for e in own if e["event"] == "view_committed"]
+        lost = [m for view in views for m in view["lost"]]
+        assert len(lost) == len(set(lost)), f"{member} lost somebody twice: {lost}"
+        assert noticed <= set(lost) <= gone, f"{member} logged the loss of {lost}, not of {sorted(noticed)}"
+        assert [view["epoch"] for view in views] == list(range(1, len(views) + 1))
+        assert [e["step"] for e in own if e["event"] == "step"] == list(range(1, steps + 1))
+        if noticed:
+            assert "failure_detected" in names, f"{member} logged no failure_detected"
+            recovered = [e for e in own if e["event"] == "recovered"]
+            assert recovered, f"{member} logged no recovery"
+            for event in recovered:
+                parts = [event[f"{part}_ms"] for part in ("detect", "revoke", "shrink", "redo", "total")]
+                assert min(parts) >= 0.0
+                assert parts[-1] >= max(parts[:-1])
+    detected = {m for e in job.events("failure_detected") for m in e["failed"]}
+    assert detected <= gone, f"{detected - gone} were said to have failed and are alive"
+    if len(noticed) == 1:
+        assert detected == noticed, "nobody's failure_detected names the one that died"

@@ -1,0 +1,47 @@
+"""Small scripts that do one thing wrong: ``scenarios.py NAME``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import quick_start  # noqa: F401
+import torch
+from torch import nn
+
+import chaos_mpi
+
+
+def model_differs(session: chaos_mpi.Session) -> None:
+    """Rank 2 has a wider layer."""
+    width = 7 if session.rank == 2 else 6
+    chaos_mpi.DistributedDataParallel(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, width)))
+
+
+def optimizer_differs(session: chaos_mpi.Session) -> None:
+    """Rank 1 has another learning rate."""
+    model = chaos_mpi.DistributedDataParallel(nn.Linear(4, 6))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2 if session.rank == 1 else 0.1)
+    chaos_mpi.TrainingState(model=model, optimizer=optimizer)
+
+
+def call_differs(session: chaos_mpi.Session) -> None:
+    """Rank 1 calls something else than the others."""
+    model = chaos_mpi.DistributedDataParallel(nn.Linear(4, 6))
+    model(torch.ones(2, 4)).sum().backward()
+    if session.rank == 1:
+        session.all_reduce(torch.zeros(1000))
+    else:
+        model(torch.ones(2, 4)).sum().backward()
+
+
+def forgets_to_close(session: chaos_mpi.Session) -> None:
+    """Ends without chaos_mpi.finalize()."""
+    model = chaos_mpi.DistributedDataParallel(nn.Linear(4, 6))
+    model(torch.ones(2, 4)).sum().backward()
+
+
+if __name__ == "__main__":
+    scenario: Callable[[chaos_mpi.Session], None] = globals()[sys.argv[1]]
+    scenario(chaos_mpi.init())
+    print("came to the end", flush=True)

@@ -1,0 +1,222 @@
+"""How jobs begin and end when something is wrong: every job ends by itself, says why, and leaves nothing running."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from checks import TOLERANCE, check_survival
+from fault_points import Rule
+from jobs import Finished, Job, start, start_training
+from problem import Problem, check_exactly_once, largest_difference, read_traces, replay
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(150, method="signal")]
+
+STEP = 3
+STOPPED = 3
+
+
+def rule(rank: int, at: str, do: str | None, step: int | str | None = None, *wait: str) -> Rule:
+    """See :mod:`fault_points`."""
+    made: Rule = {"rank": rank, "at": at, "wait": list(wait)}
+    return made | ({"do": do} if do else {}) | ({"step": step} if step is not None else {})
+
+
+# -- start-up and end -----------------------------------------------------------------------------------
+
+
+def test_a_rank_is_killed_after_init(tmp_path: Path) -> None:
+    problem = Problem(ranks=3)
+    with start_training(tmp_path, problem, [rule(1, "opened", "die")]) as job:
+        check_survival(job.finish(), problem, {1})
+
+
+START_CASES = {
+    "before init": [rule(1, "start", "die")],
+    "in init": [rule(2, "start", None, None, "dead:1"), rule(1, "inside:init", "die", "start", "start.2")],
+}
+
+
+@pytest.mark.parametrize("case", START_CASES, ids=lambda case: case.replace(" ", "-"))
+def test_a_rank_is_killed_while_mpi_starts(case: str, tmp_path: Path) -> None:
+    problem = Problem(ranks=3)
+    with start_training(tmp_path, problem, START_CASES[case], limit_s=50) as job:
+        finished = job.finish()
+    assert finished.status != 0
+
+
+CLOSE_CASES = {
+    "before close": ([rule(1, "close", "die", "close")], {1}),
+    "rank 0 before close": ([rule(0, "close", "die", "close")], {0}),
+    "while comparing digests": (
+        [rule(3, "close", None, "close", "dead:1"), rule(1, "inside:all_reduce", "die", "close", "close.3")],
+        {1},
+    ),
+    "while agreeing to close": (
+        [rule(3, "phase:agree", None, "close", "dead:1"), rule(1, "inside:agree", "die", "close", "phase:agree.3")],
+        set(),
+    ),
+    "at the very end": ([rule(1, "end", "die", "close")], set()),
+}
+
+
+@pytest.mark.parametrize("case", CLOSE_CASES, ids=lambda case: case.replace(" ", "-"))
+def test_a_rank_is_killed_while_closing(case: str, tmp_path: Path) -> None:
+    rules, noticed = CLOSE_CASES[case]
+    victim = next(r["rank"] for r in rules if r.get("do") == "die")
+    problem = Problem(epochs=1)
+    with start_training(tmp_path, problem, rules) as job:
+        check_survival(job.finish(), problem, {victim}, events_of=noticed)
+
+
+def test_a_script_that_forgets_to_close(tmp_path: Path) -> None:
+    with start("scenarios.py", tmp_path, "forgets_to_close", ranks=2) as job:
+        finished = job.finish()
+    assert finished.status == 0
+    assert {e["outcome"] for e in finished.events("session_ended")} == {"finished"}
+    assert "without chaos_mpi.finalize()" in finished.output
+
+
+# -- errors of one rank ---------------------------------------------------------------------------------
+
+
+def test_an_exception_on_one_rank(tmp_path: Path) -> None:
+    problem = Problem()
+    with start_training(tmp_path, problem, [rule(1, "forward", "raise", STEP)]) as job:
+        finished = job.finish()
+        check_survival(finished, problem, {1})
+    assert finished.output.count("InjectedError: injected into rank 1") == 1
+    (crashed,) = [e for e in finished.events("session_ended") if e["outcome"] == "crashed"]
+    assert crashed["member"] == finished.member(1)
+    assert "injected into rank 1" in crashed["message"]
+
+
+@pytest.mark.parametrize(
+    ("scenario", "parts"),
+    [
+        ("model_differs", ["model differs", "'1.weight' of shape (6, 6)", "rank 2", "(7, 6)"]),
+        ("optimizer_differs", ["rank 1", "lr", "0.1", "0.2"]),
+        ("call_differs", ["gradient step", "all_reduce", "every rank must make the same calls"]),
+    ],
+)
+def test_ranks_that_differ_are_refused(scenario: str, parts: list[str], tmp_path: Path) -> None:
+    with start("scenarios.py", tmp_path, scenario, ranks=3) as job:
+        finished = job.finish()
+    assert finished.status != 0
+    assert "came to the end" not in finished.output
+    assert "Traceback" not in finished.output
+    lines = [line for line in finished.output.splitlines() if all(part in line for part in parts)]
+    assert lines, "no line says what differs"
+
+
+# -- when the job cannot go on --------------------------------------------------------------------------
+
+
+def test_a_hung_rank_ends_the_job(tmp_path: Path) -> None:
+    timeout_s = 4.0
+    problem = Problem(epochs=50)
+    with start_training(tmp_path, problem, [rule(1, "forward", "stop", STEP)], timeout_s=timeout_s) as job:
+        job.wait_until(lambda: job.steps_finished() >= STEP, "the steps before the hang")
+        begun = time.monotonic()
+        finished = job.finish()
+        took = time.monotonic() - begun
+    assert finished.status != 0
+    # The wait itself, the writing of the state, and the end of the processes.
+    assert took < timeout_s + 8.0
+    lines = [line for line in finished.output.splitlines() if "stuck or cut off" in line]
+    assert lines
+    assert all("waited 4 s for" in line and "gradient step" in line and "rank" in line for line in lines)
+
+
+def run_again(first: Finished, folder: Path, problem: Problem, *options: str) -> Finished:
+    """Resume in ``folder`` what ``first`` left."""
+    with start_training(folder, problem, options=options) as job:
+        return job.finish()
+
+
+def test_too_few_ranks(tmp_path: Path) -> None:
+    problem = Problem()
+    rules = [rule(1, "forward", "die", STEP, "forward.2"), rule(2, "forward", "die", STEP, "forward.1")]
+    saved = tmp_path / "saved"
+    with start_training(tmp_path / "a", problem, rules, options=["--min-ranks", "3", "--checkpoint-dir", str(saved)]) as job:
+        first = job.finish()
+    assert first.status == STOPPED
+    lines = [line for line in first.output.splitlines() if "ranks are left" in line]
+    assert len(lines) == 1, lines
+    assert f"stopped at step {STEP}: 2 of 4 ranks are left, and min_ranks is 3" in lines[0]
+    assert str(saved / f"step-{STEP:09d}.safetensors") in lines[0]
+
+    second = run_again(first, tmp_path / "b", problem, "--checkpoint-dir", str(saved), "--resume")
+    assert second.status == 0
+    _check_continued(problem, first, second, STEP)
+
+
+def test_everything_is_killed_and_resumed(tmp_path: Path) -> None:
+    problem = Problem(epochs=3)
+    saved = tmp_path / "saved"
+    with start_training(tmp_path / "whole", problem) as job:
+        whole = job.finish()
+    digests = {result["digest"] for result in whole.results().values()}
+    assert len(digests) == 1
+
+    options = ["--checkpoint-dir", str(saved), "--checkpoint-every", "2"]
+    hold = [rule(0, "boundary", None, 8, "never")]
+    with start_training(tmp_path / "a", problem, hold, options=options) as job:
+        job.wait_until(lambda: job.steps_finished() == 9, "step 9")
+        job.wait_until((saved / "step-000000006.safetensors").exists, "the checkpoint of step 6")
+        job.kill_all()
+    first = Finished(-9, "", tmp_path / "a", 0.0)
+    second = run_again(first, tmp_path / "b", problem, *options, "--resume")
+    assert second.status == 0
+    assert {result["digest"] for result in second.results().values()} == digests
+    resumed = min(min(trace.batches) for trace in read_traces(second.folder).values())
+    assert resumed in {6, 8}
+    _check_continued(problem, first, second, resumed)
+
+
+def _check_continued(problem: Problem, first: Finished, second: Finished, at: int) -> None:
+    """Both runs together are one: each sample once, and the result that one process gets."""
+    before, after = read_traces(first.folder), read_traces(second.folder)
+    steps = {}
+    for traces in (before, after):
+        for trace in traces.values():
+            steps.update({k: v for k, v in trace.steps.items() if (k <= at) == (traces is before)})
+    assert sorted(steps) == list(range(1, len(steps) + 1))
+    check_exactly_once(problem, steps, before | after)
+    reference = replay(problem, steps, before | after)
+    for member in after:
+        final = torch.load(second.folder / f"final-{member}.pt", weights_only=True)
+        assert largest_difference(reference, final) < TOLERANCE
+
+
+# -- kills from outside, at any moment ------------------------------------------------------------------
+
+
+def _kill_at_random(job: Job, ranks: int, left: int, seed: int) -> set[int]:
+    choice = random.Random(seed)
+    victims = choice.sample(range(ranks), ranks - left)
+    dead = set(victims)
+    pids = {rank: job.pid(rank) for rank in range(ranks)}
+    job.wait_until(lambda: job.steps_finished() >= 2, "the first steps")
+    while victims:
+        # Now and then two at once; otherwise at any moment, also in the recovery from the last one.
+        together = [victims.pop() for _ in range(min(len(victims), choice.choice((1, 1, 2))))]
+        pause = time.monotonic() + choice.choice((0.0, 0.001, 0.01, 0.1)) * choice.random()
+        while time.monotonic() < pause:
+            pass
+        for rank in together:
+            os.kill(pids[rank], signal.SIGKILL)
+    return dead
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_random_kills_of_eight_down_to_two(seed: int, tmp_path: Path) -> None:
+    problem = Problem(ranks=8, epochs=30)
+    with start_training(tmp_path, problem, limit_s=120) as job:
+        dead = _kill_at_random(job, problem.ranks, 2, seed)
+        check_survival(job.finish(), problem, dead)
