@@ -7,7 +7,7 @@ set_up "[test,dev]"
 export OMP_NUM_THREADS=1
 
 echo "== ruff"
-ruff check chaos_mpi launch benchmarks
+ruff check .
 echo "== mypy --strict"
 mypy --strict chaos_mpi
 echo "== unit tests"
@@ -16,5 +16,7 @@ echo "== collective tests on 4 ranks"
 root=()
 [ "$(id -u)" -ne 0 ] || root=(--allow-run-as-root)
 timeout 300 mpirun --with-ft ulfm --oversubscribe "${root[@]}" -n 4 python -m pytest --with-mpi tests/collective
-echo "== a real job, a real kill"
+echo "== fault tests: real jobs, real kills (about five minutes on two cores)"
+timeout 1500 python -m pytest tests/faults
+echo "== the demonstration"
 timeout 240 python launch/demo.py --epochs 15 --kill-at-step 100

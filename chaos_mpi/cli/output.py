@@ -40,7 +40,8 @@ class OutputFilter:
         """What is to be shown after ``data`` was read."""
         if not self._tagged and not self._drop_noise:
             return data
-        lines = (self._rest + data).split(b"\n")
+        # mpirun ends its own messages with a zero byte behind the end of the line.
+        lines = [line.removeprefix(b"\0") for line in (self._rest + data).split(b"\n")]
         self._rest = lines.pop()
         shown = [kept for line in lines for kept in self._line(line + b"\n")]
         # A prompt or a progress bar has no line end and must not wait for one, unless it may become noise or a tag.

@@ -15,13 +15,16 @@ from typing import IO
 
 import psutil
 
-from chaos_mpi.cli.outcome import read_records
+from chaos_mpi.cli.outcome import Records, read_records
 from chaos_mpi.cli.output import OutputFilter
+from chaos_mpi.elastic.lifecycle import write_record
 
 #: After a signal, ``mpirun`` gets this long to end its ranks before everything is killed.
 GRACE_S = 10.0
 #: Ranks that have all recorded their end may hold ``mpirun`` up for so long.
 LINGER_S = 15.0
+#: Ranks that are still starting so long after another one died wait for it, and would for ever.
+START_GRACE_S = 5.0
 _POLL_S = 0.1
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -55,6 +58,7 @@ class MpirunJob:
         for pump in self._pumps:
             pump.start()
         self._forward_early_signal()
+        self._start = _StartWatch(self._process.pid)
 
     def wait(self) -> int:
         """Wait for the end, end what does not end by itself, and return ``mpirun``'s exit status."""
@@ -63,6 +67,9 @@ class MpirunJob:
         while self._process.poll() is None:
             now = time.monotonic()
             if self._deadline is not None and now > self._deadline:
+                self._kill_everything()
+            if (loss := self._start.loss(read_records(self._run_dir), now)) is not None:
+                write_record(self._run_dir, "outcome", {"outcome": "failed", "message": loss})
                 self._kill_everything()
             if self._all_ended():
                 all_ended_at = all_ended_at or now
@@ -116,13 +123,50 @@ class MpirunJob:
 
     def _kill_ranks(self) -> None:
         """Ranks that outlived mpirun; only those that carry this job's directory in their environment."""
-        for pid in read_records(self._run_dir).members:
+        records = read_records(self._run_dir)
+        for pid in {*records.starting, *records.members}:
             try:
                 process = psutil.Process(pid)
                 if process.environ().get("CHAOS_RUN_DIR") == str(self._run_dir):
                     process.kill()
             except psutil.Error:
                 continue
+
+
+class _StartWatch:
+    """Notices a rank that died before MPI was up: all others are in ``MPI_Init``, which waits for it without limit.
+
+    Args:
+        mpirun_pid: the ranks are its children.
+    """
+
+    def __init__(self, mpirun_pid: int) -> None:
+        self._mpirun_pid = mpirun_pid
+        self._seen: set[int] = set()
+        self._noticed: float | None = None
+
+    def loss(self, records: Records, now: float) -> str | None:
+        """What happened, in words, once it is certain that the job cannot start; else None."""
+        if records.members:
+            return None  # the ranks have met: from now on they deal with deaths themselves
+        try:
+            children = psutil.Process(self._mpirun_pid).children()
+            alive = {child.pid for child in children if child.status() != psutil.STATUS_ZOMBIE}
+        except psutil.Error:
+            return None
+        dead = self._seen - alive
+        self._seen |= alive
+        waiting = alive & set(records.starting)
+        if not dead or not waiting:
+            return None
+        self._noticed = self._noticed or now
+        if now - self._noticed < START_GRACE_S:
+            return None
+        return (
+            f"{len(dead)} of the {len(self._seen)} ranks died before MPI was up "
+            f"(pid {', '.join(map(str, sorted(dead)))}); a job can only start with all of its ranks. "
+            "Look above for their error, and start the job again"
+        )
 
 
 def _pump(source: IO[bytes], target: IO[str], output: OutputFilter) -> None:

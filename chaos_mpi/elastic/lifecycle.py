@@ -1,8 +1,9 @@
 """What a rank leaves behind: its records for the launcher, and its behaviour at the end of the process.
 
 A process that ends by an exception must end at once and without ``MPI_Finalize``, which would wait for the
-others; they then see a dead peer and train on. A script that just ends without :func:`chaos_mpi.finalize` is
-closed in good order.
+others; they then see a dead peer and train on. It ends itself by a signal: the launcher tells the others of a
+process that was killed, but not of one that exits with a status above zero. A script that just ends without
+:func:`chaos_mpi.finalize` is closed in good order.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import atexit
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from chaos_mpi.errors import ChaosError
+from chaos_mpi.errors import ChaosError, TooFewRanksError
 
 log = logging.getLogger("chaos_mpi.elastic")
 
@@ -56,10 +58,13 @@ class ExitGuard:
     Args:
         close: ends the session in good order.
         crashed: records that this rank ends by an exception, given as text.
+        watched: whether other members are to see the end of this process.
     """
 
-    def __init__(self, close: Callable[[], object], crashed: Callable[[str], None]) -> None:
-        self._close, self._crashed = close, crashed
+    def __init__(
+        self, close: Callable[[], object], crashed: Callable[[str], None], watched: Callable[[], bool]
+    ) -> None:
+        self._close, self._crashed, self._watched = close, crashed, watched
         self._previous = sys.excepthook
         sys.excepthook = self._on_exception
         atexit.register(self._at_exit)
@@ -85,4 +90,6 @@ class ExitGuard:
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
+        if self._watched() and not isinstance(value, TooFewRanksError):
+            os.kill(os.getpid(), signal.SIGKILL)
         os._exit(STOPPED_STATUS if stopped else 130 if issubclass(kind, KeyboardInterrupt) else 1)

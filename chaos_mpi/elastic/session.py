@@ -6,18 +6,16 @@ It is what users and integrations call. The sequence of collective operations it
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
-import torch
-
 from chaos_mpi.elastic.attached import AttachedSamplers
+from chaos_mpi.elastic.collectives import CollectiveCalls
 from chaos_mpi.elastic.lifecycle import ExitGuard, set_log_level, write_record
-from chaos_mpi.elastic.operations import GRADIENTS, GatherRows, Operation, Reduce, Share
+from chaos_mpi.elastic.operations import GRADIENTS, Operation
 from chaos_mpi.elastic.persistence import Persistence
 from chaos_mpi.elastic.sequence import OperationSequence
 from chaos_mpi.errors import ChaosError, ConfigError, NoSessionError, TooFewRanksError, WaitTimeoutError
@@ -25,7 +23,7 @@ from chaos_mpi.events import EventLog
 from chaos_mpi.mpi import runtime
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from chaos_mpi.config import Settings
     from chaos_mpi.elastic.recovery import Regrouped
@@ -35,8 +33,6 @@ if TYPE_CHECKING:
     from chaos_mpi.torch.buckets import GradientStep
 
 log = logging.getLogger("chaos_mpi.elastic")
-
-_SHARE_CHUNK_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +54,7 @@ class SessionResult:
     size: int
 
 
-class Session:
+class Session(CollectiveCalls):
     """This process's part in an elastic job. Made by :func:`chaos_mpi.init`; one at a time.
 
     All methods that communicate must be called by every member, in the same order, from the main thread.
@@ -83,7 +79,8 @@ class Session:
         self._recorded: dict[str, Any] = {}
         self._boundary_step = 0
         self._result: SessionResult | None = None
-        world = runtime.start()
+        write_record(settings.run_dir, "starting", {"member": self.member, "pid": os.getpid(), "host": self.host})
+        world = runtime.start(settings.timeout_s)
         runtime.bound_threads()
         self.initial_size = world.size
         if settings.min_ranks > world.size:
@@ -92,7 +89,7 @@ class Session:
         self._sequence = OperationSequence(world, self.member, settings.timeout_s, self)
         self._last_contributors = self.members
         self._persistence = Persistence(self)
-        self._guard = ExitGuard(self.close, self._crashed)
+        self._guard = ExitGuard(self.close, self._crashed, lambda: self.size > 1)
         identity = {"member": self.member, "pid": os.getpid(), "rank": self.rank, "host": self.host}
         write_record(settings.run_dir, "member", identity)
         self.emit("session_started", pid=os.getpid(), host=self.host, members=list(self.members))
@@ -138,81 +135,6 @@ class Session:
     def batch_policy(self) -> str:
         """The rule for batch size and learning rate on a change of size."""
         return self.settings.batch_policy
-
-    # -- collective calls ----------------------------------------------------------------------------
-
-    def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
-        """Reduce a CPU tensor over all members, in place, and return it.
-
-        Half precisions are summed in float32. A member that dies meanwhile is left out.
-
-        Args:
-            op: ``sum``, ``max`` or ``min``.
-
-        Raises:
-            ConfigError: unknown ``op``, or the tensor is not on the CPU.
-        """
-        if op not in ("sum", "max", "min"):
-            raise ConfigError(f"all_reduce knows sum, max and min, not {op!r}")
-        if tensor.device.type != "cpu":
-            raise ConfigError(f"all_reduce takes CPU tensors; this one is on {tensor.device}")
-        operation = Reduce("all_reduce", tensor, op)
-        self.execute(operation)
-        with torch.no_grad():
-            tensor.copy_(operation.results()[0])
-        return tensor
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every member's JSON-able ``value``, in rank order, of the members that took part."""
-        payload = json.dumps(value).encode()
-        longest = self.all_reduce(torch.tensor([len(payload)]), "max")
-        operation = GatherRows("gather", payload, int(longest[0]))
-        self.execute(operation)
-        return operation.decoded()
-
-    def share(self, label: str, tensors: Sequence[torch.Tensor], root: str | None = None) -> None:
-        """Give every member the bits that the member ``root`` (else rank 0) has in ``tensors``.
-
-        Any dtype, on the CPU, in place.
-
-        Raises:
-            RecoveryError: ``root`` was named and died meanwhile.
-        """
-        chunk: list[torch.Tensor] = []
-        for index, tensor in enumerate(tensors, start=1):
-            chunk.append(tensor)
-            if sum(t.nbytes for t in chunk) >= _SHARE_CHUNK_BYTES or index == len(tensors):
-                operation = Share(f"{label}[{sum(t.nbytes for t in chunk)} bytes]", chunk, root)
-                self.execute(operation)
-                operation.deliver()
-                chunk = []
-
-    def barrier(self) -> None:
-        """Return once every member has called it."""
-        self.all_reduce(torch.zeros(1))
-
-    def evaluate(self, n_items: int, fn: Callable[[range], torch.Tensor]) -> torch.Tensor:
-        """Sum ``fn`` over a partition of ``range(n_items)`` among the members, every item exactly once.
-
-        When a member dies meanwhile, the survivors share all items out again and repeat.
-
-        Args:
-            n_items: number of items to share out.
-            fn: takes the item indices of this member (a ``range``, possibly empty) and returns a 1-D tensor.
-
-        Returns:
-            The sum, float64, shape as returned by ``fn``; the same bits at every member.
-        """
-        while True:
-            epoch, rank, size = self.epoch, self.rank, self.size
-            part = fn(range(rank, n_items, size)).detach().to(torch.float64).reshape(-1)
-            # A member may learn of a death one call later than another. Only if all used the same view, and all of
-            # that view are in the sum, was every item counted once. All see the same sums, so all decide alike.
-            tags = torch.tensor([1.0, epoch, epoch**2, size], dtype=torch.float64)
-            total = self.all_reduce(torch.cat([part, tags]))
-            count, epochs, squares, sizes = total[-4:].tolist()
-            if count * squares == epochs**2 and sizes == count**2:
-                return total[:-4]
 
     def record(self, **values: float) -> None:
         """Add values, ``loss`` for one, to the event log's line of the present step."""

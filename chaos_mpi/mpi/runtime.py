@@ -8,6 +8,7 @@ the other ranks, and they are to see a dead peer and train on.
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import socket
@@ -28,11 +29,14 @@ log = logging.getLogger("chaos_mpi.mpi")
 WATCHDOG_STATUS = 75
 
 
-def start() -> World:
+def start(limit_s: float) -> World:
     """Initialise MPI and return the world communicator of this job.
 
     Under ``mpirun`` the job must have been started with ``--with-ft ulfm`` when it has more than one
     rank. A script started without ``mpirun`` becomes a world of one rank.
+
+    Args:
+        limit_s: seconds that the other ranks have to arrive, too; the process ends with a traceback when they do not.
 
     Raises:
         EngineError: MPI cannot be loaded or initialised, or has no fault tolerance here.
@@ -44,7 +48,7 @@ def start() -> World:
     if MPI.Is_finalized():
         raise EngineError("MPI was already finalized in this process; a session can be opened once per process.")
     if not MPI.Is_initialized():
-        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+        _wait_for_every_rank_in_mpi_init(limit_s)
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         raise EngineError(
             "MPI was initialised without THREAD_MULTIPLE before chaos_mpi.init(); "
@@ -57,6 +61,21 @@ def start() -> World:
             "start it with 'chaosrun -n N script.py' or 'mpirun --with-ft ulfm -n N python script.py'."
         )
     return world
+
+
+def _wait_for_every_rank_in_mpi_init(limit_s: float) -> None:
+    """Initialise MPI, which returns when all ranks of the job have called it.
+
+    mpi4py holds the interpreter lock meanwhile, so no thread of Python can watch over it. ``faulthandler`` has one
+    that needs no lock; what it prints when it ends the process is a traceback, with this function's name on top.
+    """
+    from mpi4py import MPI
+
+    faulthandler.dump_traceback_later(limit_s, exit=True)
+    try:
+        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def stop() -> None:

@@ -15,7 +15,7 @@ TIMEOUT_S = 30.0
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Open the session before pytest-mpi asks MPI for the number of ranks: what selects MPI's components comes first."""
+    """Open the session before pytest-mpi asks MPI for the number of ranks, since that would start MPI."""
     if session.config.getoption("--with-mpi") and "OMPI_COMM_WORLD_SIZE" in os.environ:
         chaos_mpi.init(timeout_s=TIMEOUT_S)
 

@@ -5,14 +5,14 @@ A rule is a dict::
     {"rank": 1, "at": "forward", "step": 5, "wait": ["dead:2", "forward.3"], "do": "die"}
 
 Rank 1 (as numbered at the start), on reaching the point ``forward`` of the step that follows 5 finished ones, tells
-the others so by the mark ``forward.1``, waits until rank 2 is dead and rank 3 has left its mark ``forward.3``, and kills
-itself. ``do`` is ``die`` (SIGKILL), ``stop`` (SIGSTOP), ``raise``, or missing; without ``step`` the rule holds at
+the others so by the mark ``forward.1``, waits until rank 2 is dead and rank 3 has left its mark ``forward.3``, and
+kills itself. ``do`` is ``die`` (SIGKILL), ``stop`` (SIGSTOP), ``raise``, or missing; without ``step`` the rule holds at
 the first time the point is reached.
 
 Points: ``start`` (before init), ``opened`` (after init), ``forward``, ``between buckets``, ``settle`` (all
 gradients are on their way), ``before optimizer``, ``boundary``, ``evaluate``, ``close``, ``end`` (about to leave MPI),
 ``phase:X`` (about to begin part X of a recovery), and ``inside:X``: X is what ``session.phase`` begins with, and the
-main thread is inside a call to MPI; such rules act from a thread of their own. ``inside:init`` is MPI's own start.
+main thread is inside a call to MPI; such rules act from a thread of their own.
 """
 
 from __future__ import annotations
@@ -68,9 +68,7 @@ class FaultPoints:
     def enter(self, moment: int | str) -> None:
         """A step begins (its number is that of the steps finished), or ``close``."""
         self._moment = moment
-        for rule in [
-            r for r in self._rules if r["at"].startswith("inside:") and r.get("step", moment) == moment
-        ]:
+        for rule in [r for r in self._rules if r["at"].startswith("inside:") and r.get("step", moment) == moment]:
             self._rules.remove(rule)
             threading.Thread(target=self._watch, args=(rule,), daemon=True).start()
 
@@ -111,8 +109,6 @@ class FaultPoints:
     def _is_inside(self, phase: str) -> bool:
         frame = sys._current_frames().get(self._main.ident or 0)
         where = Path(frame.f_code.co_filename).name if frame is not None else ""
-        if phase == "init":
-            return where == "runtime.py"
         return where == "world.py" and self._session is not None and self._session.phase.startswith(phase)
 
     # -- actions ---------------------------------------------------------------------------------------

@@ -19,9 +19,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import chaos_mpi
 from fault_points import Rule
 from problem import Problem, read_traces
+
+import chaos_mpi
 
 HERE = Path(__file__).resolve().parent
 PACKAGE_ROOT = Path(chaos_mpi.__file__).resolve().parent.parent
@@ -242,9 +243,7 @@ def start_training(folder: Path, problem: Problem, faults: Sequence[Rule] = (), 
     """Start ``train.py`` with these rules; ``how`` as for :func:`start`."""
     folder.mkdir(exist_ok=True)
     job = folder / "job.json"
-    job.write_text(
-        json.dumps({"folder": str(folder), "problem": dataclasses.asdict(problem), "faults": list(faults)})
-    )
+    job.write_text(json.dumps({"folder": str(folder), "problem": dataclasses.asdict(problem), "faults": list(faults)}))
     environment = {"CHAOS_BATCH_POLICY": problem.policy, **how.pop("environment", {})}
     return start("train.py", folder, str(job), ranks=problem.ranks, environment=environment, **how)
 

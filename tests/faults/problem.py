@@ -81,9 +81,7 @@ def build_model() -> nn.Sequential:
     ).to(torch.float64)  # fmt: skip
 
 
-def build_optimizer(
-    model: nn.Module, name: str
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+def build_optimizer(model: nn.Module, name: str) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """An optimizer with memory, and a scheduler that changes the rate at every step."""
     optimizer: torch.optim.Optimizer
     if name == "sgd":

@@ -1,7 +1,7 @@
 """Importing this makes a process that uses torch start in half the time.
 
-The first optimizer loads torch's compiler, only to say that it is not to compile the optimizer. The processes of a fault test never
-compile anything, and there are some two hundred of them in the suite.
+The first optimizer loads torch's compiler, only to say that it is not to compile the optimizer. The processes of
+a fault test never compile anything, and there are some two hundred of them in the suite.
 """
 
 from __future__ import annotations

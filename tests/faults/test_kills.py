@@ -62,7 +62,9 @@ CASES: dict[str, tuple[list[Rule], set[int]]] = {
     "two at once, at different points": (
         [die(0, "before optimizer", 2), die(3, "between buckets", 3, "dead:0")], {0, 3}
     ),
-    "all but one at once": ([die(rank, "forward", STEP, *[f"forward.{r}" for r in (0, 1, 3)]) for rank in (0, 1, 3)], {0, 1, 3}),
+    "all but one at once": (
+        [die(rank, "forward", STEP, *[f"forward.{r}" for r in (0, 1, 3)]) for rank in (0, 1, 3)], {0, 1, 3}
+    ),
     "all but one, one by one": ([die(0, "forward", 2), die(2, "between buckets", 4), die(1, "boundary", 8)], {0, 1, 2}),
     "a second one while agreeing": (in_recovery("agree"), {1, 2}),
     "a second one while shrinking": (in_recovery("shrink"), {1, 2}),
@@ -80,8 +82,8 @@ def test_training_survives_a_kill(case: str, tmp_path: Path) -> None:
         check_survival(job.finish(), problem, dead)
 
 
-# With a binomial tree, rank 3 need only begin the last sum for ranks 0 and 2 to finish the step, while rank 1 still wants
-# something of it that never comes. The launcher would choose another algorithm, so plain mpirun it is.
+# With a binomial tree, rank 3 need only begin the last sum for ranks 0 and 2 to finish the step, while rank 1 still
+# wants something of it that never comes. The launcher would choose another algorithm, so plain mpirun it is.
 WITHHOLD = [die(3, "settle", STEP, f"done {STEP + 1}.0", f"done {STEP + 1}.2")]
 BINOMIAL = {"OMPI_MCA_coll_libnbc_iallreduce_algorithm": "2"}
 
@@ -107,9 +109,7 @@ ADOPTION_CASES = {
 def test_a_second_one_dies_while_the_result_is_adopted(case: str, tmp_path: Path) -> None:
     rules, dead = ADOPTION_CASES[case]
     problem = Problem()
-    with start_training(
-        tmp_path, problem, [*WITHHOLD, *rules], environment=BINOMIAL, plain_mpirun=True
-    ) as job:
+    with start_training(tmp_path, problem, [*WITHHOLD, *rules], environment=BINOMIAL, plain_mpirun=True) as job:
         finished = job.finish()
         steps = check_survival(finished, problem, dead, status=None)
     assert finished.member(3) in steps[STEP + 1]

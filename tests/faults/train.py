@@ -1,7 +1,7 @@
 """The training script of the fault tests: ``train.py JOB.json``.
 
-Before it trains on a batch it logs the batch's samples, after each step whose gradients the step contains; both flushed at once, so
-that also a killed process leaves its log. At the end it saves the parameters it has.
+Before it trains on a batch it logs the batch's samples, after each step whose gradients the step contains; both flushed
+at once, so that also a killed process leaves its log. At the end it saves the parameters it has.
 """
 
 from __future__ import annotations
@@ -37,9 +37,7 @@ def main() -> None:
     data = Samples(problem.samples)
     sampler = chaos_mpi.ElasticSampler(data, batch_size=problem.batch_size, seed=5)
     loader = chaos_mpi.DataLoader(data, batch_sampler=sampler, num_workers=problem.workers)
-    state = chaos_mpi.TrainingState(
-        model=model, optimizer=optimizer, scheduler=scheduler, sampler=sampler, epoch=0
-    )
+    state = chaos_mpi.TrainingState(model=model, optimizer=optimizer, scheduler=scheduler, sampler=sampler, epoch=0)
     with open(folder / f"trace-{session.member}.jsonl", "a", buffering=1) as trace:
         for state.epoch in range(state.epoch, problem.epochs):
             sampler.set_epoch(state.epoch)
@@ -59,7 +57,7 @@ def main() -> None:
                 optimizer.step()
                 scheduler.step()
                 session.record(loss=loss.item())
-                done = {"done": session.step, "contributors": list(getattr(session, "last_contributors", None) or session._sequence._last.contributors)}
+                done = {"done": session.step, "contributors": list(session.last_contributors)}
                 trace.write(json.dumps(done) + "\n")
                 faults.mark(f"done {session.step}")
                 faults.reach("boundary")

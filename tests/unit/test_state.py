@@ -58,7 +58,7 @@ def trained(state: TrainingState, steps: int) -> None:
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(state.model(x), (x + 1) % 5)
         loss.backward()
-        optimizer.step(lambda: float(loss)) if isinstance(optimizer, torch.optim.LBFGS) else optimizer.step()
+        optimizer.step(loss.item) if isinstance(optimizer, torch.optim.LBFGS) else optimizer.step()
         if state.scheduler is not None:
             state.scheduler.step(*([1.0] if isinstance(state.scheduler, lr_scheduler.ReduceLROnPlateau) else []))
         state.count += 1
@@ -156,7 +156,10 @@ def test_state_of_another_dtype_than_the_parameter_keeps_its_bits() -> None:
 
 
 def test_a_restored_tree_stays_as_it_was() -> None:
-    one, other = make(0, OPTIMIZERS["adam"], t=torch.zeros(2), log=[1]), make(1, OPTIMIZERS["adam"], t=torch.ones(2), log=[])
+    one, other = (
+        make(0, OPTIMIZERS["adam"], t=torch.zeros(2), log=[1]),
+        make(1, OPTIMIZERS["adam"], t=torch.ones(2), log=[]),
+    )
     trained(one, 2)
     packed = pack(one.capture(), clone=True)
     tree = unpack(packed)
@@ -197,12 +200,20 @@ def test_values_are_attributes() -> None:
     state.epoch += 10
     assert (state.epoch, state.best, type(state.scaler), type(state.model)) == (12, 0.5, Counter, Net)
     state.t = torch.ones(2)
-    assert state.capture()["extras"] | {"t": 0, "scaler": 0} == {"count": 0, "epoch": 12, "best": 0.5, "t": 0, "scaler": 0}
+    assert state.capture()["extras"] | {"t": 0, "scaler": 0} == {
+        "count": 0,
+        "epoch": 12,
+        "best": 0.5,
+        "t": 0,
+        "scaler": 0,
+    }
 
 
 def test_what_was_not_named_is_refused() -> None:
     state = make(epoch=0, t=torch.zeros(2))
-    with pytest.raises(AttributeError, match=r"no 'epoh'; name it when making it: TrainingState\(\.\.\., epoh=\.\.\.\)"):
+    with pytest.raises(
+        AttributeError, match=r"no 'epoh'; name it when making it: TrainingState\(\.\.\., epoh=\.\.\.\)"
+    ):
         state.epoh = 1
     with pytest.raises(AttributeError, match="no 'loss'"):
         _ = state.loss
@@ -337,7 +348,10 @@ MISFITS: list[tuple[Callable[[Any], None], str]] = [
     (lambda t: _put(t, {}, "scheduler"), r"it has scheduler, which is not here"),
     (lambda t: _delete(t, "extras", "count"), r"it lacks extras\.count"),
     (lambda t: _put(t, 1, "extras", "epoch"), r"it has extras\.epoch"),
-    (lambda t: _put(t, torch.ones(3), "extras", "t"), r"extras\.t is a tensor of shape \[2\] .* here and a tensor of shape \[3\]"),
+    (
+        lambda t: _put(t, torch.ones(3), "extras", "t"),
+        r"extras\.t is a tensor of shape \[2\] .* here and a tensor of shape \[3\]",
+    ),
     (lambda t: _put(t, None, "extras", "t"), r"extras\.t is a tensor .* here and a NoneType there"),
     (lambda t: _put(t, 99, "sampler", "length"), r"sampler cannot take the state: made for 99 samples, not 10"),
     (lambda t: _put(t, 99, "extras", "last", "length"), r"extras\.last cannot take the state: made for 99"),
@@ -377,7 +391,9 @@ def test_a_signature_survives_json_and_equals_itself() -> None:
     trained(state, 1)
     state.best = 1.0
     changed = state.signature()
-    assert first_difference(signature, changed) == f"optimizer, group 0, has lr {0.01} here and {groups_lr(state)} there"
+    assert (
+        first_difference(signature, changed) == f"optimizer, group 0, has lr {0.01} here and {groups_lr(state)} there"
+    )
 
 
 def groups_lr(state: TrainingState) -> float:
@@ -430,8 +446,8 @@ DIFFERENCES: list[tuple[Callable[[], TrainingState], Callable[[], TrainingState]
      "optimizer, group 0, has 3 parameters here and 2 there"),
     (lambda: make(), lambda: make(optimizer=lambda p: torch.optim.SGD(p[::-1], lr=0.1, momentum=0.9)),
      "optimizer, group 0, parameter 0 is embed.weight here and norm.bias there"),
-    (lambda: make(), lambda: make(scheduler=SCHEDULERS["lambda"]), "optimizer, group 0, the hyper-parameter initial_lr "
-     "is there but not here"),
+    (lambda: make(), lambda: make(scheduler=SCHEDULERS["lambda"]),
+     "optimizer, group 0, the hyper-parameter initial_lr is there but not here"),
     (lambda: make(scheduler=SCHEDULERS["lambda"]), lambda: make(scheduler=SCHEDULERS["step"]),
      "scheduler is a torch.optim.lr_scheduler.LambdaLR here and a torch.optim.lr_scheduler.StepLR there"),
     (BASE, lambda: with_net(lambda n: None, epoch=0), "sampler is here but not there"),
@@ -442,7 +458,9 @@ DIFFERENCES: list[tuple[Callable[[], TrainingState], Callable[[], TrainingState]
 
 
 @pytest.mark.parametrize(("one", "other", "sentence"), DIFFERENCES, ids=[sentence for *_, sentence in DIFFERENCES])
-def test_the_first_difference(one: Callable[[], TrainingState], other: Callable[[], TrainingState], sentence: str) -> None:
+def test_the_first_difference(
+    one: Callable[[], TrainingState], other: Callable[[], TrainingState], sentence: str
+) -> None:
     here, there = one().signature(), json.loads(json.dumps(other().signature()))
     assert first_difference(here, there) == sentence
 

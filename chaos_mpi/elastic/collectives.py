@@ -1,0 +1,113 @@
+"""The collective calls that a session offers: each survives the death of a member while it is under way."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from chaos_mpi.elastic.operations import GatherRows, Operation, Reduce, Share
+from chaos_mpi.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+_SHARE_CHUNK_BYTES = 32 << 20
+
+
+class CollectiveCalls(ABC):
+    """Collective calls, to be made by every member in the same order, from the main thread."""
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """This member's rank in the present view."""
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Number of members in the present view."""
+
+    @property
+    @abstractmethod
+    def epoch(self) -> int:
+        """Number of the present view; one more after every committed change of membership."""
+
+    @abstractmethod
+    def execute(self, operation: Operation) -> None:
+        """Run one collective operation to its end, whatever happens to other members."""
+
+    def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
+        """Reduce a CPU tensor over all members, in place, and return it.
+
+        Half precisions are summed in float32. A member that dies meanwhile is left out.
+
+        Args:
+            op: ``sum``, ``max`` or ``min``.
+
+        Raises:
+            ConfigError: unknown ``op``, or the tensor is not on the CPU.
+        """
+        if op not in ("sum", "max", "min"):
+            raise ConfigError(f"all_reduce knows sum, max and min, not {op!r}")
+        if tensor.device.type != "cpu":
+            raise ConfigError(f"all_reduce takes CPU tensors; this one is on {tensor.device}")
+        operation = Reduce("all_reduce", tensor, op)
+        self.execute(operation)
+        with torch.no_grad():
+            tensor.copy_(operation.results()[0])
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every member's JSON-able ``value``, in rank order, of the members that took part."""
+        payload = json.dumps(value).encode()
+        longest = self.all_reduce(torch.tensor([len(payload)]), "max")
+        operation = GatherRows("gather", payload, int(longest[0]))
+        self.execute(operation)
+        return operation.decoded()
+
+    def share(self, label: str, tensors: Sequence[torch.Tensor], root: str | None = None) -> None:
+        """Give every member the bits that the member ``root`` (else rank 0) has in ``tensors``.
+
+        Any dtype, on the CPU, in place.
+
+        Raises:
+            RecoveryError: ``root`` was named and died meanwhile.
+        """
+        chunk: list[torch.Tensor] = []
+        for index, tensor in enumerate(tensors, start=1):
+            chunk.append(tensor)
+            if sum(t.nbytes for t in chunk) >= _SHARE_CHUNK_BYTES or index == len(tensors):
+                operation = Share(f"{label}[{sum(t.nbytes for t in chunk)} bytes]", chunk, root)
+                self.execute(operation)
+                operation.deliver()
+                chunk = []
+
+    def barrier(self) -> None:
+        """Return once every member has called it."""
+        self.all_reduce(torch.zeros(1))
+
+    def evaluate(self, n_items: int, fn: Callable[[range], torch.Tensor]) -> torch.Tensor:
+        """Sum ``fn`` over a partition of ``range(n_items)`` among the members, every item exactly once.
+
+        When a member dies meanwhile, the survivors share all items out again and repeat.
+
+        Args:
+            n_items: number of items to share out.
+            fn: takes the item indices of this member (a ``range``, possibly empty) and returns a 1-D tensor.
+
+        Returns:
+            The sum, float64, shape as returned by ``fn``; the same bits at every member.
+        """
+        while True:
+            epoch, rank, size = self.epoch, self.rank, self.size
+            part = fn(range(rank, n_items, size)).detach().to(torch.float64).reshape(-1)
+            # A member may learn of a death one call later than another. Only if all used the same view, and all of
+            # that view are in the sum, was every item counted once. All see the same sums, so all decide alike.
+            tags = torch.tensor([1.0, epoch, epoch**2, size], dtype=torch.float64)
+            total = self.all_reduce(torch.cat([part, tags]))
+            count, epochs, squares, sizes = total[-4:].tolist()
+            if count * squares == epochs**2 and sizes == count**2:
+                return total[:-4]
