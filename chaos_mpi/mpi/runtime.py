@@ -11,6 +11,7 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
+import signal
 import socket
 import threading
 from typing import TYPE_CHECKING, Self
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
     from chaos_mpi.mpi.world import World
 
 log = logging.getLogger("chaos_mpi.mpi")
-
-#: Exit status of a process that was ended by a :class:`Watchdog` (``EX_TEMPFAIL`` of sysexits.h).
-WATCHDOG_STATUS = 75
 
 
 def start(limit_s: float) -> World:
@@ -134,4 +132,5 @@ class Watchdog:
             self._what, self._limit_s, socket.gethostname(), os.getpid(),
         )  # fmt: skip
         logging.shutdown()
-        os._exit(WATCHDOG_STATUS)
+        # Not by an exit status: the launcher would not tell the other ranks of it.
+        os.kill(os.getpid(), signal.SIGKILL)

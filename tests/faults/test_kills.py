@@ -100,7 +100,8 @@ def test_the_finished_result_is_adopted(tmp_path: Path) -> None:
 
 
 ADOPTION_CASES = {
-    "adopter": ([hold(2, "phase:adopt", None, "dead:1"), die(1, "inside:adopt", None, "phase:adopt.2")], {1, 3}),
+    "adopter": ([hold(2, "phase:adopt", None, "dead:1"), die(1, "phase:adopt", None, "phase:adopt.2")], {1, 3}),
+    "adopter afterwards": ([hold(2, "phase:commit", None, "dead:1"), die(1, "phase:commit", None)], {1, 3}),
     "source": ([hold(2, "phase:adopt", None, "dead:0"), die(0, "phase:adopt", None, "phase:adopt.2")], {0, 3}),
 }
 
