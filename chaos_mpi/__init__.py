@@ -23,6 +23,7 @@ from chaos_mpi.errors import (
     CheckpointError,
     ConfigError,
     EngineError,
+    JoinError,
     MismatchError,
     NoSessionError,
     RecoveryError,
@@ -47,6 +48,7 @@ __all__ = [
     "DistributedDataParallel",
     "ElasticSampler",
     "EngineError",
+    "JoinError",
     "MismatchError",
     "NoSessionError",
     "RecoveryError",
@@ -81,6 +83,8 @@ def init(
     checkpoint_every: int | None = None,
     resume: bool | None = None,
     event_log: str | None = None,
+    max_ranks: int | None = None,
+    join_timeout_s: float | None = None,
 ) -> Session:
     """Join the job and open this process's session; to be called once, before the model is wrapped.
 
@@ -94,6 +98,8 @@ def init(
         checkpoint_dir: write disk checkpoints there, in the background (default: none).
         checkpoint_every: steps between checkpoints (default 100).
         resume: go on from the newest checkpoint there, if there is one.
+        max_ranks: refuse joins that would make the job larger (default: no limit).
+        join_timeout_s: longest time from the start of a newcomer's process until it can take the state (default 120).
         event_log: append events as JSON lines to this path; ``%h`` and ``%m`` stand for host and member.
 
     Raises:
@@ -113,6 +119,8 @@ def init(
             checkpoint_every=checkpoint_every,
             resume=resume,
             event_log=event_log,
+            max_ranks=max_ranks,
+            join_timeout_s=join_timeout_s,
         )
     )
 

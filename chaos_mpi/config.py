@@ -29,6 +29,8 @@ class Settings:
         checkpoint_every: steps between two checkpoints.
         resume: go on from the newest checkpoint in ``checkpoint_dir`` if there is one.
         event_log: path of the event log; ``%h`` and ``%m`` stand for host and member. None for none.
+        max_ranks: most members that may be in the job, or None for no limit.
+        join_timeout_s: longest time from the start of a newcomer's process until it can take the state, seconds.
         run_dir: private directory that ``chaosrun`` made for this job, or None.
         log_level: level of this package's log (``debug`` to ``error``), or None to leave logging to the script.
     """
@@ -40,12 +42,18 @@ class Settings:
     checkpoint_every: int = 100
     resume: bool = False
     event_log: str | None = None
+    max_ranks: int | None = None
+    join_timeout_s: float = 120.0
     run_dir: Path | None = None
     log_level: str | None = None
 
     def __post_init__(self) -> None:
         if self.min_ranks < 1:
             raise ConfigError(f"min_ranks is {self.min_ranks}; it must be at least 1")
+        if self.max_ranks is not None and self.max_ranks < self.min_ranks:
+            raise ConfigError(f"max_ranks is {self.max_ranks}, less than min_ranks, which is {self.min_ranks}")
+        if not 0 < self.join_timeout_s < float("inf"):
+            raise ConfigError(f"join_timeout_s is {self.join_timeout_s}; it must be a positive number of seconds")
         if self.batch_policy not in BATCH_POLICIES:
             raise ConfigError(f"batch_policy is {self.batch_policy!r}; choose one of {', '.join(BATCH_POLICIES)}")
         if not 0 < self.timeout_s < float("inf"):
@@ -67,6 +75,8 @@ def load_settings(
     checkpoint_every: int | None = None,
     resume: bool | None = None,
     event_log: str | None = None,
+    max_ranks: int | None = None,
+    join_timeout_s: float | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> Settings:
     """Settings from arguments; those that are None come from the environment, then from the defaults.
@@ -96,6 +106,8 @@ def load_settings(
         checkpoint_every=choose(checkpoint_every, "CHAOS_CHECKPOINT_EVERY", int, 100),
         resume=choose(resume, "CHAOS_RESUME", _flag, False),
         event_log=event_log if event_log is not None else environ.get("CHAOS_EVENT_LOG") or None,
+        max_ranks=choose(max_ranks, "CHAOS_MAX_RANKS", int, None),
+        join_timeout_s=choose(join_timeout_s, "CHAOS_JOIN_TIMEOUT_S", float, 120.0),
         run_dir=Path(run_dir) if run_dir is not None else None,
         log_level=environ.get("CHAOS_LOG_LEVEL") or None,
     )

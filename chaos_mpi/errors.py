@@ -40,3 +40,19 @@ class CheckpointError(ChaosError):
 
 class RecoveryError(ChaosError):
     """Recovery from a failure did not converge; the cause of the last attempt is chained to it."""
+
+
+class PeerFailedError(Exception):
+    """A communicator is broken: a member died, or another member revoked it. Never leaves the package.
+
+    Attributes:
+        met: whether the survivors have met in an agreement already, which is how a recovery begins.
+    """
+
+    def __init__(self, message: str, *, met: bool = False) -> None:
+        super().__init__(message)
+        self.met = met
+
+
+class JoinError(ChaosError):
+    """This process was started to join a running job, and cannot: it does not fit, or the job has no use for it."""

@@ -1,20 +1,32 @@
-"""``chaosctl``: looks at a job."""
+"""``chaosctl``: looks at a job, and lets ranks join and leave."""
 
 from __future__ import annotations
 
+import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import click
 
 from chaos_mpi import __version__
+from chaos_mpi.cli.control import ask, find_job
 from chaos_mpi.cli.timeline import draw, rows
 from chaos_mpi.events import read_events
+
+_JOB = click.option(
+    "--job", type=click.Path(file_okay=False, path_type=Path), help="Private directory of the job, if several run."
+)
+_LIMIT = click.option(
+    "--timeout", "limit_s", type=click.FloatRange(min=0, min_open=True), default=150.0, show_default=True,
+    help="Longest wait for the job, seconds.",
+)  # fmt: skip
 
 
 @click.group()
 @click.version_option(__version__)
 def main() -> None:
-    """Look at a chaos_mpi job."""
+    """Look at a chaos_mpi job, and change who takes part in it."""
 
 
 @main.command()
@@ -29,6 +41,67 @@ def timeline(events: str, plot: Path | None) -> None:
         click.echo(f"{when:8.2f} s  step {step:6d}  {text}")
     if plot is not None:
         draw(found, plot)
+
+
+@main.command()
+@_JOB
+@click.option("--json", "as_json", is_flag=True, help="For programs to read.")
+def status(job: Path | None, as_json: bool) -> None:
+    """Who takes part in a running job, and how far it is."""
+    (answer,) = ask(find_job(job), {"do": "status"}, limit_s=10.0)
+    if as_json:
+        click.echo(json.dumps({name: value for name, value in answer.items() if name != "last"}))
+        return
+    click.echo(f"step {answer['step']}, view {answer['epoch']}, {len(answer['members'])} members:")
+    for rank, member in enumerate(answer["members"]):
+        click.echo(f"  rank {rank:3d}  {member}")
+    for join in answer["joins"]:
+        click.echo(f"  on its way: {join['id']}, started by {join['sponsor']}, attempt {join['attempt']}")
+
+
+@main.command()
+@_JOB
+@_LIMIT
+@click.option("-n", "ranks", type=click.IntRange(min=1), default=1, show_default=True, help="How many ranks.")
+@click.option("--host", default="", help="Machine they are to run on.")
+def add(job: Path | None, limit_s: float, ranks: int, host: str) -> None:
+    """Let more ranks join a running job, and wait until they take part."""
+    where = find_job(job)
+    request = {"do": "add", "host": host}
+    with ThreadPoolExecutor(ranks) as pool:
+        outcomes = list(pool.map(lambda _: _follow(where, request, limit_s), range(ranks)))
+    if any(outcomes):
+        raise click.ClickException("; ".join(sorted({reason for reason in outcomes if reason})))
+
+
+@main.command()
+@_JOB
+@_LIMIT
+@click.argument("member")
+def remove(job: Path | None, limit_s: float, member: str) -> None:
+    """Let MEMBER (its id, or its rank) leave a running job after the present step."""
+    where = find_job(job)
+    if member.isdigit():
+        (answer,) = ask(where, {"do": "status"}, limit_s=10.0)
+        if int(member) >= len(answer["members"]):
+            raise click.ClickException(f"there is no rank {member}; the job has {len(answer['members'])}")
+        member = answer["members"][int(member)]
+    if reason := _follow(where, {"do": "remove", "member": member}, limit_s):
+        raise click.ClickException(reason)
+
+
+def _follow(job: Path, request: dict[str, Any], limit_s: float) -> str:
+    """Print what becomes of a request; why it was refused, or nothing."""
+    for answer in ask(job, request, limit_s):
+        if answer["what"] == "starting":
+            click.echo(f"{answer['sponsor']} starts a rank")
+        elif answer["what"] == "active":
+            click.echo(f"{answer['member']} takes part")
+        elif answer["what"] == "left":
+            click.echo(f"{', '.join(answer['members'])} left")
+        elif answer["what"] == "refused":
+            return str(answer["reason"])
+    return ""
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ _SETTINGS = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 @click.command(context_settings=_SETTINGS)
 @click.option("-n", "--np", "ranks", type=click.IntRange(min=1), default=1, help="Number of ranks.", show_default=True)
 @click.option("--min-ranks", type=click.IntRange(min=1), help="Stop, with the state saved, when fewer are left.")
+@click.option("--max-ranks", type=click.IntRange(min=1), help="Refuse joins that would make the job larger.")
 @click.option("--batch-policy", type=click.Choice(BATCH_POLICIES), help="Batch and learning rate on a change of size.")
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Longest wait for other ranks, seconds.")
 @click.option("--checkpoint-dir", type=click.Path(file_okay=False, path_type=Path), help="Write checkpoints there.")
@@ -40,6 +41,7 @@ _SETTINGS = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 def main(
     ranks: int,
     min_ranks: int | None,
+    max_ranks: int | None,
     batch_policy: str | None,
     timeout: float | None,
     checkpoint_dir: Path | None,
@@ -59,12 +61,15 @@ def main(
     """
     if min_ranks is not None and min_ranks > ranks:
         _refuse(f"--min-ranks {min_ranks} is more than -n {ranks}")
+    if max_ranks is not None and max_ranks < ranks:
+        _refuse(f"--max-ranks {max_ranks} is less than -n {ranks}")
     if resume and checkpoint_dir is None:
         _refuse("--resume needs --checkpoint-dir")
     if checkpoint_dir is not None:
         _refuse_unwritable(checkpoint_dir)
     settings = {
         "CHAOS_MIN_RANKS": min_ranks,
+        "CHAOS_MAX_RANKS": max_ranks,
         "CHAOS_BATCH_POLICY": batch_policy,
         "CHAOS_TIMEOUT_S": timeout,
         "CHAOS_CHECKPOINT_DIR": checkpoint_dir.absolute() if checkpoint_dir is not None else None,

@@ -14,7 +14,7 @@ _RULE = re.compile(rb"^-{40,}\s*$")
 # PRRTE's boxed notices about the end of a rank or of the job; chaosrun says what became of the job itself.
 _BOXED_NOISE = re.compile(
     rb"noticed that process rank \d+|exited on signal \d+|detected that one or more processes exited with non-zero"
-    rb"|has exited improperly|Primary job\s+terminated normally"
+    rb"|has exited improperly|process rank \d+ with PID \d+ on node \S+ exiting|Primary job\s+terminated normally"
 )
 _INTERRUPT_NOISE = re.compile(rb"^Abort is in progress\.\.\.hit ctrl-c again")
 _BOX_LINES = 40

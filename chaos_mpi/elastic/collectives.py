@@ -62,11 +62,15 @@ class CollectiveCalls(ABC):
 
     def gather(self, value: Any) -> list[Any]:
         """Every member's JSON-able ``value``, in rank order, of the members that took part."""
+        return self.gather_with_contributors(value)[0]
+
+    def gather_with_contributors(self, value: Any) -> tuple[list[Any], tuple[str, ...]]:
+        """The same, and whose values they are: the same at every member, whoever died meanwhile."""
         payload = json.dumps(value).encode()
         longest = self.all_reduce(torch.tensor([len(payload)]), "max")
         operation = GatherRows("gather", payload, int(longest[0]))
         self.execute(operation)
-        return operation.decoded()
+        return operation.decoded(), operation.contributors
 
     def share(self, label: str, tensors: Sequence[torch.Tensor], root: str | None = None) -> None:
         """Give every member the bits that the member ``root`` (else rank 0) has in ``tensors``.

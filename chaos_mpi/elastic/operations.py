@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from chaos_mpi.errors import EngineError, RecoveryError
+from chaos_mpi.errors import EngineError, PeerFailedError, RecoveryError
 from chaos_mpi.membership import View
-from chaos_mpi.mpi.world import PeerFailedError, Pending, World, transportable
+from chaos_mpi.mpi.world import Pending, World, transportable
 
 GRADIENTS = "gradient step"
 
@@ -28,6 +28,9 @@ class Operation(ABC):
         label: what it is, the same at every member.
         contributors: members whose input is in the result; empty until the operation is finished.
     """
+
+    #: Whether this member's input counts for something.
+    contributes = True
 
     def __init__(self, label: str) -> None:
         self.label = label
@@ -46,6 +49,10 @@ class Operation(ABC):
     @abstractmethod
     def renew_buffers(self) -> None:
         """Replace the transport buffers: a broken collective may still write into the old ones."""
+
+    def anyone_proposes(self) -> bool:
+        """Whether some member said along with its input that it has something to propose."""
+        return False
 
     @property
     def launched(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -33,9 +33,21 @@ class Persistence:
         self._state: TrainingState | None = None
         self._writer: checkpoint.CheckpointWriter | None = None
         self._saved_step = -1
+        #: What the state is made of, as the script made it: hyper-parameters change in training.
+        self.signature: dict[str, Any] = {}
 
-    def attach(self, state: TrainingState) -> None:
+    @property
+    def has_state(self) -> bool:
+        """Whether there is a state to take charge of."""
+        return self._state is not None
+
+    def attach(self, state: TrainingState, *, newcomer: bool) -> None:
         """Compare the state between ranks, apply the learning-rate rule, and resume if asked to.
+
+        Args:
+            state: to take charge of.
+            newcomer: this rank is to get the state from members of a running job, so there is nothing to resume.
+
 
         Raises:
             ConfigError: a state is attached already, or the checkpoint directory holds another run.
@@ -48,8 +60,9 @@ class Persistence:
         for optimizer in state.optimizers():
             scale_learning_rate(optimizer, self._lr_factor)
         self._state = state
+        self.signature = state.signature()
         directory = self._settings.checkpoint_dir
-        if directory is not None:
+        if directory is not None and not newcomer:
             self._resume(state, directory)
 
     def digest(self) -> str:
@@ -89,6 +102,11 @@ class Persistence:
         except (ChaosError, OSError) as error:
             return f"The state could NOT be saved to {path}: {error}."
         return f"The state is saved in {path}; go on with --checkpoint-dir {directory} --resume."
+
+    def pack_with(self, samplers: list[dict[str, Any]]) -> Packed:
+        """The state, with live tensors, and what the samplers hand over."""
+        assert self._state is not None
+        return pack({"state": self._state.capture(), "samplers": samplers}, clone=False)
 
     def _packed(self, *, clone: bool) -> Packed:
         assert self._state is not None

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from chaos_mpi.errors import ChaosError
+from chaos_mpi.errors import ChaosError, PeerFailedError
 from chaos_mpi.membership import Decision, Report, View, decide
-from chaos_mpi.mpi.world import PeerFailedError, World
+from chaos_mpi.mpi.world import World
 
 log = logging.getLogger("chaos_mpi.elastic")
 
@@ -79,8 +79,17 @@ class Regrouping:
         self._set_phase = set_phase
         self._retired: list[World] = []
 
-    def run(self, world: World, view: View, position: Callable[[], Position], closing: bool) -> Regrouped | None:
+    def run(
+        self, world: World, view: View, position: Callable[[], Position], *, closing: bool, met: bool = False
+    ) -> Regrouped | None:
         """Regroup. Returns None when every living member is closing: nothing is left to recover for.
+
+        Args:
+            world: the broken communicator.
+            view: the view it belongs to.
+            position: this member's place.
+            closing: whether this member has nothing left to do.
+            met: the first agreement has been made already.
 
         Raises:
             ChaosError: the survivors cannot go on; the same error at each of them.
@@ -90,8 +99,9 @@ class Regrouping:
         while True:
             begun = time.perf_counter()
             self._set_phase("agree")
-            if world.agree(closing, self._limit_s, lambda: "the survivors to meet after a failure"):
+            if not met and world.agree(closing, self._limit_s, lambda: "the survivors to meet after a failure"):
                 return None
+            met = False
             self._set_phase("shrink")
             smaller = world.shrink(self._limit_s, lambda: "the survivors to shrink the communicator")
             self._retired.append(world)
@@ -111,8 +121,12 @@ class Regrouping:
             outcome.milliseconds = spent
             return outcome
 
+    def retire(self, world: World) -> None:
+        """Keep a communicator that is not used any more until it can be given back."""
+        self._retired.append(world)
+
     def free_retired(self) -> None:
-        """Give back the communicators that broke, once nothing can still use them."""
+        """Give back the communicators that are not used any more, once nothing can still use them."""
         for world in self._retired:
             world.free()
         self._retired.clear()

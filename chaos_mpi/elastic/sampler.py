@@ -8,50 +8,20 @@ issued rounds change. Which samples a round holds is decided in :mod:`chaos_mpi.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence, Sized
-from typing import Any, Protocol, Self
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
 
+from chaos_mpi.elastic.handover import change_from_tree, change_to_tree, plan_from_tree, plan_to_tree
 from chaos_mpi.elastic.partition import Change, EpochPlan
+from chaos_mpi.elastic.rounds import Rounds, SamplerSession, Taken
 from chaos_mpi.elastic.scaling import member_batches
 from chaos_mpi.errors import ConfigError
 
 log = logging.getLogger("chaos_mpi.elastic")
-
-
-class SamplerSession(Protocol):
-    """What the sampler needs of the session."""
-
-    @property
-    def member(self) -> str:
-        """This process's id."""
-
-    @property
-    def members(self) -> tuple[str, ...]:
-        """Ids of the members, in rank order."""
-
-    @property
-    def batch_policy(self) -> str:
-        """The rule for the batch size on a change of size."""
-
-    @property
-    def initial_size(self) -> int:
-        """The number of ranks that ``batch_size`` was chosen for."""
-
-    def attach_sampler(self, sampler: ElasticSampler) -> None:
-        """Have the sampler told of finished steps and of changes of membership."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Taken:
-    """A round handed to the training loop and not yet part of a finished step."""
-
-    lap: int
-    indices: list[int]  # none in a ghost round
 
 
 class ElasticSampler(Sampler[list[int]]):
@@ -117,12 +87,13 @@ class ElasticSampler(Sampler[list[int]]):
         self._explicit = False
         self._ever_issued = False
         self._known_index = 0
-        self._in_flight: list[_Taken] = []
+        self._in_flight: list[Taken] = []
         self._last_is_ghost = False
         self._backwards = 0
         self._warned = False
         # Per lap, from the present one on: another rank may be a lap ahead when a member dies.
         self._changes: dict[int, list[Change]] = {}
+        self._joined_in: int | None = None  # the epoch in which this rank joined, until its loop begins
         self._lengths: list[tuple[int, int]] = []  # of each change in this lap: seen, and the rounds before it
         session.attach_sampler(self)
 
@@ -137,10 +108,18 @@ class ElasticSampler(Sampler[list[int]]):
         """Go to an epoch. Does nothing in the middle of that epoch; once it is complete, repeats it.
 
         Raises:
-            ConfigError: ``epoch`` is negative.
+            ConfigError: ``epoch`` is negative, or this rank joined in a later one.
         """
         if epoch < 0:
             raise ConfigError(f"an epoch's number is at least 0, got {epoch}")
+        if self._joined_in is not None:
+            joined_in, self._joined_in = self._joined_in, None
+            if epoch < joined_in:
+                raise ConfigError(
+                    f"this rank joined in epoch {joined_in}, but its loop begins with epoch {epoch}: let the training "
+                    "state carry the counter, TrainingState(..., epoch=0), and loop with "
+                    "'for state.epoch in range(state.epoch, N)'"
+                )
         if epoch != self._epoch or self._is_complete():
             self._next_lap(epoch)
 
@@ -150,7 +129,7 @@ class ElasticSampler(Sampler[list[int]]):
         # What a loop that was left had fetched but not seen is handed out again.
         self._issued = self.loop_start = self._taken
         self._generation += 1
-        return _Rounds(self, self._generation)
+        return Rounds(self, self._generation)
 
     def __len__(self) -> int:
         """The number of batches of the present loop over this epoch, else of the next loop.
@@ -271,6 +250,32 @@ class ElasticSampler(Sampler[list[int]]):
                 change.departed,
             )
 
+    def hand_over(self) -> dict[str, Any]:
+        """All that a newcomer needs to take part: a tree for :meth:`take_over`."""
+        changes = {str(lap): [change_to_tree(c) for c in changes] for lap, changes in self._changes.items()}
+        plan = plan_to_tree(self._current_plan())
+        return {"lap": self._lap, "done": self._done, "ended": self._ended, "plan": plan, "changes": changes}
+
+    def take_over(self, tree: Mapping[str, Any]) -> None:
+        """Be where the member was that made the tree, with nothing of the epoch taken yet by this one.
+
+        Raises:
+            ConfigError: the tree is of a dataset of another length.
+        """
+        plan = plan_from_tree(tree["plan"])
+        if plan.length != self._length:
+            raise ConfigError(f"the others train on {plan.length} samples, this dataset has {self._length}")
+        self.seed, self.shuffle, self.drop_last = plan.seed, plan.shuffle, plan.drop_last
+        self._next_lap(plan.epoch, lap=int(tree["lap"]))
+        self._plan, self._ended = plan, bool(tree["ended"])
+        self._base = self._done = self._taken = self._issued = self.loop_start = int(tree["done"])
+        self._in_flight.clear()
+        self._backwards = 0
+        self._joined_in = plan.epoch
+        self._changes = {
+            int(lap): [change_from_tree(change) for change in changes] for lap, changes in tree["changes"].items()
+        }
+
     def ghost_round(self) -> bool:
         """Whether the batch the loop has now is a stand-in whose gradient must count nothing."""
         return self._last_is_ghost
@@ -311,7 +316,7 @@ class ElasticSampler(Sampler[list[int]]):
             raise RuntimeError("take() without an issued batch: the sampler is not iterated by chaos_mpi.DataLoader")
         indices = self._current_plan().assignment(self._taken, self._session.member).tolist()
         self._taken += 1
-        self._in_flight.append(_Taken(self._lap, indices))
+        self._in_flight.append(Taken(self._lap, indices))
         self._last_is_ghost = not indices
 
     def finish(self) -> None:
@@ -388,24 +393,3 @@ class ElasticSampler(Sampler[list[int]]):
     def _sizes(self, members: Sequence[str]) -> tuple[int, ...]:
         session = self._session
         return member_batches(session.batch_policy, self.batch_size, session.initial_size, len(members))
-
-
-class _Rounds(Iterator[list[int]]):
-    """One iteration. Not a generator, since it can have more to give after it ran dry: returned samples."""
-
-    def __init__(self, sampler: ElasticSampler, generation: int) -> None:
-        self._sampler = sampler
-        self._generation = generation
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> list[int]:
-        if self._sampler.generation != self._generation:
-            raise RuntimeError(
-                "this iteration over the ElasticSampler is over: another was begun, or the epoch changed"
-            )
-        indices = self._sampler.issue()
-        if indices is None:
-            raise StopIteration
-        return indices

@@ -8,9 +8,9 @@ from typing import Any, NoReturn, Protocol
 
 from chaos_mpi.elastic.operations import GRADIENTS, Operation
 from chaos_mpi.elastic.recovery import Position, Regrouped, Regrouping
-from chaos_mpi.errors import ChaosError, RecoveryError, WaitTimeoutError
+from chaos_mpi.errors import ChaosError, PeerFailedError, RecoveryError, WaitTimeoutError
 from chaos_mpi.membership import Report, View
-from chaos_mpi.mpi.world import PeerFailedError, World
+from chaos_mpi.mpi.world import World
 
 log = logging.getLogger("chaos_mpi.elastic")
 
@@ -61,6 +61,7 @@ class OperationSequence:
         self._finished = 0
         self._last: Operation | None = None
         self._in_flight: Operation | None = None
+        self._last_label = ""  # of the last operation that the others finished before this member joined
         self._fruitless = 0
         self._regrouping = Regrouping(timeout_s, self._set_phase)
         self.view = self._assemble()
@@ -127,6 +128,22 @@ class OperationSequence:
         self._regrouping.free_retired()
         self.world.free()
 
+    def adopt(self, world: World, view: View) -> None:
+        """Go on in another communicator, which all members of ``view`` have agreed on."""
+        if world is not self.world:
+            self._regrouping.retire(self.world)
+        self.world, self.view = world, view
+
+    def place(self) -> dict[str, Any]:
+        """Where this member is between two operations, in JSON values, for a newcomer's :meth:`take_place`."""
+        return {"finished": self._finished, "label": self._last.label if self._last is not None else self._last_label}
+
+    def take_place(self, world: World, view: View, place: dict[str, Any]) -> None:
+        """Be a member of ``view`` from here on, at the same place as all others."""
+        self.adopt(world, view)
+        self._finished, self._last_label = int(place["finished"]), str(place["label"])
+        self._last = None
+
     # -- recovery ------------------------------------------------------------------------------------
 
     def _recover(self, operation: Operation, failure: PeerFailedError, spent: dict[str, float]) -> None:
@@ -137,7 +154,7 @@ class OperationSequence:
         self.world.revoke()
         operation.withdraw()
         spent["revoke_ms"] = spent.get("revoke_ms", 0.0) + (time.perf_counter() - begun) * 1e3
-        regrouped = self._regroup(closing=False)
+        regrouped = self._regroup(closing=False, met=failure.met)
         if regrouped is None:
             raise RecoveryError("the survivors agreed to close while this rank was in a collective call")
         for name, milliseconds in regrouped.milliseconds.items():
@@ -151,9 +168,9 @@ class OperationSequence:
                 f"({self._member}, rank {self.world.rank}): {failure}."
             ) from failure
 
-    def _regroup(self, *, closing: bool) -> Regrouped | None:
+    def _regroup(self, *, closing: bool, met: bool = False) -> Regrouped | None:
         try:
-            return self._regrouping.run(self.world, self.view, self._position, closing)
+            return self._regrouping.run(self.world, self.view, self._position, closing=closing, met=met)
         except WaitTimeoutError as error:
             self._listener.give_up(error)
 
@@ -176,7 +193,7 @@ class OperationSequence:
             finished=self._finished,
             entered=self._finished + (flight is not None),
             label=flight.label if flight is not None else "",
-            finished_label=last.label if last is not None else "",
+            finished_label=last.label if last is not None else self._last_label,
         )
         return Position(
             report=report,

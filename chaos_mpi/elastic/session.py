@@ -13,23 +13,28 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from chaos_mpi.elastic.attached import AttachedSamplers
-from chaos_mpi.elastic.collectives import CollectiveCalls
+from chaos_mpi.elastic.changes import ChangingSession
+from chaos_mpi.elastic.control import ControlSocket, leave_on_sigterm, open_control
 from chaos_mpi.elastic.lifecycle import ExitGuard, set_log_level, write_record
+from chaos_mpi.elastic.negotiator import Negotiator
+from chaos_mpi.elastic.newcomer import enter_job
 from chaos_mpi.elastic.operations import GRADIENTS, Operation
 from chaos_mpi.elastic.persistence import Persistence
 from chaos_mpi.elastic.sequence import OperationSequence
 from chaos_mpi.errors import ChaosError, ConfigError, NoSessionError, TooFewRanksError, WaitTimeoutError
 from chaos_mpi.events import EventLog
+from chaos_mpi.membership import Limits, View
 from chaos_mpi.mpi import runtime
+from chaos_mpi.mpi.growth import bridge_to_sponsor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from chaos_mpi.config import Settings
+    from chaos_mpi.elastic.newcomer import Arrival
     from chaos_mpi.elastic.recovery import Regrouped
     from chaos_mpi.elastic.sampler import ElasticSampler
     from chaos_mpi.elastic.state import TrainingState
-    from chaos_mpi.membership import View
     from chaos_mpi.torch.buckets import GradientStep
 
 log = logging.getLogger("chaos_mpi.elastic")
@@ -54,7 +59,7 @@ class SessionResult:
     size: int
 
 
-class Session(CollectiveCalls):
+class Session(ChangingSession):
     """This process's part in an elastic job. Made by :func:`chaos_mpi.init`; one at a time.
 
     All methods that communicate must be called by every member, in the same order, from the main thread.
@@ -76,6 +81,7 @@ class Session(CollectiveCalls):
         self._ended = False
         self._samplers = AttachedSamplers()
         self._rollbacks: list[Callable[[], None]] = []
+        self._restored: list[Callable[[], None]] = []
         self._recorded: dict[str, Any] = {}
         self._boundary_step = 0
         self._result: SessionResult | None = None
@@ -83,15 +89,21 @@ class Session(CollectiveCalls):
         world = runtime.start(settings.timeout_s)
         runtime.bound_threads()
         self.initial_size = world.size
-        if settings.min_ranks > world.size:
+        self._bridge = bridge_to_sponsor()
+        if settings.min_ranks > world.size and self._bridge is None:
             raise ConfigError(f"min_ranks is {settings.min_ranks}, but the job was started with {world.size} ranks")
         self._events = EventLog(settings.event_log, self.member, self.host)
         self._sequence = OperationSequence(world, self.member, settings.timeout_s, self)
         self._last_contributors = self.members
         self._persistence = Persistence(self)
+        self._negotiator = Negotiator(self, Limits(settings.min_ranks, settings.max_ranks))
+        self._arrival: Arrival | None = None
+        self._control: ControlSocket | None = None
         self._guard = ExitGuard(self.close, self._crashed, lambda: self.size > 1)
-        identity = {"member": self.member, "pid": os.getpid(), "rank": self.rank, "host": self.host}
-        write_record(settings.run_dir, "member", identity)
+        if self._bridge is None:
+            self._write_identity()
+        self._control = open_control(self, settings.run_dir)
+        leave_on_sigterm(self)
         self.emit("session_started", pid=os.getpid(), host=self.host, members=list(self.members))
 
     # -- who takes part ------------------------------------------------------------------------------
@@ -110,11 +122,6 @@ class Session(CollectiveCalls):
     def epoch(self) -> int:
         """Number of the present view; one more after every committed change of membership."""
         return self._sequence.view.epoch
-
-    @property
-    def members(self) -> tuple[str, ...]:
-        """Ids of the members, in rank order."""
-        return self._sequence.view.members
 
     @property
     def phase(self) -> str:
@@ -151,6 +158,7 @@ class Session(CollectiveCalls):
             return self._result
         self._refuse_if_ended()
         self.boundary(final=True)
+        self._negotiator.close()
         self._persistence.close()
         mine = self._persistence.digest()
         digests = self.gather(mine)
@@ -175,27 +183,34 @@ class Session(CollectiveCalls):
 
     # -- for the integrations ------------------------------------------------------------------------
 
-    @property
-    def samplers(self) -> tuple[ElasticSampler, ...]:
-        """The attached samplers."""
-        return tuple(self._samplers)
-
     def attach_sampler(self, sampler: ElasticSampler) -> None:
         """Keep ``sampler`` informed of finished steps and of changes of the view."""
         self._samplers.attach(sampler)
 
     def attach_state(self, state: TrainingState) -> None:
-        """Take charge of the training state: compare it between ranks, resume it, keep it safe."""
-        self._persistence.attach(state)
+        """Take charge of the training state: compare it between ranks, resume it, keep it safe.
+
+        A rank that was started to join a running job does so here, and has the job's state on return.
+        """
+        self._persistence.attach(state, newcomer=self._bridge is not None)
+        if self._bridge is not None:
+            self._arrival = enter_job(self, self._bridge, state)
+            self._write_identity()
 
     def on_rollback(self, undo: Callable[[], None]) -> None:
         """Call ``undo`` before an emergency save: it takes back what the unfinished step changed."""
         self._rollbacks.append(undo)
 
+    def on_restore(self, note: Callable[[], None]) -> None:
+        """Call ``note`` after the training state was replaced by another one."""
+        self._restored.append(note)
+
     def resumed(self, step: int, initial_size: int) -> None:
         """The training state now is that of ``step``, of a job that was started with ``initial_size`` ranks."""
         self.step = self._boundary_step = step
         self.initial_size = initial_size
+        for note in self._restored:
+            note()
 
     def boundary(self, *, final: bool = False) -> None:
         """Between two steps, when optimizer, scheduler and counters are all up to date."""
@@ -204,6 +219,8 @@ class Session(CollectiveCalls):
             self._recorded = {}
             self._boundary_step = self.step
             self._persistence.at_boundary(final)
+            if not final:
+                self._negotiator.settle()
         elif final:
             self._persistence.at_boundary(final)
 
@@ -246,6 +263,8 @@ class Session(CollectiveCalls):
             self.step += 1
             self._last_contributors = operation.contributors
             self._samplers.commit()
+            self._negotiator.due |= operation.anyone_proposes()
+            self._report_arrival(operation)
 
     def sampler_reports(self) -> list[dict[str, Any]]:
         """Where this member's samplers are."""
@@ -299,6 +318,8 @@ class Session(CollectiveCalls):
 
     def _end(self, outcome: str, message: str, digest: str) -> None:
         self._ended = True
+        if self._control is not None:
+            self._control.close()
         self.emit("session_ended", outcome=outcome, params_digest=digest, message=message)
         self._events.close(5.0)
         record = {

@@ -1,6 +1,20 @@
-"""Who takes part, and how survivors decide where to go on. Pure: no I/O, no clock, no MPI."""
+"""Who takes part, and how members decide what happens next. Pure: no I/O, no clock, no MPI."""
 
+from chaos_mpi.membership.negotiation import Agenda, Join, Limits, Outcome, Proposal, negotiate, orphaned, restart
 from chaos_mpi.membership.progress import Decision, Report, decide
 from chaos_mpi.membership.view import View
 
-__all__ = ["Decision", "Report", "View", "decide"]
+__all__ = [
+    "Agenda",
+    "Decision",
+    "Join",
+    "Limits",
+    "Outcome",
+    "Proposal",
+    "Report",
+    "View",
+    "decide",
+    "negotiate",
+    "orphaned",
+    "restart",
+]

@@ -30,8 +30,8 @@ MCA_DEFAULTS: dict[str, str] = {
     "mpi_yield_when_idle": "1",
 }
 
-#: What differs when all ranks are on this machine: no rank listens beyond loopback. Shared memory serves ranks that were
-#: started together; to one that joins later there is only TCP.
+#: What differs when all ranks are on this machine: no rank listens beyond loopback. Shared memory serves ranks that
+#: were started together; to one that joins later there is only TCP.
 MCA_ONE_MACHINE: dict[str, str] = {"btl": "self,sm,tcp", "btl_tcp_if_include": "lo"}
 #: The same where shared memory is too small: TCP on the loopback interface.
 MCA_ONE_MACHINE_WITHOUT_SHM: dict[str, str] = {"btl": "self,tcp", "btl_tcp_if_include": "lo"}

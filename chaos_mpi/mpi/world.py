@@ -19,7 +19,7 @@ from typing import cast
 import numpy as np
 import torch
 
-from chaos_mpi.errors import EngineError, WaitTimeoutError
+from chaos_mpi.errors import EngineError, PeerFailedError, WaitTimeoutError
 from chaos_mpi.mpi.runtime import Watchdog
 
 try:
@@ -48,31 +48,32 @@ DRAIN_LIMIT_S = 5.0
 _LIVENESS_PERIOD_S = 0.002
 
 
-class PeerFailedError(Exception):
-    """The communicator is broken: a member died, or another member revoked it. Never leaves the package."""
+#: Memory that a request which never ended may still write to; it is never given back.
+_abandoned: list[object] = []
 
 
 class Pending:
-    """Collectives in flight on one communicator."""
+    """Collectives in flight on one communicator. Keeps their memory alive: the requests themselves do not."""
 
     def __init__(self, world: World) -> None:
         self._world = world
         self._requests: list[MPI.Request] = []
+        self._memory: list[object] = []
 
     def reduce(self, tensor: torch.Tensor, op: str) -> None:
-        """Start an in-place allreduce of a contiguous CPU tensor; it must stay alive until :meth:`test` is true."""
+        """Start an in-place allreduce of a contiguous CPU tensor."""
         comm, buffer = self._world.comm, _buffer(tensor)
-        self._add(lambda: comm.Iallreduce(MPI.IN_PLACE, buffer, _MPI_OPS[op]))
+        self._add(lambda: comm.Iallreduce(MPI.IN_PLACE, buffer, _MPI_OPS[op]), tensor)
 
     def broadcast(self, tensor: torch.Tensor, root: int) -> None:
         """Start a broadcast of the bytes of a contiguous CPU tensor from rank ``root``."""
         comm, buffer = self._world.comm, _bytes_buffer(tensor)
-        self._add(lambda: comm.Ibcast(buffer, root))
+        self._add(lambda: comm.Ibcast(buffer, root), tensor)
 
     def gather(self, mine: np.ndarray, everyones: np.ndarray) -> None:
         """Start an allgather of equally long byte rows: ``everyones`` has one row for each rank."""
         comm = self._world.comm
-        self._add(lambda: comm.Iallgather(mine, everyones))
+        self._add(lambda: comm.Iallgather(mine, everyones), mine, everyones)
 
     def test(self) -> bool:
         """Progress the collectives; True when all are complete.
@@ -88,6 +89,7 @@ class Pending:
             raise PeerFailedError(f"{error}") from error
         if done:
             self._requests.clear()
+            self._memory.clear()
         return done
 
     def wait(self, what: Callable[[], str], limit_s: float) -> None:
@@ -128,10 +130,14 @@ class Pending:
                     os.sched_yield()
             except MPI.Exception:
                 continue
+        if not ended:
+            _abandoned.extend(self._memory)
         self._requests.clear()
+        self._memory.clear()
         return ended
 
-    def _add(self, start: Callable[[], MPI.Request]) -> None:
+    def _add(self, start: Callable[[], MPI.Request], *memory: object) -> None:
+        self._memory.extend(memory)
         try:
             self._requests.append(start())
         except MPI.Exception as error:

@@ -7,16 +7,16 @@ that could not finish it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from chaos_mpi.elastic.operations import GRADIENTS, Operation, pack_bytes, unpack_bytes
-from chaos_mpi.errors import ConfigError
+from chaos_mpi.errors import ConfigError, PeerFailedError
 from chaos_mpi.membership import View
-from chaos_mpi.mpi.world import PeerFailedError, Pending, World
+from chaos_mpi.mpi.world import Pending, World
 
 _TRANSPORT = {
     torch.float16: torch.float32,
@@ -26,7 +26,8 @@ _TRANSPORT = {
 }
 #: The first bucket is small, so that reducing starts early in backward (as torch's own DDP does).
 FIRST_BUCKET_BYTES = 1 << 20
-_CONTROL_HEADER = 1
+#: In front of the tail: members that contribute, and members that have something to propose.
+_CONTROL_HEADER = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +82,8 @@ def _bucket(params: Sequence[torch.nn.Parameter], chosen: list[int], dtype: torc
 class BufferSet:
     """Transport memory of one gradient step: a flat tensor for each bucket, and one for the module's buffers.
 
-    The last bucket has a tail: how many members contribute, and how many of them used each parameter. It
-    rides along so that a step costs no collective of its own for it.
+    The last bucket has a tail: how many members contribute, how many have something to propose, and how many
+    of the contributors used each parameter. It rides along so that a step costs no collective of its own for it.
     """
 
     def __init__(self, buckets: Sequence[Bucket], params: Sequence[torch.nn.Parameter], shared_bytes: int) -> None:
@@ -106,6 +107,7 @@ class GradientStep(Operation):
         buffers: module buffers to be made equal to those of rank 0 (empty for none).
         memory: the transport memory to use.
         contributes: whether this member's gradients count (they do not when its samples are spent).
+        proposes: asked at the end of backward whether this member has something to propose to the others.
     """
 
     def __init__(
@@ -115,11 +117,13 @@ class GradientStep(Operation):
         buffers: list[torch.Tensor],
         memory: BufferSet,
         contributes: bool,
+        proposes: Callable[[], bool],
     ) -> None:
         super().__init__(GRADIENTS)
         self._params, self._buckets, self._buffers = params, buckets, buffers
         self.memory = memory
-        self._contributes = contributes
+        self.contributes = contributes
+        self._proposes = proposes
         self._world: World | None = None
         self._awaited = [len(b.params) for b in buckets]
         self._next = 0
@@ -182,6 +186,9 @@ class GradientStep(Operation):
         if self._buffers:
             unpack_bytes(self.memory.shared, self._buffers)
 
+    def anyone_proposes(self) -> bool:
+        return bool(self.memory.control[1] > 0)
+
     @property
     def contributed(self) -> int:
         """How many members' gradients are in the result."""
@@ -210,7 +217,7 @@ class GradientStep(Operation):
         bucket, views = self._buckets[index], self.memory.views[index]
         if index == len(self._buckets) - 1:
             self._fill_control()
-        if not self._contributes:
+        if not self.contributes:
             self.memory.flats[index][: bucket.numel].zero_()
         else:
             targets, sources = [], []
@@ -226,6 +233,7 @@ class GradientStep(Operation):
         pending.reduce(self.memory.flats[index], "sum")
 
     def _fill_control(self) -> None:
-        counts = self._contributes
+        counts = self.contributes
         used = [1.0 if counts and p.grad is not None else 0.0 for p in self._params]
-        self.memory.control.copy_(torch.tensor([1.0 if counts else 0.0, *used]))
+        header = [1.0 if counts else 0.0, 1.0 if self._proposes() else 0.0]
+        self.memory.control.copy_(torch.tensor([*header, *used]))

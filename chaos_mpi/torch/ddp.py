@@ -86,6 +86,7 @@ class DistributedDataParallel(torch.nn.Module):
         self._stable_buffers = torch.empty(shared_bytes, dtype=torch.uint8)
         self._keep_buffers()
         self._session.on_rollback(self._restore_buffers)
+        self._session.on_restore(self._keep_buffers)
         self._in_backward = False
         self._end_queued = False
         self._step: GradientStep | None = None
@@ -146,7 +147,10 @@ class DistributedDataParallel(torch.nn.Module):
         contributes = not any(sampler.step_is_ghost() for sampler in self._session.samplers)
         # The other set holds the sum of the last finished step, which a survivor may still have to be given.
         self._memory.reverse()
-        self._step = GradientStep(self._params, self._buckets, self._synced_buffers, self._memory[0], contributes)
+        self._step = GradientStep(
+            self._params, self._buckets, self._synced_buffers, self._memory[0], contributes,
+            self._session.wants_to_talk,
+        )  # fmt: skip
         self._session.begin(self._step)
 
     def _backward_ends(self) -> None:

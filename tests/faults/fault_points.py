@@ -6,11 +6,12 @@ A rule is a dict::
 
 Rank 1 (as numbered at the start), on reaching the point ``forward`` of the step that follows 5 finished ones, tells
 the others so by the mark ``forward.1``, waits until rank 2 is dead and rank 3 has left its mark ``forward.3``, and
-kills itself. ``do`` is ``die`` (SIGKILL), ``stop`` (SIGSTOP), ``raise``, or missing; without ``step`` the rule holds at
-the first time the point is reached.
+kills itself. ``do`` is ``die`` (SIGKILL), ``stop`` (SIGSTOP), ``raise``, ``join``, ``leave``, or missing; without
+``step`` the rule holds at the first time the point is reached.
 
 Points: ``start`` (before init), ``opened`` (after init), ``forward``, ``between buckets``, ``settle`` (all
 gradients are on their way), ``before optimizer``, ``boundary``, ``evaluate``, ``close``, ``end`` (about to leave MPI),
+``members:X`` (a member is about to call function X of a join or leave), ``newcomer:X`` (a newcomer is about to),
 ``phase:X`` (about to begin part X of a recovery), and ``inside:X``: X is what ``session.phase`` begins with, and the
 main thread is inside a call to MPI; such rules act from a thread of their own.
 """
@@ -38,6 +39,12 @@ class InjectedError(RuntimeError):
     """What a rule with ``do: raise`` raises."""
 
 
+def own_label() -> int:
+    """The number by which tests know this process: its rank at the start, or 100, 200, ... for those that join."""
+    started = int(os.environ.get("PMIX_NAMESPACE", "@1").rpartition("@")[2]) - 1
+    return 100 * started + int(os.environ["OMPI_COMM_WORLD_RANK"])
+
+
 class FaultPoints:
     """The rules of this process.
 
@@ -47,7 +54,7 @@ class FaultPoints:
     """
 
     def __init__(self, rules: list[Rule], folder: Path) -> None:
-        self._rank = int(os.environ["OMPI_COMM_WORLD_RANK"])
+        self._rank = own_label()
         self._folder = folder
         self._rules = [rule for rule in rules if rule["rank"] == self._rank]
         self._awaited = {condition for rule in rules for condition in rule.get("wait", [])}
@@ -81,14 +88,34 @@ class FaultPoints:
         regrouping = session._sequence._regrouping
         regrouping._set_phase = self._before_call(regrouping._set_phase, lambda phase: f"phase:{phase}")
         session.settle = self._settle(session.settle)
+        self._attach_to_joins(session)
         from chaos_mpi.mpi import runtime
 
         runtime.stop = self._before_call(runtime.stop, lambda: "end")
 
+    def _attach_to_joins(self, session: Any) -> None:
+        from chaos_mpi.elastic import admission, newcomer
+        from chaos_mpi.mpi import growth
+
+        for owner, name, point in (
+            (admission, "invite", "members:invite"),
+            (admission, "replicate", "members:replicate"),
+            (admission.StateSource, "serve", "members:serve"),
+            (growth, "grow", "members:grow"),
+            (growth, "part", "members:part"),
+            (session, "change_view", "members:change_view"),
+            (newcomer, "_register", "newcomer:register"),
+            (growth, "enter", "newcomer:enter"),
+            (newcomer.StatePuller, "fetch", "newcomer:fetch"),
+            (newcomer.StatePuller, "verify", "newcomer:verify"),
+            (session, "enter_view", "newcomer:enter_view"),
+        ):
+            setattr(owner, name, self._before_call(getattr(owner, name), lambda *_, point=point: point))
+
     def _before_call(self, original: Callable[..., Any], point: Callable[..., str]) -> Callable[..., Any]:
-        def wrapper(*args: Any) -> Any:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
             self.reach(point(*args))
-            return original(*args)
+            return original(*args, **kwargs)
 
         return wrapper
 
@@ -130,6 +157,10 @@ class FaultPoints:
             signal.pause()
         elif deed == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
+        elif deed == "join":
+            self._session.request_join()
+        elif deed == "leave":
+            self._session.request_leave()
         elif deed == "raise":
             raise InjectedError(f"injected into rank {self._rank}")
 

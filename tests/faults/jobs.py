@@ -143,6 +143,10 @@ class Job:
         """Send a signal to the launcher."""
         self._process.send_signal(number)
 
+    def kill(self, pid: int) -> None:
+        """Kill one process of the job."""
+        os.kill(pid, signal.SIGKILL)
+
     def kill_all(self) -> None:
         """Kill every process of the job at once, as a power failure would."""
         self._kill_rest()

@@ -32,6 +32,7 @@ class Problem:
     ranks: int = 4
     workers: int = 0
     clip: float | None = None
+    ballast_bytes: int = 0  # more training state, so that moving it takes a while
 
 
 class Samples(Dataset[tuple[int, torch.Tensor, torch.Tensor]]):

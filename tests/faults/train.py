@@ -37,7 +37,10 @@ def main() -> None:
     data = Samples(problem.samples)
     sampler = chaos_mpi.ElasticSampler(data, batch_size=problem.batch_size, seed=5)
     loader = chaos_mpi.DataLoader(data, batch_sampler=sampler, num_workers=problem.workers)
-    state = chaos_mpi.TrainingState(model=model, optimizer=optimizer, scheduler=scheduler, sampler=sampler, epoch=0)
+    state = chaos_mpi.TrainingState(
+        model=model, optimizer=optimizer, scheduler=scheduler, sampler=sampler, epoch=0,
+        ballast=torch.zeros(problem.ballast_bytes, dtype=torch.uint8),
+    )  # fmt: skip
     with open(folder / f"trace-{session.member}.jsonl", "a", buffering=1) as trace:
         for state.epoch in range(state.epoch, problem.epochs):
             sampler.set_epoch(state.epoch)

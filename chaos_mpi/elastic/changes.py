@@ -1,0 +1,185 @@
+"""The part of a session that lets ranks join and leave by agreement."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from abc import abstractmethod
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from chaos_mpi.elastic.collectives import CollectiveCalls
+from chaos_mpi.elastic.lifecycle import write_record
+from chaos_mpi.elastic.sponsor import versions
+from chaos_mpi.errors import ConfigError
+from chaos_mpi.membership import Agenda, View
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from chaos_mpi.config import Settings
+    from chaos_mpi.elastic.attached import AttachedSamplers
+    from chaos_mpi.elastic.lifecycle import ExitGuard
+    from chaos_mpi.elastic.negotiator import Answer, Negotiator
+    from chaos_mpi.elastic.newcomer import Arrival
+    from chaos_mpi.elastic.operations import Operation
+    from chaos_mpi.elastic.persistence import Persistence
+    from chaos_mpi.elastic.sampler import ElasticSampler
+    from chaos_mpi.elastic.sequence import OperationSequence
+    from chaos_mpi.elastic.tree import Packed
+    from chaos_mpi.mpi.world import World
+
+log = logging.getLogger("chaos_mpi.elastic")
+
+
+class ChangingSession(CollectiveCalls):
+    """What a session does about members that come and go on purpose. The session itself sets the attributes."""
+
+    settings: Settings
+    host: str
+    member: str
+    step: int
+    initial_size: int
+    _arrival: Arrival | None
+    _guard: ExitGuard
+    _last_contributors: tuple[str, ...]
+    _negotiator: Negotiator
+    _persistence: Persistence
+    _samplers: AttachedSamplers
+    _sequence: OperationSequence
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Ids of the members, in rank order."""
+        return self._sequence.view.members
+
+    @property
+    def view(self) -> View:
+        """The present view."""
+        return self._sequence.view
+
+    @property
+    def samplers(self) -> tuple[ElasticSampler, ...]:
+        """The attached samplers."""
+        return tuple(self._samplers)
+
+    @abstractmethod
+    def emit(self, event: str, **fields: Any) -> None:
+        """Write a line to the event log."""
+
+    @abstractmethod
+    def resumed(self, step: int, initial_size: int) -> None:
+        """The training state now is that of ``step``, of a job that was started with ``initial_size`` ranks."""
+
+    @abstractmethod
+    def _end(self, outcome: str, message: str, digest: str) -> None:
+        """Note how this member's part ended."""
+
+    def request_join(self, n: int = 1, host: str = "", answer: Answer | None = None) -> list[str]:
+        """Ask for ``n`` more ranks, from any member and any thread; training goes on while they start.
+
+        Args:
+            n: how many.
+            host: machine they are to run on; empty for any that the launcher knows.
+            answer: called with what became of a request (``starting``, ``active``, ``refused``) and its fields.
+
+        Returns:
+            The ids of the requests.
+
+        Raises:
+            ConfigError: the script has no TrainingState, so there is nothing a newcomer could start from.
+        """
+        if not self.has_state:
+            raise ConfigError(
+                "no rank can join yet: the script has not made its TrainingState, which a newcomer would start from"
+            )
+        return [self._negotiator.request_join(host, answer) for _ in range(n)]
+
+    def request_leave(self, member: str | None = None, answer: Answer | None = None) -> str:
+        """Ask that a member goes after the present step, from any member and any thread; its process exits with 0.
+
+        Args:
+            member: its id; default: this one.
+            answer: called with what became of it (``left``, ``refused``) and its fields.
+
+        Returns:
+            The id of the request.
+        """
+        return self._negotiator.request_leave(member if member is not None else self.member, answer)
+
+    # -- for what carries joins and leaves out -------------------------------------------------------
+
+    @property
+    def has_state(self) -> bool:
+        """Whether the script has named its training state."""
+        return self._persistence.has_state
+
+    def change_view(
+        self, world: World, members: Sequence[str], reports: list[list[dict[str, Any]]], cause: str
+    ) -> None:
+        """All members have agreed to go on as ``members`` in ``world``; ``reports`` are of those who stay."""
+        old = self.view
+        self._sequence.adopt(world, old.next(members))
+        self._samplers.view_changed(reports, old.members, self.members)
+        self.emit("view_committed", cause=cause, members=list(self.members), lost=[], links=[])
+
+    def wants_to_talk(self) -> bool:
+        """Whether this member has something to propose to the others."""
+        return self._negotiator.wants_to_talk()
+
+    def pending_joins(self) -> list[dict[str, Any]]:
+        """Newcomers on their way, for people to read."""
+        return [asdict(join) for join in self._negotiator.agenda.joins]
+
+    def requirements(self) -> dict[str, Any]:
+        """What a newcomer has to be like."""
+        return {"versions": versions(), "signature": self._persistence.signature}
+
+    def pack_for_newcomers(self) -> Packed:
+        """The training state and where the samplers are; its tensors are the live ones."""
+        return self._persistence.pack_with([sampler.hand_over() for sampler in self._samplers])
+
+    def situation(self) -> dict[str, Any]:
+        """Where the job is between two steps, in JSON values, for :meth:`enter_view` at a newcomer."""
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "initial_size": self.initial_size,
+            "place": self._sequence.place(),
+            "agenda": self._negotiator.agenda.to_json(),
+        }
+
+    def enter_view(self, world: World, invitation: dict[str, Any]) -> None:
+        """This newcomer and all members have agreed to go on together in ``world``."""
+        old = View(int(invitation["epoch"]), tuple(invitation["members"]))
+        following = old.next([*old.members, *invitation["newcomers"]])
+        self._sequence.take_place(world, following, invitation["place"])
+        self._negotiator.agenda = Agenda.from_json(invitation["agenda"])
+        self._last_contributors = old.members
+        self.resumed(int(invitation["step"]), int(invitation["initial_size"]))
+        self._samplers.view_changed(invitation["reports"], old.members, self.members)
+        self.emit("view_committed", cause="join", members=list(self.members), lost=[], links=[])
+
+    def depart(self) -> NoReturn:
+        """This member has left by agreement: end the process in good order."""
+        log.warning("%s leaves at step %d; the others train on", self.member, self.step)
+        self._persistence.close()
+        self._end("left", "", "")
+        self._guard.release()
+        raise SystemExit(0)
+
+    def _write_identity(self) -> None:
+        identity = {"member": self.member, "pid": os.getpid(), "rank": self.rank, "host": self.host}
+        write_record(self.settings.run_dir, "member", identity)
+
+    def _report_arrival(self, operation: Operation) -> None:
+        """Note the first step that this newcomer has contributed to."""
+        arrival = self._arrival
+        if arrival is None or not operation.contributes:
+            return
+        self._arrival = None
+        parts = {**arrival.parts, "first_step_s": time.monotonic() - arrival.active_at}
+        total = time.time() - arrival.asked_at if arrival.asked_at is not None else None
+        rounded = {name: round(seconds, 6) for name, seconds in parts.items()}
+        self.emit("join_active", id=arrival.id, total_s=round(total, 6) if total is not None else None, **rounded)

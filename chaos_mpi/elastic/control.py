@@ -1,0 +1,155 @@
+"""How a running job is told what to do: a control socket at each member, and SIGTERM.
+
+The socket is in the job's private directory, which only its owner can enter, and has mode 0600. A client sends one JSON
+line and gets JSON lines back until the last one, which has ``"last": true``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import queue
+import signal
+import socket
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from chaos_mpi.errors import ChaosError
+
+if TYPE_CHECKING:
+    from chaos_mpi.elastic.session import Session
+
+log = logging.getLogger("chaos_mpi.elastic")
+
+#: A rank that was told to leave by SIGTERM is ended if it has not left by then, seconds.
+LEAVE_DEADLINE_S = 30.0
+#: Longest request, bytes.
+_REQUEST_BYTES = 65536
+#: What ends a conversation.
+_FINAL = frozenset({"active", "left", "refused"})
+
+
+class ControlSocket:
+    """Answers ``chaosctl``, in a thread.
+
+    Requests: ``{"do": "status"}``; ``{"do": "add", "n": 1, "host": ""}``; ``{"do": "remove", "member": id}``.
+
+    Args:
+        session: this member's part in the job.
+        path: of the socket.
+    """
+
+    def __init__(self, session: Session, path: Path) -> None:
+        self._session, self._path = session, path
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        before = os.umask(0o177)
+        try:
+            self._socket.bind(str(path))
+        finally:
+            os.umask(before)
+        self._socket.listen(8)
+        threading.Thread(target=self._serve, name="chaos_mpi-control", daemon=True).start()
+
+    def close(self) -> None:
+        """Take no more requests."""
+        self._path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._converse, args=(connection,), daemon=True).start()
+
+    def _converse(self, connection: socket.socket) -> None:
+        with connection, connection.makefile("rwb") as stream:
+            try:
+                request = json.loads(stream.readline(_REQUEST_BYTES))
+                for answer in self._answers(request):
+                    stream.write(json.dumps(answer).encode() + b"\n")
+                    stream.flush()
+            except (ChaosError, ValueError, KeyError, TypeError) as error:
+                with contextlib.suppress(OSError):
+                    stream.write(json.dumps({"error": str(error), "last": True}).encode() + b"\n")
+            except OSError:
+                return  # the client is gone; what it asked for goes on
+
+    def _answers(self, request: dict[str, Any]) -> Any:
+        session, told = self._session, queue.SimpleQueue[dict[str, Any]]()
+
+        def answer(what: str, fields: dict[str, Any]) -> None:
+            told.put({"what": what, **fields, "last": what in _FINAL})
+
+        if request["do"] == "status":
+            yield {**_status(session), "last": True}
+            return
+        if request["do"] == "add":
+            session.request_join(1, str(request.get("host", "")), answer)
+        elif request["do"] == "remove":
+            session.request_leave(str(request["member"]), answer)
+        else:
+            raise ValueError(f"there is no request {request['do']!r}")
+        while True:
+            message = told.get()
+            yield message
+            if message["last"]:
+                return
+
+
+def _status(session: Session) -> dict[str, Any]:
+    return {
+        "member": session.member,
+        "host": session.host,
+        "members": list(session.members),
+        "epoch": session.epoch,
+        "step": session.step,
+        "phase": session.phase,
+        "joins": session.pending_joins(),
+    }
+
+
+def open_control(session: Session, run_dir: Path | None) -> ControlSocket | None:
+    """The control socket of this member, if the job has a private directory to put it in."""
+    if run_dir is None:
+        return None
+    try:
+        return ControlSocket(session, run_dir / f"control-{os.getpid()}.sock")
+    except OSError as error:
+        log.warning("there is no control socket, so chaosctl cannot reach %s: %s", session.member, error)
+        return None
+
+
+def leave_on_sigterm(session: Session) -> None:
+    """Let SIGTERM mean: leave after the present step, or be ended after :data:`LEAVE_DEADLINE_S`.
+
+    Only where the script has not set a handler of its own, and only in the main thread.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        return
+    signal.signal(signal.SIGTERM, lambda number, frame: _leave(session, number, frame))
+
+
+def _leave(session: Session, number: int, _: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+    if session.member != f"{session.host}:{os.getpid()}":
+        os.kill(os.getpid(), number)  # a child of the rank, which has inherited the handler
+        return
+    timer = threading.Timer(LEAVE_DEADLINE_S, os.kill, (os.getpid(), signal.SIGKILL))
+    timer.daemon = True
+    timer.start()
+
+    def answer(what: str, fields: dict[str, Any]) -> None:
+        if what == "refused":
+            log.error("this rank was told to end and cannot leave: %s. It is ended.", fields["reason"])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    # In a thread, because the handler may have interrupted whoever holds the lock of the inbox.
+    threading.Thread(target=session.request_leave, args=(None, answer), daemon=True).start()

@@ -1,0 +1,206 @@
+"""What this member wants of the others, and how all of them settle it at a step boundary.
+
+Proposals wait in an inbox that any thread may fill. Every gradient step carries one more number in its sum: how many
+members have something to propose. While it is zero nothing else happens; otherwise all negotiate at the next boundary.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from chaos_mpi.elastic import admission
+from chaos_mpi.elastic.sponsor import Sponsorship
+from chaos_mpi.elastic.transitions import Admit, Leave
+from chaos_mpi.membership import Agenda, Join, Limits, Outcome, Proposal, View, negotiate, orphaned, restart
+
+if TYPE_CHECKING:
+    from chaos_mpi.elastic.session import Session
+
+log = logging.getLogger("chaos_mpi.elastic")
+
+#: Room for the report of one sampler, as JSON.
+_REPORT_BYTES = 320
+
+#: What became of a request, told to who made it: the event and its fields.
+Answer = Callable[[str, dict[str, Any]], None]
+
+
+class Negotiator:
+    """Joins and leaves of one session.
+
+    Args:
+        session: this member's part in the job.
+        limits: how small and how large the job may get.
+
+    Attributes:
+        agenda: what all have agreed on and not yet done.
+        due: whether some member had something to propose in the last finished step.
+    """
+
+    def __init__(self, session: Session, limits: Limits) -> None:
+        self.agenda = Agenda()
+        self.due = False
+        self.limits = limits
+        self._session = session
+        self._lock = threading.Lock()
+        self._inbox: dict[tuple[str, str, int], Proposal] = {}
+        self._asked_at: dict[str, float] = {}
+        self._answers: dict[str, Answer] = {}
+        self._numbers = itertools.count(1)
+        self._sponsorships: dict[str, Sponsorship] = {}
+
+    # -- proposing; from any thread --------------------------------------------------------------------
+
+    def request_join(self, host: str = "", answer: Answer | None = None) -> str:
+        """Ask for one more rank; returns the id of the request."""
+        return self._request("join", host=host, answer=answer)
+
+    def request_leave(self, member: str, answer: Answer | None = None) -> str:
+        """Ask that a member goes; returns the id of the request."""
+        return self._request("leave", member=member, answer=answer)
+
+    def propose(self, proposal: Proposal) -> None:
+        """Put a proposal before all members at the next boundary."""
+        with self._lock:
+            self._inbox[proposal.kind, proposal.id, proposal.attempt] = proposal
+
+    def wants_to_talk(self) -> bool:
+        """Whether this member has something to propose."""
+        return bool(self._inbox) or orphaned(self.agenda, self._session.view)
+
+    # -- at a boundary ---------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Negotiate if any member wants to, and carry out what follows. Called by all at the same boundary.
+
+        Raises:
+            SystemExit: this member leaves.
+        """
+        if not self.due:
+            return
+        self.due = False
+        begun = time.perf_counter()
+        with self._lock:
+            mine = list(self._inbox.values())
+        rows, contributors = self._session.gather_with_contributors([p.to_json() for p in mine])
+        outcome = negotiate(
+            self.agenda, View(0, contributors), [[Proposal.from_json(p) for p in row] for row in rows], self.limits
+        )
+        self.agenda = outcome.agenda
+        with self._lock:
+            for proposal in mine:
+                self._inbox.pop((proposal.kind, proposal.id, proposal.attempt), None)
+        self._tell(outcome)
+        if outcome.leave:
+            self._part(outcome.leave, begun)
+        if outcome.admit:
+            self._admit(outcome.admit, begun)
+        for join in outcome.start:
+            self._sponsor(join)
+
+    def close(self) -> None:
+        """The job is over: newcomers that are still on their way are sent home."""
+        for sponsorship in self._sponsorships.values():
+            sponsorship.give_up("the job ended")
+        self._sponsorships.clear()
+
+    # -- carrying out ----------------------------------------------------------------------------------
+
+    def _part(self, leaving: tuple[str, ...], begun: float) -> None:
+        session = self._session
+        operation = Leave(leaving, session.sampler_reports, self._width(), session.settings.timeout_s)
+        session.execute(operation)
+        assert operation.view is not None
+        gone = tuple(m for m in operation.view.members if m in operation.leaving)
+        if not gone:
+            return
+        milliseconds = round((time.perf_counter() - begun) * 1e3, 3)
+        if session.member in gone:
+            session.emit("leave_committed", members=list(gone), milliseconds=milliseconds)
+            session.depart()
+        assert operation.world is not None
+        staying = [m for m in operation.view.members if m not in gone]
+        reports = [r for m, r in zip(operation.view.members, operation.reports, strict=True) if m not in gone]
+        session.change_view(operation.world, staying, reports, cause="leave")
+        session.emit("leave_committed", members=list(gone), milliseconds=milliseconds)
+        if session.rank == 0:
+            log.warning("step %d: %s left; %d ranks train on", session.step, ", ".join(gone), session.size)
+
+    def _admit(self, joins: tuple[Join, ...], begun: float) -> None:
+        session = self._session
+        mine = {join.id: self._sponsorships.pop(join.id) for join in joins if join.id in self._sponsorships}
+        bridges = {id_: s.bridge for id_, s in mine.items() if s.bridge is not None}
+        for index, join in enumerate(joins):
+            if (bridge := bridges.get(join.id)) is not None:
+                later = [session.members.index(j.sponsor) for j in joins[index + 1 :] if j.sponsor in session.members]
+                timing = {"launch_s": mine[join.id].launch_s, "waited_s": time.monotonic() - mine[join.id].ready_at}
+                admission.invite(bridge, later, timing, self._asked_at.get(join.id))
+        operation = Admit(joins, bridges, session.sampler_reports, self._width(), session.settings.timeout_s)
+        session.execute(operation)
+        assert operation.view is not None
+        admitted = operation.world is not None and admission.replicate(session, operation, joins, begun)
+        if not admitted:
+            for sponsorship in mine.values():
+                sponsorship.give_up("it could not be taken in")
+            self.agenda, again, given_up = restart(self.agenda, operation.view, joins)
+            for join in given_up:
+                self._answer(join.id, "refused", {"reason": f"it failed {join.attempt} times"})
+            for join in again:
+                self._sponsor(join)
+            return
+        for join in joins:
+            self._answer(join.id, "active", {"member": join.newcomer})
+
+    def _sponsor(self, join: Join) -> None:
+        session = self._session
+        if session.rank == 0:
+            log.warning("step %d: a rank is being started by %s (%s)", session.step, join.sponsor, join.id)
+        if join.sponsor != session.member:
+            return
+        session.emit("join_spawned", id=join.id, host=join.host, attempt=join.attempt)
+        sponsorship = Sponsorship(join, session.requirements(), session.settings.join_timeout_s, self.propose)
+        if (before := self._sponsorships.pop(join.id, None)) is not None:
+            before.give_up("another attempt is made")
+        self._sponsorships[join.id] = sponsorship
+        sponsorship.start()
+
+    # -- small parts -----------------------------------------------------------------------------------
+
+    def _request(self, kind: str, *, member: str = "", host: str = "", answer: Answer | None = None) -> str:
+        session = self._session
+        with self._lock:
+            id_ = f"{kind}-{session.member}-{next(self._numbers)}"
+            self._asked_at[id_] = time.time()
+            if answer is not None:
+                self._answers[id_] = answer
+        if kind == "join":
+            session.emit("join_requested", id=id_, host=host)
+        self.propose(Proposal(kind, id_, member, host))
+        return id_
+
+    def _tell(self, outcome: Outcome) -> None:
+        for id_, reason in outcome.refused.items():
+            if self._session.rank == 0:
+                log.warning("%s is refused: %s", id_, reason)
+            self._answer(id_, "refused", {"reason": reason})
+        for join in outcome.start:
+            self._answer(join.id, "starting", {"sponsor": join.sponsor, "attempt": join.attempt})
+        for id_ in list(self._answers):
+            if id_.startswith("leave-") and id_ in self.agenda.settled:
+                self._answer(id_, "left", {"members": list(outcome.leave)})
+
+    def _answer(self, id_: str, what: str, fields: dict[str, Any]) -> None:
+        answer = self._answers.get(id_)
+        if answer is not None:
+            answer(what, fields)
+            if what in ("refused", "left", "active"):
+                del self._answers[id_]
+
+    def _width(self) -> int:
+        # The same at all members: a report is six counters, and they all have equally many samplers.
+        return 64 + _REPORT_BYTES * len(self._session.samplers)

@@ -1,0 +1,70 @@
+"""The small parts of the sampler: what it needs of a session, what it keeps of a round, and one iteration over it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Protocol, Self
+
+
+class SamplerSession(Protocol):
+    """What the sampler needs of the session."""
+
+    @property
+    def member(self) -> str:
+        """This process's id."""
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Ids of the members, in rank order."""
+
+    @property
+    def batch_policy(self) -> str:
+        """The rule for the batch size on a change of size."""
+
+    @property
+    def initial_size(self) -> int:
+        """The number of ranks that ``batch_size`` was chosen for."""
+
+    def attach_sampler(self, sampler: Any) -> None:
+        """Have the sampler told of finished steps and of changes of membership."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Taken:
+    """A round handed to the training loop and not yet part of a finished step."""
+
+    lap: int
+    indices: list[int]  # none in a ghost round
+
+
+class IssuesRounds(Protocol):
+    """What an iteration needs of the sampler."""
+
+    @property
+    def generation(self) -> int:
+        """A number that changes whenever a new iteration begins or the epoch is left."""
+
+    def issue(self) -> list[int] | None:
+        """The indices of the next round; None when there is none left."""
+
+
+class Rounds(Iterator[list[int]]):
+    """One iteration. Not a generator, since it can have more to give after it ran dry: returned samples."""
+
+    def __init__(self, sampler: IssuesRounds, generation: int) -> None:
+        self._sampler = sampler
+        self._generation = generation
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> list[int]:
+        if self._sampler.generation != self._generation:
+            raise RuntimeError(
+                "this iteration over the ElasticSampler is over: another was begun, or the epoch changed"
+            )
+        indices = self._sampler.issue()
+        if indices is None:
+            raise StopIteration
+        return indices

@@ -1,0 +1,117 @@
+"""One newcomer being started by the member that sponsors it, in a thread, while training goes on."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from chaos_mpi.elastic.signature import first_difference
+from chaos_mpi.errors import ChaosError, PeerFailedError, WaitTimeoutError
+from chaos_mpi.membership import Join, Proposal
+from chaos_mpi.mpi import growth
+from chaos_mpi.mpi.growth import Bridge
+
+log = logging.getLogger("chaos_mpi.elastic")
+
+
+class Sponsorship:
+    """Starts the process of a join, and proposes what became of it.
+
+    Args:
+        join: what was agreed on.
+        requirements: what the newcomer has to be like: ``versions``, and the ``signature`` of the training state.
+        limit_s: seconds it has until it is ready to take the state.
+        propose: hands a proposal to all members; called from the thread.
+
+    Attributes:
+        bridge: the connection to the newcomer, once it is up.
+        launch_s: from the start of the process until it was ready, seconds; 0 before.
+        ready_at: when that was, on the monotonic clock.
+    """
+
+    def __init__(
+        self, join: Join, requirements: dict[str, Any], limit_s: float, propose: Callable[[Proposal], None]
+    ) -> None:
+        self.join = join
+        self.bridge: Bridge | None = None
+        self.launch_s = self.ready_at = 0.0
+        self._requirements, self._limit_s, self._propose = requirements, limit_s, propose
+        self._told = False
+        self._lock = threading.Lock()
+        self._begun = time.monotonic()
+        self._deadline = threading.Timer(limit_s, self._expired)
+        self._deadline.daemon = True
+        self._thread = threading.Thread(target=self._run, name=f"chaos_mpi-{join.id}", daemon=True)
+
+    def start(self) -> None:
+        """Start the process, in the background."""
+        self._deadline.start()
+        self._thread.start()
+
+    def give_up(self, reason: str) -> None:
+        """Tell the newcomer, if it is up, that the job has no use for it."""
+        self._deadline.cancel()
+        self._tell("")
+        if self.bridge is not None:
+            log.info("%s is given up: %s", self.join.id, reason)
+            self.bridge.give_up()
+
+    def _run(self) -> None:
+        try:
+            bridge = growth.spawn(own_command(), host=self.join.host, directory=os.getcwd())
+            self.bridge = bridge
+            bridge.send({"welcome": self.join.id, "requirements": self._requirements["versions"]})
+            word = bridge.receive(self._limit_s, f"the newcomer of {self.join.id} to build its model")
+            difference = self._misfit(word)
+            if difference is not None:
+                bridge.send({"refused": difference})
+                self._tell("misfit", reason=f"{word['member']} does not fit: {difference}")
+                return
+        except (ChaosError, PeerFailedError, WaitTimeoutError) as error:
+            self._tell("failed", reason=str(error))
+            return
+        self.ready_at = time.monotonic()
+        self.launch_s = self.ready_at - self._begun
+        self._tell("arrived", member=str(word["member"]))
+
+    def _misfit(self, word: dict[str, Any]) -> str | None:
+        versions = self._requirements["versions"]
+        for name, version in versions.items():
+            if word["versions"].get(name) != version:
+                return f"{name} is {version} here and {word['versions'].get(name)} at {word['host']}"
+        return first_difference(self._requirements["signature"], word["signature"])
+
+    def _expired(self) -> None:
+        self._tell("failed", reason=f"the newcomer was not ready within {self._limit_s:.0f} s")
+        if self.bridge is not None:
+            self.bridge.give_up()
+
+    def _tell(self, kind: str, *, member: str = "", reason: str = "") -> None:
+        """Propose once and never again."""
+        with self._lock:
+            if self._told:
+                return
+            self._told = True
+        self._deadline.cancel()
+        if kind:
+            self._propose(Proposal(kind, self.join.id, member, self.join.host, self.join.attempt, reason))
+
+
+def own_command() -> list[str]:
+    """The command line of this process, to start another one like it."""
+    return [sys.executable, *sys.orig_argv[1:]]
+
+
+def versions() -> dict[str, str]:
+    """What has to be the same at all members."""
+    import torch
+
+    import chaos_mpi
+
+    python = ".".join(map(str, sys.version_info[:2]))
+    return {"chaos_mpi": chaos_mpi.__version__, "torch": str(torch.__version__), "Python": python}

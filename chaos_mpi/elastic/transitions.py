@@ -1,0 +1,126 @@
+"""Changes of the communicator that members make on purpose: operations of the common sequence, like any other.
+
+A transition succeeds at every member or at none. When a member dies on the way, the survivors regroup as they
+do in any operation, and begin it again with who is left.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from chaos_mpi.elastic.operations import Operation
+from chaos_mpi.errors import PeerFailedError
+from chaos_mpi.membership import Join, View
+from chaos_mpi.mpi import growth
+from chaos_mpi.mpi.growth import Bridge
+from chaos_mpi.mpi.world import Pending, World
+
+
+class Transition(Operation):
+    """Gathers a report of every member, changes the communicator, and commits both by agreement.
+
+    Args:
+        label: what it is.
+        report: this member's report, JSON values.
+        width: bytes that every member's report fits into.
+        limit_s: longest wait for the others.
+
+    Attributes:
+        reports: of all members of the view it was committed in, in rank order.
+        view: that view.
+        world: the new communicator, or None.
+    """
+
+    def __init__(self, label: str, report: Callable[[], Any], width: int, limit_s: float) -> None:
+        super().__init__(label)
+        self._report, self._width, self._limit_s = report, width, limit_s
+        self._rows = torch.empty((0, width), dtype=torch.uint8)
+        self.reports: list[Any] = []
+        self.view: View | None = None
+        self.world: World | None = None
+
+    @abstractmethod
+    def act(self, world: World, view: View) -> World | None:
+        """Make the new communicator; called by all members together."""
+
+    def launch(self, world: World, view: View) -> None:
+        self._old, self.view = world, view
+        super().launch(world, view)
+
+    def start(self, pending: Pending, view: View, rank: int) -> None:
+        payload = json.dumps(self._report()).encode()
+        self._rows = torch.zeros((view.size, self._width), dtype=torch.uint8)
+        self._rows[rank, : len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        pending.reduce(self._rows, "bor")
+
+    def wait(self, what: Callable[[], str], limit_s: float) -> None:
+        super().wait(what, limit_s)
+        # From here on everyone has entered this operation. Who saw it fail is on the way to a recovery, which begins
+        # with the same agreement as this one, and says no.
+        assert self.view is not None
+        try:
+            self.world = self.act(self._old, self.view)
+            succeeded = True
+        except PeerFailedError:
+            succeeded = False
+        if not self._old.agree(succeeded, limit_s, what):
+            raise PeerFailedError("a member failed while the communicator was changed", met=True)
+        self.reports = [json.loads(bytes(row.numpy().tobytes()).rstrip(b"\0")) for row in self._rows]
+
+    def results(self) -> list[torch.Tensor]:
+        return []  # it is finished everywhere at once, so nobody ever adopts it
+
+    def renew_buffers(self) -> None:
+        self._rows = torch.empty_like(self._rows)
+
+
+class Leave(Transition):
+    """Members go; the others get a communicator without them."""
+
+    def __init__(self, leaving: Sequence[str], report: Callable[[], Any], width: int, limit_s: float) -> None:
+        super().__init__(f"leave of {', '.join(leaving)}", report, width, limit_s)
+        self.leaving = frozenset(leaving)
+
+    def act(self, world: World, view: View) -> World | None:
+        if not self.leaving & set(view.members):
+            return world  # they died before they could go
+        return growth.part(world, view.members[world.rank] not in self.leaving, self._limit_s)
+
+
+class Admit(Transition):
+    """Newcomers are connected with all members, in a communicator in which they come last.
+
+    It is tried once. A newcomer for which it failed is in no known state, so it is started anew instead.
+
+    Args:
+        joins: the newcomers, in the order of their ranks.
+        bridges: those that this member sponsors, by join id.
+    """
+
+    def __init__(
+        self,
+        joins: Sequence[Join],
+        bridges: dict[str, Bridge],
+        report: Callable[[], Any],
+        width: int,
+        limit_s: float,
+    ) -> None:
+        super().__init__(f"admission of {', '.join(join.newcomer for join in joins)}", report, width, limit_s)
+        self._joins, self._bridges = joins, bridges
+        self._tried = False
+
+    def act(self, world: World, view: View) -> World | None:
+        if self._tried:
+            return None
+        self._tried = True
+        grown = world
+        for join in self._joins:
+            if join.sponsor not in view.members:
+                raise PeerFailedError(f"the sponsor {join.sponsor} is gone")
+            grown = growth.grow(grown, self._bridges.get(join.id), view.rank_of(join.sponsor), self._limit_s)
+        return grown

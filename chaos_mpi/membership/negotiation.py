@@ -1,0 +1,234 @@
+"""How members agree, without an administrator, on who joins and who leaves.
+
+Any member may propose. At a step boundary all members hold the same list of proposals, in rank order, and each works
+out what follows from it by itself: :func:`negotiate` is a pure function of the agenda so far, the view and
+the proposals, so all come to the same outcome. Every request has an id, and one that was dealt with is never
+dealt with again, so a proposal that is repeated after a failure does no harm.
+
+A join goes through these stages::
+
+    requested -> spawning (its sponsor starts the process) -> arrived (it is up and fits) -> admitted, and forgotten
+                    ^   |                                        |
+                    +---+ sponsor died, or the start failed <----+  (up to MAX_ATTEMPTS times)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Self
+
+from chaos_mpi.membership.view import View
+
+#: A join is given up after its process failed to start so often.
+MAX_ATTEMPTS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """What one member wants all to do.
+
+    Attributes:
+        kind: ``join``; ``leave`` (``member`` is to go); ``arrived`` (the newcomer of join ``id`` is up, and is
+            called ``member``); ``failed`` (attempt number ``attempt`` to start it came to nothing); ``misfit``
+            (it is up and cannot be used, so it is not tried again).
+        id: of the request; unique in the life of a job.
+        member: see ``kind``; empty for a join.
+        host: for a join, the machine it is to run on; empty for any.
+        attempt: for ``arrived`` and ``failed``, the number of the attempt they speak of.
+        reason: for a person to read.
+    """
+
+    kind: str
+    id: str
+    member: str = ""
+    host: str = ""
+    attempt: int = 0
+    reason: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON-able dict."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        """The reverse of :meth:`to_json`."""
+        return cls(**fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """A newcomer on its way.
+
+    Attributes:
+        id: of the request.
+        host: where it is to run; empty for anywhere.
+        turn: a number by which sponsors take turns.
+        sponsor: the member that starts it and is its first contact.
+        attempt: 1 for the first start.
+        newcomer: its member id once it is up, else empty.
+    """
+
+    id: str
+    host: str
+    turn: int
+    sponsor: str
+    attempt: int = 1
+    newcomer: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How many members a job may have."""
+
+    min_ranks: int = 1
+    max_ranks: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Agenda:
+    """What is agreed and not yet done; the same at every member.
+
+    Attributes:
+        joins: newcomers on their way, in the order in which they were agreed on.
+        settled: ids of all requests that were accepted, refused or done.
+    """
+
+    joins: tuple[Join, ...] = ()
+    settled: frozenset[str] = frozenset()
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON-able dict."""
+        return {"joins": [asdict(join) for join in self.joins], "settled": sorted(self.settled)}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        """The reverse of :meth:`to_json`."""
+        return cls(tuple(Join(**join) for join in fields["joins"]), frozenset(fields["settled"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What all members do now.
+
+    Attributes:
+        agenda: the agenda from here on.
+        start: joins whose sponsor is to start a process now.
+        admit: joins whose newcomer is up, to be taken in now, in this order.
+        leave: members that go now, in rank order.
+        refused: why requests are not carried out, by id.
+    """
+
+    agenda: Agenda
+    start: tuple[Join, ...] = ()
+    admit: tuple[Join, ...] = ()
+    leave: tuple[str, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+
+def negotiate(agenda: Agenda, view: View, proposals: Iterable[Sequence[Proposal]], limits: Limits) -> Outcome:
+    """What follows from the proposals of all members.
+
+    Leaves come before joins, and requests of a kind in the order of their ids, then of their origin's rank.
+
+    Args:
+        agenda: as after the last negotiation.
+        view: the members that took part in this one; some of them may have died since.
+        proposals: those of each member, in rank order.
+        limits: how small and how large the job may get.
+    """
+    everything = [proposal for of_member in proposals for proposal in of_member]
+    requests = sorted(
+        {p.id: p for p in reversed(everything) if p.kind in ("join", "leave") and p.id not in agenda.settled}.values(),
+        key=lambda p: (p.kind != "leave", p.id),
+    )
+    refused: dict[str, str] = {}
+    leaving = _leaving([p for p in requests if p.kind == "leave"], view, limits, refused)
+    staying = view.next(m for m in view.members if m not in leaving) if len(leaving) < view.size else view
+    joins, admit, start = _progress(agenda.joins, everything, staying, refused)
+    wanted = [p for p in requests if p.kind == "join"]
+    for proposal in wanted:
+        size = staying.size + len(admit) + len(joins)
+        if limits.max_ranks is not None and size >= limits.max_ranks:
+            refused[proposal.id] = (
+                f"the job has {size} ranks, counting those on their way, and max_ranks is {limits.max_ranks}"
+            )
+            continue
+        turn = len(agenda.settled) + len(start)
+        join = Join(proposal.id, proposal.host, turn, _sponsor(staying, turn))
+        joins.append(join)
+        start.append(join)
+    settled = agenda.settled | {p.id for p in requests}
+    return Outcome(Agenda(tuple(joins), settled), tuple(start), tuple(admit), leaving, refused)
+
+
+def orphaned(agenda: Agenda, view: View) -> bool:
+    """Whether a join has lost its sponsor, so that the members should negotiate."""
+    return any(join.sponsor not in view.members for join in agenda.joins)
+
+
+def restart(agenda: Agenda, view: View, failed: Iterable[Join]) -> tuple[Agenda, tuple[Join, ...], tuple[Join, ...]]:
+    """The agenda after these joins could not be admitted, those to start again, and those that are given up."""
+    again: list[Join] = []
+    given_up: list[Join] = []
+    for join in failed:
+        next_try = _again(join, view)
+        if next_try is None:
+            given_up.append(join)
+        else:
+            again.append(next_try)
+    return replace(agenda, joins=(*agenda.joins, *again)), tuple(again), tuple(given_up)
+
+
+def _leaving(requests: Sequence[Proposal], view: View, limits: Limits, refused: dict[str, str]) -> tuple[str, ...]:
+    leaving: set[str] = set()
+    for proposal in requests:
+        left = view.size - len(leaving) - 1
+        if proposal.member not in view.members:
+            refused[proposal.id] = f"{proposal.member} is not a member; members are {', '.join(view.members)}"
+        elif proposal.member in leaving:
+            continue
+        elif left < max(1, limits.min_ranks):
+            few = f"{left} ranks would be left, and min_ranks is {limits.min_ranks}"
+            what = "it is the last rank" if left < 1 else few
+            refused[proposal.id] = f"{proposal.member} cannot leave: {what}"
+        else:
+            leaving.add(proposal.member)
+    return tuple(m for m in view.members if m in leaving)
+
+
+def _progress(
+    joins: Sequence[Join], proposals: Sequence[Proposal], view: View, refused: dict[str, str]
+) -> tuple[list[Join], list[Join], list[Join]]:
+    """What has become of the joins under way: those still under way, those to admit, and those to start again."""
+    going: list[Join] = []
+    admit: list[Join] = []
+    again: list[Join] = []
+    news = {(p.id, p.attempt): p for p in proposals if p.kind in ("arrived", "failed", "misfit")}
+    for join in joins:
+        word = news.get((join.id, join.attempt))
+        if join.sponsor in view.members and word is None:
+            going.append(join)
+        elif join.sponsor in view.members and word is not None and word.kind == "arrived":
+            admit.append(replace(join, newcomer=word.member))
+        elif word is not None and word.kind == "misfit":
+            refused[join.id] = word.reason
+        elif (next_try := _again(join, view)) is not None:
+            going.append(next_try)
+            again.append(next_try)
+        else:
+            why = word.reason if word is not None else f"its sponsor {join.sponsor} is gone"
+            refused[join.id] = f"given up after {join.attempt} attempts: {why}"
+    return going, admit, again
+
+
+def _again(join: Join, view: View) -> Join | None:
+    if join.attempt >= MAX_ATTEMPTS:
+        return None
+    turn = join.turn + 1
+    return replace(join, attempt=join.attempt + 1, turn=turn, newcomer="", sponsor=_sponsor(view, turn))
+
+
+def _sponsor(view: View, turn: int) -> str:
+    # Another one for each attempt, and joins that are agreed on together are spread: starting is slow.
+    return view.members[turn % view.size]

@@ -1,0 +1,165 @@
+"""How a communicator gets larger: a process is spawned, and taken in by all.
+
+Spawning is slow and is done by one member alone, its *sponsor*, in a thread, while training goes on (MPI 4.1, section
+11.8, ``MPI_Comm_spawn`` on ``MPI_COMM_SELF``). Sponsor and newcomer are then joined by a :class:`Bridge`, over which
+the newcomer says when it is ready. Taking it in needs every member, and a few milliseconds: the members' communicator
+and the newcomer become an intercommunicator across the bridge, which is merged (MPI 4.1, section 7.6).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import numpy as np
+
+from chaos_mpi.errors import EngineError, PeerFailedError, WaitTimeoutError
+from chaos_mpi.mpi.runtime import Watchdog
+from chaos_mpi.mpi.world import MPI, World
+
+_GROW_TAG = 711
+_MESSAGE_TAG = 712
+_POLL_S = 0.002
+
+
+class Bridge:
+    """The connection of a newcomer and its sponsor, seen from either side. JSON messages, in order."""
+
+    def __init__(self, inter: MPI.Intercomm, *, newcomer: bool) -> None:
+        inter.Set_errhandler(MPI.ERRORS_RETURN)
+        self._inter = inter
+        try:
+            self.comm = inter.Merge(newcomer)
+        except MPI.Exception as error:
+            raise PeerFailedError(f"{error}") from error
+        self.comm.Set_errhandler(MPI.ERRORS_RETURN)
+        self._other = 1 - self.comm.Get_rank()
+        self._sent: list[tuple[MPI.Request, bytes]] = []
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Send a message; does not wait.
+
+        Raises:
+            PeerFailedError: the other side is dead.
+        """
+        data = json.dumps(message).encode()
+        try:
+            self._sent.append((self.comm.Isend([data, MPI.BYTE], self._other, _MESSAGE_TAG), data))
+        except MPI.Exception as error:
+            raise PeerFailedError(f"{error}") from error
+
+    def poll(self) -> dict[str, Any] | None:
+        """The next message, if one is here.
+
+        Raises:
+            PeerFailedError: the other side is dead, or gave the bridge up.
+        """
+        try:
+            if self.comm.Get_failed().Get_size():
+                raise PeerFailedError("the other side of the bridge has failed")
+            status = MPI.Status()
+            if not self.comm.Iprobe(self._other, _MESSAGE_TAG, status):
+                return None
+            data = np.empty(status.Get_count(MPI.BYTE), dtype=np.uint8)
+            self.comm.Recv([data, MPI.BYTE], self._other, _MESSAGE_TAG)
+        except MPI.Exception as error:
+            raise PeerFailedError(f"{error}") from error
+        return cast("dict[str, Any]", json.loads(data.tobytes()))
+
+    def receive(self, limit_s: float, what: str) -> dict[str, Any]:
+        """Wait for the next message.
+
+        Raises:
+            PeerFailedError: the other side is dead, or gave the bridge up.
+            WaitTimeoutError: nothing came within ``limit_s`` seconds.
+        """
+        limit = time.monotonic() + limit_s
+        while (message := self.poll()) is None:
+            if time.monotonic() > limit:
+                raise WaitTimeoutError(f"waited {limit_s:.0f} s for {what}")
+            time.sleep(_POLL_S)
+        return message
+
+    def give_up(self) -> None:
+        """Tell the other side that nothing will come of it."""
+        try:
+            self.comm.Revoke()
+        except MPI.Exception:
+            return
+
+
+def spawn(command: Sequence[str], *, host: str, directory: str) -> Bridge:
+    """Start one process and return the bridge to it, once it has initialised MPI. Blocks; call it in a thread.
+
+    Args:
+        command: program and arguments.
+        host: machine it is to run on; empty for any that the launcher knows.
+        directory: its working directory.
+
+    Raises:
+        EngineError: MPI could not start it.
+        PeerFailedError: it died at once.
+    """
+    info = MPI.Info.Create()
+    info.Set("wdir", directory)
+    if host:
+        info.Set("host", host)
+    try:
+        inter = MPI.COMM_SELF.Spawn(command[0], list(command[1:]), 1, info)
+    except MPI.Exception as error:
+        raise EngineError(f"MPI could not start {command[0]}: {error}") from error
+    finally:
+        info.Free()
+    return Bridge(inter, newcomer=False)
+
+
+def bridge_to_sponsor() -> Bridge | None:
+    """The bridge of a process that was spawned into a running job; None for one that was there from the start."""
+    parent = MPI.Comm.Get_parent()
+    return None if parent == MPI.COMM_NULL else Bridge(parent, newcomer=True)
+
+
+def grow(world: World, bridge: Bridge | None, sponsor: int, limit_s: float) -> World:
+    """Take one newcomer in; called by all members of ``world``. It gets the highest rank.
+
+    Args:
+        bridge: at the sponsor, else None.
+        sponsor: its rank in ``world``.
+        limit_s: the process ends when MPI has not done it by then.
+
+    Raises:
+        PeerFailedError: a member or the newcomer died meanwhile; it may have worked at other members.
+    """
+    peer = bridge.comm if bridge is not None else MPI.Intracomm(MPI.COMM_NULL)
+    return _merged(lambda: world.comm.Create_intercomm(sponsor, peer, 1, _GROW_TAG), False, limit_s)
+
+
+def enter(bridge: Bridge, limit_s: float) -> World:
+    """The newcomer's part in :func:`grow`."""
+    return _merged(lambda: MPI.COMM_SELF.Create_intercomm(0, bridge.comm, 0, _GROW_TAG), True, limit_s)
+
+
+def part(world: World, stays: bool, limit_s: float) -> World | None:
+    """The communicator of the members that stay; None at one that goes. Called by all, in the same order of ranks.
+
+    Raises:
+        PeerFailedError: a member died meanwhile; it may have worked at other members.
+    """
+    try:
+        with Watchdog("MPI_Comm_split for the members that stay", limit_s):
+            comm = world.comm.Split(0 if stays else MPI.UNDEFINED, world.rank)
+    except MPI.Exception as error:
+        raise PeerFailedError(f"{error}") from error
+    return World(cast("MPI.Intracomm", comm)) if stays else None
+
+
+def _merged(connect: Callable[[], MPI.Intercomm], newcomer: bool, limit_s: float) -> World:
+    try:
+        with Watchdog("MPI_Intercomm_create and merge for a newcomer", limit_s):
+            inter = connect()
+            inter.Set_errhandler(MPI.ERRORS_RETURN)
+            return World(inter.Merge(newcomer))
+    except MPI.Exception as error:
+        raise PeerFailedError(f"{error}") from error

@@ -1,0 +1,118 @@
+"""The side of a member: it serves byte ranges of its training state to newcomers that ask for them.
+
+A member keeps no plan and no record of who has what: the newcomer asks, range by range, and asks somebody else when a
+member dies or is slow. Requests and answers are JSON messages, bytes go straight from the tensors.
+
+======================================  ====================================================================
+``{"invitation": true}``                answer with all that a newcomer must know of the job
+``{"get": [start, stop], "number": n}`` send these bytes as transfer ``n``
+``{"sum": [start, stop], "number": n}`` answer ``{"sum": checksum, "number": n}``
+``{"received": true}``                  the newcomer has all it needs
+======================================  ====================================================================
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from chaos_mpi.errors import PeerFailedError, WaitTimeoutError
+from chaos_mpi.replication.layout import DataTransfer, Layout, Piece, Transport, checksum
+
+#: Do something else for so long when there is nothing to do for a while.
+_IDLE_S = 0.0005
+_SPIN_S = 0.02
+
+
+class StateSource:
+    """Serves one state to newcomers.
+
+    Args:
+        transport: reaches them.
+        guests: their ranks.
+        layout: of the state.
+        tensors: the state, by name; must not change while it is served.
+        invitation: the answer to a newcomer that asks for it.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        guests: Sequence[int],
+        layout: Layout,
+        tensors: Mapping[str, torch.Tensor],
+        invitation: dict[str, Any],
+    ) -> None:
+        self._transport = transport
+        self._waiting = set(guests)
+        self._layout, self._tensors, self._invitation = layout, tensors, invitation
+        self._under_way: list[tuple[int, DataTransfer]] = []
+        #: Guests that died before they had everything.
+        self.lost: set[int] = set()
+        #: Bytes sent to each guest.
+        self.sent_bytes: dict[int, int] = dict.fromkeys(guests, 0)
+
+    def serve(self, limit_s: float, what: Callable[[], str]) -> None:
+        """Serve until every guest has all it needs, or is dead.
+
+        Raises:
+            WaitTimeoutError: a guest neither asked for anything nor finished for ``limit_s`` seconds.
+        """
+        active = time.monotonic()
+        while self._waiting or self._under_way:
+            if self.step():
+                active = time.monotonic()
+                continue
+            idle = time.monotonic() - active
+            if idle > limit_s:
+                raise WaitTimeoutError(f"waited {limit_s:.0f} s for {what()}")
+            if idle > _SPIN_S:
+                time.sleep(_IDLE_S)
+            else:
+                os.sched_yield()
+
+    def step(self) -> bool:
+        """Do what there is to do now; whether there was anything."""
+        busy = False
+        for guest in sorted(self._waiting):
+            try:
+                while guest in self._waiting and (message := self._transport.poll(guest)) is not None:
+                    busy = True
+                    self._answer(guest, message)
+            except PeerFailedError:
+                busy = True
+                self._lose(guest)
+        for guest, transfer in list(self._under_way):
+            try:
+                if transfer.done():
+                    busy = True
+                    self._under_way.remove((guest, transfer))
+            except PeerFailedError:
+                busy = True
+                self._lose(guest)
+        return busy
+
+    def _answer(self, guest: int, message: dict[str, Any]) -> None:
+        if "get" in message:
+            pieces = self._pieces(message["get"])
+            self._under_way.append((guest, self._transport.send_data(guest, message["number"], pieces)))
+            self.sent_bytes[guest] += sum(nbytes for _, nbytes in pieces)
+        elif "sum" in message:
+            answer = {"sum": checksum(self._pieces(message["sum"])), "number": message["number"]}
+            self._transport.send(guest, answer)
+        elif "invitation" in message:
+            self._transport.send(guest, self._invitation)
+        elif "received" in message:
+            self._waiting.discard(guest)
+
+    def _pieces(self, span: Sequence[int]) -> list[Piece]:
+        return self._layout.pieces(self._tensors, span[0], span[1])
+
+    def _lose(self, guest: int) -> None:
+        self._waiting.discard(guest)
+        self.lost.add(guest)
+        self._under_way = [(other, transfer) for other, transfer in self._under_way if other != guest]

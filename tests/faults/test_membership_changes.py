@@ -1,0 +1,191 @@
+"""Ranks join and leave while others die: no step is lost, none is applied twice, and no replica differs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checks import TOLERANCE
+from fault_points import Rule
+from jobs import Finished, start_training
+from problem import Problem, check_exactly_once, largest_difference, read_traces, replay
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(100, method="signal")]
+
+#: The first newcomer, and the second; see fault_points.own_label.
+FIRST, SECOND = 100, 200
+#: Epochs enough for a newcomer to come up while the others train.
+LONG = Problem(ranks=3, epochs=40)
+
+
+def rule(rank: int, at: str, do: str | None = None, *wait: str, step: int | None = None) -> Rule:
+    """See :mod:`fault_points`."""
+    made: Rule = {"rank": rank, "at": at, "wait": list(wait)}
+    return made | ({"do": do} if do else {}) | ({"step": step} if step is not None else {})
+
+
+def until_ready(newcomer: int = FIRST, rank: int = 0, step: int = 8) -> list[Rule]:
+    """``rank`` keeps the others from training through before the newcomer is about to say that it is ready."""
+    return [
+        rule(newcomer, "newcomer:register"),
+        rule(rank, "boundary", None, f"newcomer:register.{newcomer}", step=step),
+    ]
+
+
+def check_changes(
+    job: Finished,
+    problem: Problem,
+    *,
+    dead: Collection[int] = (),
+    left: Collection[int] = (),
+    joined: Collection[int] = (),
+) -> dict[int, list[str]]:
+    """Assert all that is promised, whoever came and went; returns the members whose gradients are in each step."""
+    assert job.status == 0, f"the launcher returned {job.status}"
+    traces = read_traces(job.folder)
+    finals = {job.member(r) for r in [*range(problem.ranks), *joined] if r not in dead and r not in left}
+    results = job.results()
+    assert set(results) == finals
+    steps: dict[int, list[str]] = {}
+    for member, trace in traces.items():
+        for step, contributors in trace.steps.items():
+            assert steps.setdefault(step, contributors) == contributors, f"{member} has step {step} differently"
+    assert sorted(steps) == list(range(1, len(steps) + 1))
+    check_exactly_once(problem, steps, traces)
+    for member, result in results.items():
+        assert result["steps"] == result["scheduler"] == len(steps), (member, result)
+        assert result["identical"], f"{member} saw replicas that differ"
+    assert len({result["digest"] for result in results.values()}) == 1, results
+    reference = replay(problem, steps, traces)
+    for member in finals:
+        final = torch.load(job.folder / f"final-{member}.pt", weights_only=True)
+        assert largest_difference(reference, final) < TOLERANCE
+    for label in joined:
+        if label in dead:
+            continue
+        (active,) = [e for e in job.events("join_active") if e["member"] == job.member(label)]
+        assert job.member(label) in steps[active["step"]], "it said that it contributed to a step, and did not"
+    for label in left:
+        (ended,) = [e for e in job.events("session_ended") if e["member"] == job.member(label)]
+        assert ended["outcome"] == "left"
+    return steps
+
+
+def test_a_rank_joins(tmp_path: Path) -> None:
+    rules = [rule(1, "boundary", "join", step=3), *until_ready()]
+    with start_training(tmp_path, LONG, rules) as job:
+        finished = job.finish()
+        steps = check_changes(finished, LONG, joined=[FIRST])
+    assert len(steps[max(steps)]) == 4
+    (received,) = finished.events("shards_received")
+    (cut, *_) = finished.events("join_cut")
+    assert sum(received["sources"].values()) == cut["state_bytes"]
+
+
+def test_ranks_join_together(tmp_path: Path) -> None:
+    rules = [rule(1, "boundary", "join", step=3), rule(2, "boundary", "join", step=3)]
+    rules += [*until_ready(FIRST), *until_ready(SECOND, rank=1)]
+    with start_training(tmp_path, LONG, rules) as job:
+        finished = job.finish()
+        steps = check_changes(finished, LONG, joined=[FIRST, SECOND])
+    assert len(steps[max(steps)]) == 5
+
+
+def test_a_rank_joins_with_prefetching_loaders(tmp_path: Path) -> None:
+    problem = Problem(ranks=2, epochs=40, workers=2)
+    with start_training(tmp_path, problem, [rule(1, "boundary", "join", step=3), *until_ready()]) as job:
+        check_changes(job.finish(), problem, joined=[FIRST])
+
+
+LEAVES: dict[str, tuple[list[Rule], set[int]]] = {
+    "one": ([rule(1, "boundary", "leave", step=3)], {1}),
+    "rank 0": ([rule(0, "boundary", "leave", step=3)], {0}),
+    "two at once": ([rule(0, "boundary", "leave", step=3), rule(2, "boundary", "leave", step=3)], {0, 2}),
+    "in the last step of an epoch": ([rule(1, "boundary", "leave", step=7)], {1}),
+}
+
+
+@pytest.mark.parametrize("case", LEAVES, ids=lambda case: case.replace(" ", "-"))
+def test_ranks_leave(case: str, tmp_path: Path) -> None:
+    rules, left = LEAVES[case]
+    problem = Problem(ranks=3)
+    with start_training(tmp_path, problem, rules) as job:
+        finished = job.finish()
+        check_changes(finished, problem, left=left)
+    assert not finished.events("failure_detected"), "a leave is no failure"
+
+
+def test_the_last_rank_stays(tmp_path: Path) -> None:
+    problem = Problem(ranks=1)
+    with start_training(tmp_path, problem, [rule(0, "boundary", "leave", step=3)]) as job:
+        finished = job.finish()
+        check_changes(finished, problem)
+    assert "cannot leave: it is the last rank" in finished.output
+
+
+def test_a_newcomer_leaves_and_another_one_comes(tmp_path: Path) -> None:
+    rules = [
+        rule(1, "boundary", "join", step=3), *until_ready(),
+        rule(FIRST, "boundary", "leave"), rule(0, "boundary", "join", step=60), *until_ready(SECOND, step=70),
+    ]  # fmt: skip
+    with start_training(tmp_path, LONG, rules) as job:
+        check_changes(job.finish(), LONG, joined=[FIRST, SECOND], left=[FIRST])
+
+
+JOIN = [rule(1, "boundary", "join", step=3), *until_ready()]
+#: The second newcomer is the one that is started in place of the first; rank 1 waits for it.
+RETRY = [rule(SECOND, "newcomer:register"), rule(1, "boundary", None, f"newcomer:register.{SECOND}", step=40)]
+
+#: Rules, who dies, and who has joined in the end.
+DEATHS: dict[str, tuple[list[Rule], set[int], set[int]]] = {
+    "the sponsor while it starts the newcomer": ([JOIN[0], rule(0, "forward", "die", step=6), *RETRY], {0}, {SECOND}),
+    "the proposer": ([*JOIN, rule(1, "forward", "die", step=6)], {1}, {FIRST}),
+    "a member when it is to grow": ([*JOIN, rule(2, "members:grow", "die"), *RETRY], {2}, {SECOND}),
+    "a member when it is to serve": ([*JOIN, rule(2, "members:serve", "die")], {2}, {FIRST}),
+    "rank 0 when it is to serve": ([*JOIN, rule(0, "members:serve", "die")], {0}, {FIRST}),
+    "a member after it served": ([*JOIN, rule(1, "members:change_view", "die")], {1}, {FIRST}),
+    "the newcomer before it is ready": ([*JOIN, rule(FIRST, "newcomer:register", "die"), *RETRY], {FIRST}, {SECOND}),
+    "the newcomer when it fetches": ([*JOIN, rule(FIRST, "newcomer:fetch", "die")], {FIRST}, set()),
+    "the newcomer when it has all": ([*JOIN, rule(FIRST, "newcomer:enter_view", "die")], {FIRST}, set()),
+    "the newcomer in its first step": ([*JOIN, rule(FIRST, "forward", "die")], {FIRST}, set()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DEATHS, ids=lambda case: case.replace(" ", "-"))
+def test_a_death_in_a_join(case: str, tmp_path: Path) -> None:
+    rules, dead, joined = DEATHS[case]
+    with start_training(tmp_path, LONG, rules) as job:
+        finished = job.finish()
+        check_changes(finished, LONG, dead=dead, joined=joined | {label for label in dead if label >= FIRST})
+
+
+LEAVE = rule(1, "boundary", "leave", step=3)
+LEAVE_DEATHS: dict[str, tuple[list[Rule], set[int], set[int]]] = {
+    "a member when they part": ([LEAVE, rule(2, "members:part", "die")], {2}, {1}),
+    "the one that leaves, when they part": ([LEAVE, rule(1, "members:part", "die")], {1}, set()),
+    "a member right afterwards": ([LEAVE, rule(0, "members:change_view", "die")], {0}, {1}),
+}
+
+
+@pytest.mark.parametrize("case", LEAVE_DEATHS, ids=lambda case: case.replace(" ", "-").replace(",", ""))
+def test_a_death_in_a_leave(case: str, tmp_path: Path) -> None:
+    rules, dead, left = LEAVE_DEATHS[case]
+    problem = Problem(ranks=4)
+    with start_training(tmp_path, problem, rules) as job:
+        check_changes(job.finish(), problem, dead=dead, left=left)
+
+
+def test_a_source_dies_in_the_middle_of_a_large_transfer(tmp_path: Path) -> None:
+    problem = Problem(ranks=3, epochs=40, ballast_bytes=400 << 20)
+    with start_training(tmp_path, problem, [*JOIN, rule(FIRST, "newcomer:fetch")], limit_s=90) as job:
+        victim = job.pid(2)
+        begun = tmp_path / "mark-newcomer:fetch.100"
+        job.wait_until(begun.exists, "the newcomer fetches")
+        job.kill(victim)
+        finished = job.finish()
+        check_changes(finished, problem, dead={2}, joined={FIRST})
+    sent: dict[str, Any] = finished.events("shards_received")[0]
+    assert sent["moved"], "the source died too late, so this run has tested nothing"
