@@ -18,5 +18,7 @@ root=()
 timeout 300 mpirun --with-ft ulfm --oversubscribe "${root[@]}" -n 4 python -m pytest --with-mpi tests/collective
 echo "== fault tests: real jobs, real kills (about five minutes on two cores)"
 timeout 1500 python -m pytest tests/faults
+echo "== network test bed (skipped without root)"
+timeout 300 python -m pytest tests/testbed
 echo "== the demonstration"
 timeout 240 python launch/demo.py --epochs 15 --kill-at-step 100

@@ -13,6 +13,7 @@ from typing import NoReturn
 import click
 
 from chaos_mpi import __version__
+from chaos_mpi.cli.doctor import report
 from chaos_mpi.cli.outcome import EXIT_USAGE, judge, read_records
 from chaos_mpi.cli.process import MpirunJob
 from chaos_mpi.config import BATCH_POLICIES, LOG_LEVELS
@@ -36,6 +37,7 @@ _SETTINGS = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 @click.option("--log-level", type=click.Choice(LOG_LEVELS), help="debug also shows Open MPI's own remarks.")
 @click.option("-m", "module", is_flag=True, help="The first argument is a module, as in python -m.")
 @click.option("--dry-run", is_flag=True, help="Print the mpirun line, and do nothing.")
+@click.option("--doctor", is_flag=True, help="Check whether jobs can run here, and how to mend what is missing.")
 @click.version_option(__version__)
 @click.argument("script", nargs=-1, type=click.UNPROCESSED)
 def main(
@@ -52,6 +54,7 @@ def main(
     log_level: str | None,
     module: bool,
     dry_run: bool,
+    doctor: bool,
     script: tuple[str, ...],
 ) -> None:
     """Run SCRIPT with its arguments on -n ranks that may die while training goes on.
@@ -59,6 +62,8 @@ def main(
     Exit status: 0 when training finished, even if ranks died on the way; 3 when the job stopped itself (too few
     ranks left); 2 for wrong arguments; 128 + signal when interrupted; 1 when it failed.
     """
+    if doctor:
+        sys.exit(report(ranks, click.echo))
     if min_ranks is not None and min_ranks > ranks:
         _refuse(f"--min-ranks {min_ranks} is more than -n {ranks}")
     if max_ranks is not None and max_ranks < ranks:

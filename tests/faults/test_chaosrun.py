@@ -1,0 +1,177 @@
+"""The command line tools, on real jobs: what they print, how they exit, and that they leave nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from fault_points import Rule
+from jobs import HERE, Job, clean_environment, start, start_training
+from problem import Problem
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(100, method="signal")]
+
+LONG = Problem(ranks=3, epochs=400)
+
+
+def tool(name: str, *arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a tool to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", f"chaos_mpi.cli.{name}", *arguments],
+        capture_output=True, text=True, timeout=90, env={**clean_environment(), **(environment or {})}, check=False,
+    )  # fmt: skip
+
+
+def started(folder: Path, rules: Sequence[Rule] = (), options: Sequence[str] = ()) -> Job:
+    """A long job whose temporary files are its own, so that chaosctl finds no other."""
+    temporary = folder / "t"
+    temporary.mkdir()
+    return start_training(folder, LONG, rules, options=options, environment={"TMPDIR": str(temporary)})
+
+
+def ctl(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """chaosctl, for the job in ``folder``."""
+    return tool("chaosctl", *arguments, environment={"TMPDIR": str(folder / "t")})
+
+
+# -- starting ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "there is no script to run"),
+        (["-n", "2", "missing.py"], "there is no file missing.py"),
+        (["-n", "2", "no-such-program"], "neither a Python file"),
+        (["-n", "2", "--no-such-option", "train.py"], "no such option"),
+        (["-n", "2", "--min-ranks", "3", "train.py"], "--min-ranks 3 is more than -n 2"),
+        (["-n", "3", "--max-ranks", "2", "train.py"], "--max-ranks 2 is less than -n 3"),
+        (["-n", "2", "--resume", "train.py"], "--resume needs --checkpoint-dir"),
+        (["-n", "2", "--checkpoint-dir", "/proc/here", "train.py"], "cannot be made"),
+    ],
+)
+def test_wrong_arguments(arguments: list[str], words: str) -> None:
+    done = tool("chaosrun", *arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert words in done.stderr
+
+
+def test_the_line_of_a_dry_run_works(tmp_path: Path) -> None:
+    script = tmp_path / "hello.py"
+    script.write_text("import os; print('hello from', os.environ['OMPI_COMM_WORLD_RANK'])")
+    done = tool("chaosrun", "-n", "2", "--min-ranks", "2", "--dry-run", str(script))
+    assert done.returncode == 0
+    assert done.stdout.startswith("CHAOS_MIN_RANKS=2 ")
+    line = shlex.split(done.stdout)[1:]
+    again = subprocess.run(line, capture_output=True, text=True, timeout=60, env=clean_environment(), check=False)
+    assert sorted(again.stdout.split("\n")) == ["", "hello from 0", "hello from 1"]
+
+
+def test_the_doctor_finds_nothing_wrong_here() -> None:
+    done = tool("chaosrun", "-n", "2", "--doctor")
+    assert done.returncode == 0, done.stdout
+    assert "FAIL" not in done.stdout
+    assert "a killed rank was noticed after" in done.stdout
+
+
+def test_the_doctor_says_what_to_do_about_wrong_settings() -> None:
+    done = tool("chaosrun", "-n", "2", "--doctor", environment={"OMPI_MCA_pml": "nonsense"})
+    assert done.returncode == 1
+    assert "FAIL  fault tolerance" in done.stdout
+    assert "OMPI_MCA_pml=nonsense stand in for tested ones" in done.stdout
+
+
+# -- output and endings -----------------------------------------------------------------------------------
+
+
+def test_output_is_tagged_on_request(tmp_path: Path) -> None:
+    with start("scenarios.py", tmp_path, "forgets_to_close", ranks=2, options=["--tag-output"]) as job:
+        finished = job.finish()
+    assert finished.status == 0
+    lines = [line for line in finished.output.splitlines() if line.endswith("came to the end")]
+    assert sorted(lines) == ["[0] came to the end", "[1] came to the end"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_everything(number: signal.Signals, tmp_path: Path) -> None:
+    with started(tmp_path) as job:
+        job.wait_until(lambda: job.steps_finished() > 2, "the first steps")
+        job.signal(number)
+        finished = job.finish()
+    assert finished.status == 128 + number
+    assert finished.output.splitlines()[-1] == f"chaosrun: interrupted by {number.name}; all ranks were ended"
+    assert not list((tmp_path / "t").glob("chaosrun-*")), "the private directory is left"
+
+
+def test_all_ranks_crash(tmp_path: Path) -> None:
+    rules: list[Rule] = [{"rank": rank, "at": "forward", "step": 3, "do": "raise"} for rank in range(3)]
+    with started(tmp_path, rules) as job:
+        finished = job.finish()
+    assert finished.status == 1
+    last = finished.output.splitlines()[-1]
+    assert last.startswith("chaosrun: training did not finish: InjectedError: injected into rank ")
+
+
+# -- chaosctl ---------------------------------------------------------------------------------------------
+
+
+def test_ranks_are_added_and_removed(tmp_path: Path) -> None:
+    with started(tmp_path) as job:
+        job.wait_until(lambda: job.steps_finished() > 2, "the first steps")
+        added = ctl(tmp_path, "add")
+        assert added.returncode == 0, added.stderr
+        assert added.stdout.splitlines()[-1].endswith("takes part")
+        state = json.loads(ctl(tmp_path, "status", "--json").stdout)
+        assert len(state["members"]) == 4
+        removed = ctl(tmp_path, "remove", state["members"][1])
+        assert removed.returncode == 0, removed.stderr
+        assert removed.stdout == f"{state['members'][1]} left\n"
+        by_rank = ctl(tmp_path, "remove", "0")
+        assert by_rank.stdout == f"{state['members'][0]} left\n"
+        unknown = ctl(tmp_path, "remove", "nobody")
+        assert unknown.returncode == 1
+        assert "nobody is not a member" in unknown.stderr
+        state = json.loads(ctl(tmp_path, "status", "--json").stdout)
+        assert len(state["members"]) == 2
+        sockets = list((tmp_path / "t").glob("chaosrun-*/control-*.sock"))
+        assert sockets
+        assert all(path.stat().st_mode & 0o777 == 0o600 for path in sockets)
+        job.kill_all()
+    assert ctl(tmp_path, "status").returncode == 1
+
+
+def test_a_full_job_refuses_more(tmp_path: Path) -> None:
+    with started(tmp_path, options=["--max-ranks", "3", "--min-ranks", "3"]) as job:
+        job.wait_until(lambda: job.steps_finished() > 2, "the first steps")
+        assert "max_ranks is 3" in ctl(tmp_path, "add").stderr
+        assert "min_ranks is 3" in ctl(tmp_path, "remove", "1").stderr
+        job.kill_all()
+
+
+def test_sigterm_makes_a_rank_leave(tmp_path: Path) -> None:
+    with start_training(tmp_path, Problem(ranks=3, epochs=60)) as job:
+        job.wait_until(lambda: job.steps_finished() > 2, "the first steps")
+        os.kill(job.pid(1), signal.SIGTERM)
+        finished = job.finish()
+    assert finished.status == 0
+    assert not finished.events("failure_detected")
+    (left,) = [e for e in finished.events("session_ended") if e["outcome"] == "left"]
+    assert left["member"] == finished.member(1)
+
+
+def test_nothing_runs(tmp_path: Path) -> None:
+    (tmp_path / "t").mkdir()
+    for command in (["status"], ["add"], ["remove", "0"]):
+        done = ctl(tmp_path, *command)
+        assert done.returncode == 1
+        assert "no job of yours is running" in done.stderr
+    assert ctl(tmp_path, "timeline", str(HERE / "missing.jsonl")).returncode == 1
