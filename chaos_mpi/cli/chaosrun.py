@@ -23,7 +23,17 @@ from chaos_mpi.mpi.launch import mpirun_command
 _SETTINGS = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 
 
-@click.command(context_settings=_SETTINGS)
+class _Command(click.Command):
+    """Says in one line what is wrong with the arguments, as :func:`_refuse` does."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            _refuse(error.format_message())
+
+
+@click.command(cls=_Command, context_settings=_SETTINGS)
 @click.option("-n", "--np", "ranks", type=click.IntRange(min=1), default=1, help="Number of ranks.", show_default=True)
 @click.option("--min-ranks", type=click.IntRange(min=1), help="Stop, with the state saved, when fewer are left.")
 @click.option("--max-ranks", type=click.IntRange(min=1), help="Refuse joins that would make the job larger.")
@@ -96,15 +106,15 @@ def main(
     if dry_run:
         print(" ".join([*(f"{name}={shlex.quote(value)}" for name, value in chosen.items()), shlex.join(line)]))
         return
-    sys.exit(_run(line, chosen, tag_output, drop_noise=log_level != "debug"))
+    sys.exit(_run(line, chosen, ranks, tag_output, drop_noise=log_level != "debug"))
 
 
-def _run(line: list[str], chosen: dict[str, str], tag_output: bool, drop_noise: bool) -> int:
+def _run(line: list[str], chosen: dict[str, str], ranks: int, tag_output: bool, drop_noise: bool) -> int:
     """Run the job and return chaosrun's exit status."""
     run_dir = Path(tempfile.mkdtemp(prefix="chaosrun-"))  # made with mode 0700
     try:
         environment = {**os.environ, **chosen, "CHAOS_RUN_DIR": str(run_dir)}
-        job = MpirunJob(line, environment, run_dir, tagged=tag_output, drop_noise=drop_noise)
+        job = MpirunJob(line, environment, run_dir, ranks=ranks, tagged=tag_output, drop_noise=drop_noise)
         status = job.wait()
         if job.interrupted_by is not None:
             print(f"chaosrun: interrupted by {job.interrupted_by.name}; all ranks were ended", file=sys.stderr)

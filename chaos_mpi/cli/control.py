@@ -61,7 +61,9 @@ def ask(job: Path, request: dict[str, Any], limit_s: float) -> Iterator[dict[str
                     return
         except TimeoutError:
             raise click.ClickException(f"the job has not answered within {limit_s:.0f} s; it may still do it") from None
-        raise click.ClickException("the member that was asked has ended; ask again")
+        raise click.ClickException(
+            "the member that was asked has ended; the others may still carry the request out: see chaosctl status"
+        )
 
 
 def _connect(job: Path) -> socket.socket:

@@ -14,9 +14,17 @@ _RULE = re.compile(rb"^-{40,}\s*$")
 # PRRTE's boxed notices about the end of a rank or of the job; chaosrun says what became of the job itself.
 _BOXED_NOISE = re.compile(
     rb"noticed that process rank \d+|exited on signal \d+|detected that one or more processes exited with non-zero"
-    rb"|has exited improperly|process rank \d+ with PID \d+ on node \S+ exiting|Primary job\s+terminated normally"
+    rb"|has exited improperly|MPI_ABORT was invoked on rank"
+    rb"|process rank \d+ with PID \d+ on node \S+ exiting|Primary job\s+terminated normally"
 )
-_INTERRUPT_NOISE = re.compile(rb"^Abort is in progress\.\.\.hit ctrl-c again")
+_NOISE_STARTS = (
+    b"NBC_Progress:",
+    b"-" * 40,
+    b"Abort is in progress...hit ctrl-c again",
+    b"LAUNCHER JOB OBJECT NOT FOUND",
+    b"Error in NBC_Start_round()",
+    b"MPI Error in NBC subrequest",
+)
 _BOX_LINES = 40
 
 
@@ -31,6 +39,7 @@ class OutputFilter:
     def __init__(self, *, tagged: bool, drop_noise: bool) -> None:
         self._tagged, self._drop_noise = tagged, drop_noise
         self._rest = b""
+        self._begun = False  # a line has been shown in part
         self._box: list[bytes] | None = None
         self._empty_lines_owed = 0
         #: Lines of the package itself that were shown, so that chaosrun does not say the same again.
@@ -41,13 +50,19 @@ class OutputFilter:
         if not self._tagged and not self._drop_noise:
             return data
         # mpirun ends its own messages with a zero byte behind the end of the line.
-        lines = [line.removeprefix(b"\0") for line in (self._rest + data).split(b"\n")]
+        lines = [line.lstrip(b"\0") for line in (self._rest + data).split(b"\n")]
         self._rest = lines.pop()
-        shown = [kept for line in lines for kept in self._line(line + b"\n")]
+        shown: list[bytes] = []
+        for line in lines:
+            # The rest of a line that was begun is no line of its own, whatever it looks like.
+            shown += [line + b"\n"] if self._begun else self._line(line + b"\n")
+            self._begun = False
         # A prompt or a progress bar has no line end and must not wait for one, unless it may become noise or a tag.
-        if not self._tagged and self._rest and self._box is None and not _may_be_noise(self._rest):
+        open_line = self._begun or (self._box is None and not _may_be_noise(self._rest))
+        if not self._tagged and self._rest and open_line:
             shown.append(self._rest)
             self._rest = b""
+            self._begun = True
         return b"".join(shown)
 
     def idle(self) -> bytes:
@@ -78,7 +93,7 @@ class OutputFilter:
         if not line.strip() and self._empty_lines_owed:
             self._empty_lines_owed -= 1
             return []
-        if _INTERRUPT_NOISE.match(line):
+        if line.startswith(_NOISE_STARTS[2:]):
             return []
         if line.startswith(b"chaos_mpi: ") and len(self.own_lines) < 100:
             self.own_lines.add(line.decode(errors="replace").strip())
@@ -94,4 +109,4 @@ class OutputFilter:
 
 
 def _may_be_noise(rest: bytes) -> bool:
-    return any(rest.startswith(start[: len(rest)]) for start in (b"NBC_Progress:", b"-" * 40, b"Abort is in progress"))
+    return any(rest.startswith(start[: len(rest)]) for start in _NOISE_STARTS)

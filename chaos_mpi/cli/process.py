@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -26,6 +27,7 @@ LINGER_S = 15.0
 #: Ranks that are still starting so long after another one died wait for it, and would for ever.
 START_GRACE_S = 5.0
 _POLL_S = 0.1
+_PR_SET_PDEATHSIG = 1
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -37,7 +39,14 @@ class MpirunJob:
     """
 
     def __init__(
-        self, line: list[str], environment: dict[str, str], run_dir: Path, *, tagged: bool, drop_noise: bool
+        self,
+        line: list[str],
+        environment: dict[str, str],
+        run_dir: Path,
+        *,
+        ranks: int,
+        tagged: bool,
+        drop_noise: bool,
     ) -> None:
         self.interrupted_by: signal.Signals | None = None
         self._run_dir = run_dir
@@ -46,8 +55,9 @@ class MpirunJob:
         self._process: subprocess.Popen[bytes] | None = None
         self._previous = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
         self._process = subprocess.Popen(
-            line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-        )
+            line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+            preexec_fn=_end_with_parent,  # noqa: PLW1509 - no other thread runs yet
+        )  # fmt: skip
         self._filters = [OutputFilter(tagged=tagged, drop_noise=drop_noise) for _ in range(2)]
         assert self._process.stdout is not None
         assert self._process.stderr is not None
@@ -58,7 +68,7 @@ class MpirunJob:
         for pump in self._pumps:
             pump.start()
         self._forward_early_signal()
-        self._start = _StartWatch(self._process.pid)
+        self._start = _StartWatch(self._process.pid, ranks)
 
     def wait(self) -> int:
         """Wait for the end, end what does not end by itself, and return ``mpirun``'s exit status."""
@@ -138,10 +148,11 @@ class _StartWatch:
 
     Args:
         mpirun_pid: the ranks are its children.
+        ranks: how many there are to be.
     """
 
-    def __init__(self, mpirun_pid: int) -> None:
-        self._mpirun_pid = mpirun_pid
+    def __init__(self, mpirun_pid: int, ranks: int) -> None:
+        self._mpirun_pid, self._ranks = mpirun_pid, ranks
         self._seen: set[int] = set()
         self._noticed: float | None = None
 
@@ -154,19 +165,26 @@ class _StartWatch:
             alive = {child.pid for child in children if child.status() != psutil.STATUS_ZOMBIE}
         except psutil.Error:
             return None
+        self._seen |= alive | set(records.starting)
         dead = self._seen - alive
-        self._seen |= alive
-        waiting = alive & set(records.starting)
-        if not dead or not waiting:
+        missing = self._ranks - len(alive)
+        # Some wait for the missing ones, or all are gone and mpirun has not noticed.
+        waiting = bool(alive & set(records.starting)) or not alive
+        if not self._seen or missing <= 0 or not waiting:
             return None
         self._noticed = self._noticed or now
         if now - self._noticed < START_GRACE_S:
             return None
         return (
-            f"{len(dead)} of the {len(self._seen)} ranks died before MPI was up "
-            f"(pid {', '.join(map(str, sorted(dead)))}); a job can only start with all of its ranks. "
+            f"{missing} of the {self._ranks} ranks died before MPI was up "
+            f"(pid {', '.join(map(str, sorted(dead))) or 'unknown'}); a job can only start with all of its ranks. "
             "Look above for their error, and start the job again"
         )
+
+
+def _end_with_parent() -> None:
+    """In the new process: have the kernel send it SIGTERM when chaosrun dies, whatever kills it (prctl(2))."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _pump(source: IO[bytes], target: IO[str], output: OutputFilter) -> None:

@@ -22,9 +22,10 @@ def rows(events: list[Event]) -> list[tuple[float, int, str]]:
     first = next((e for e in events if e["event"] == "session_started"), None)
     if first is not None:
         story.append((first["t"] - start, first["step"], f"training started with {first['size']} ranks"))
-    for epoch, view in views.items():
-        lost = ", ".join(view["lost"]) or "nobody"
-        story.append((view["t"] - start, view["step"], f"{lost} died; {view['size']} ranks are left"))
+    before = set(first["members"]) if first is not None else set()
+    for epoch, view in sorted(views.items()):
+        story.append((view["t"] - start, view["step"], _change(view, before)))
+        before = set(view["members"])
         if epoch in recoveries:
             # The one that took longest is what the job as a whole waited for.
             worst = max(recoveries[epoch], key=lambda e: e["total_ms"])
@@ -39,6 +40,18 @@ def rows(events: list[Event]) -> list[tuple[float, int, str]]:
     return sorted(story)
 
 
+def _change(view: Event, before: set[str]) -> str:
+    """What a change of the view was, in words."""
+    now = set(view["members"])
+    ranks = f"{view['size']} rank{'s' if view['size'] > 1 else ''}"
+    if view["cause"] == "join":
+        return f"{', '.join(sorted(now - before))} joined; {ranks} train on"
+    if view["cause"] == "leave":
+        return f"{', '.join(sorted(before - now))} left; {ranks} train on"
+    lost = ", ".join(view["lost"]) or "nobody"
+    return f"{lost} died; {ranks} {'are' if view['size'] > 1 else 'is'} left"
+
+
 def _ending(ended: list[Event]) -> str:
     finished = [e for e in ended if e["outcome"] == "finished"]
     if not finished:
@@ -50,7 +63,7 @@ def _ending(ended: list[Event]) -> str:
 
 
 def draw(events: list[Event], path: Path) -> None:
-    """Loss and cluster size over time, with the deaths marked, as a PNG. Needs matplotlib (extra ``plot``)."""
+    """Loss and cluster size over time, changes of the view marked, as a PNG. Needs matplotlib (extra ``plot``)."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -60,7 +73,8 @@ def draw(events: list[Event], path: Path) -> None:
     rank = min((e["rank"] for e in events if e["event"] == "step"), default=0)
     steps = [e for e in events if e["event"] == "step" and e["rank"] == rank]
     losses = [(e["t"] - start, e["loss"]) for e in steps if e.get("loss") is not None]
-    deaths = [t for t, _, text in rows(events) if "died" in text]
+    marks = {"failure": ("tab:red", "died"), "join": ("tab:blue", "joined"), "leave": ("tab:orange", "left")}
+    changes = {e["epoch"]: (e["t"] - start, *marks[e["cause"]]) for e in events if e["event"] == "view_committed"}
     figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(9, 5.5), height_ratios=(3, 1))
     if losses:
         above.plot(*zip(*losses, strict=True), linewidth=1, color="tab:blue")
@@ -72,10 +86,10 @@ def draw(events: list[Event], path: Path) -> None:
     below.set_xlabel("seconds since the start")
     for axes in (above, below):
         axes.grid(alpha=0.3)
-        for moment in deaths:
-            axes.axvline(moment, color="tab:red", linestyle="--", linewidth=1)
-    for moment in deaths:
-        above.annotate("rank died", (moment, 1), xycoords=("data", "axes fraction"), color="tab:red", va="top")
+        for moment, color, _ in changes.values():
+            axes.axvline(moment, color=color, linestyle="--", linewidth=1)
+    for moment, color, what in changes.values():
+        above.annotate(f"rank {what}", (moment, 1), xycoords=("data", "axes fraction"), color=color, va="top")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -55,6 +55,13 @@ class AttachedSamplers:
         for sampler in self._samplers:
             sampler.commit()
 
+    def at_round_start(self) -> bool:
+        """Whether the loop has just got a new batch, so that a newcomer's loop, which begins with one, is where it is.
+
+        It is not between two steps on the same batch, as of two models that are trained in turn.
+        """
+        return not self._samplers or any(sampler.has_untrained() for sampler in self._samplers)
+
     def reports(self) -> list[dict[str, Any]]:
         """Where each of them is."""
         return [sampler.report() for sampler in self._samplers]

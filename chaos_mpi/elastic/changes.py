@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from chaos_mpi.elastic.persistence import Persistence
     from chaos_mpi.elastic.sampler import ElasticSampler
     from chaos_mpi.elastic.sequence import OperationSequence
-    from chaos_mpi.elastic.tree import Packed
     from chaos_mpi.mpi.world import World
+    from chaos_mpi.replication.tree import Packed
 
 log = logging.getLogger("chaos_mpi.elastic")
 

@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 
 import chaos_mpi
 from chaos_mpi.elastic.digest import params_digest, tensor_bytes
-from chaos_mpi.elastic.tree import Packed
 from chaos_mpi.errors import CheckpointError
+from chaos_mpi.replication.tree import Packed
 
 log = logging.getLogger("chaos_mpi.checkpoint")
 

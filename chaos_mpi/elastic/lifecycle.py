@@ -17,9 +17,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
-from chaos_mpi.errors import ChaosError, TooFewRanksError
+from chaos_mpi.errors import ChaosError, NoSessionError, TooFewRanksError
 
 log = logging.getLogger("chaos_mpi.elastic")
 
@@ -65,18 +65,32 @@ class ExitGuard:
         self, close: Callable[[], object], crashed: Callable[[str], None], watched: Callable[[], bool]
     ) -> None:
         self._close, self._crashed, self._watched = close, crashed, watched
-        self._previous = sys.excepthook
+        self._previous, self._exit = sys.excepthook, sys.exit
+        self._status: object = None
         sys.excepthook = self._on_exception
+        sys.exit = self._noting_exit
         atexit.register(self._at_exit)
 
     def release(self) -> None:
         """The session is over; the process may end as any other."""
-        sys.excepthook = self._previous
+        sys.excepthook, sys.exit = self._previous, self._exit
         atexit.unregister(self._at_exit)
 
+    def _noting_exit(self, status: str | int | None = None) -> NoReturn:
+        # The exit status is not to be had when the process ends, and it tells an end from a failure.
+        self._status = status
+        self._exit(status)
+
     def _at_exit(self) -> None:
+        if self._status not in (None, 0):
+            self._end(f"the script called sys.exit({self._status!r})", 1)
         log.warning("the script ended without chaos_mpi.finalize(); closing the session now")
-        self._close()
+        try:
+            self._close()
+        except NoSessionError:
+            return  # it has ended already, and has said why
+        except ChaosError as error:
+            self._on_exception(type(error), error, None)
 
     def _on_exception(self, kind: type[BaseException], value: BaseException, traceback: TracebackType | None) -> None:
         stopped = isinstance(value, ChaosError)
@@ -86,10 +100,16 @@ class ExitGuard:
                 print(f"chaos_mpi: {value}", file=sys.stderr)
         else:
             self._previous(kind, value, traceback)
-        self._crashed(str(value) if stopped else f"{kind.__name__}: {value}")
+        message = str(value) if stopped else f"{kind.__name__}: {value}"
+        status = STOPPED_STATUS if stopped else 130 if issubclass(kind, KeyboardInterrupt) else 1
+        self._end(message, status, together=isinstance(value, TooFewRanksError))
+
+    def _end(self, message: str, status: int, *, together: bool = False) -> NoReturn:
+        """End the process now; ``together`` with all others, who need not be told of it."""
+        self._crashed(message)
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
-        if self._watched() and not isinstance(value, TooFewRanksError):
+        if self._watched() and not together:
             os.kill(os.getpid(), signal.SIGKILL)
-        os._exit(STOPPED_STATUS if stopped else 130 if issubclass(kind, KeyboardInterrupt) else 1)
+        os._exit(status)

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from chaos_mpi.elastic.sponsor import versions
-from chaos_mpi.elastic.tree import Packed, pack, unpack
 from chaos_mpi.errors import JoinError, PeerFailedError, WaitTimeoutError
 from chaos_mpi.mpi import growth
 from chaos_mpi.mpi.channel import Channel
 from chaos_mpi.replication.layout import Layout
 from chaos_mpi.replication.puller import SHARD_SIZES, StatePuller
+from chaos_mpi.replication.tree import Packed, pack, unpack
 from chaos_mpi.sharding import Neighbour, plan
 
 if TYPE_CHECKING:

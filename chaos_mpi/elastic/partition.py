@@ -60,11 +60,12 @@ class Segment:
     def end_round(self) -> int:
         """The first round after this segment, if no other segment cuts it short.
 
-        A remainder too small to give every member a sample joins the last full round instead of making its
-        own.
+        A remainder too small to give every member two samples (or one, where batches are that small) joins the last
+        full round instead of making its own: BatchNorm cannot train on a single sample.
         """
         full, rest = divmod(len(self.pool), self.batch)
-        own_round = rest > 0 and not self.drop_last and (full == 0 or rest >= len(self.members))
+        least = min(2, *self.sizes) * len(self.members)
+        own_round = rest > 0 and not self.drop_last and (full == 0 or rest >= least)
         return self.first_round + full + int(own_round)
 
     def bounds(self, round_: int) -> tuple[int, int]:

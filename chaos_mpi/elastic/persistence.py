@@ -12,8 +12,8 @@ from chaos_mpi.elastic import checkpoint
 from chaos_mpi.elastic.learning_rate import scale_learning_rate
 from chaos_mpi.elastic.scaling import lr_factor
 from chaos_mpi.elastic.state import TrainingState, first_difference
-from chaos_mpi.elastic.tree import Packed, pack, unpack
 from chaos_mpi.errors import ChaosError, CheckpointError, ConfigError, MismatchError
+from chaos_mpi.replication.tree import Packed, pack, unpack
 
 if TYPE_CHECKING:
     from chaos_mpi.elastic.session import Session
@@ -128,6 +128,8 @@ class Persistence:
         for rank, signature in enumerate(signatures[1:], start=1):
             difference = first_difference(signatures[0], signature)
             if difference is not None:
+                # Not before all have the same signatures: the others would take this rank for dead, and go on.
+                self._session.barrier()
                 raise MismatchError(
                     f"the training state differs between rank 0 (here) and rank {rank} (there): {difference}"
                 )

@@ -286,6 +286,10 @@ class ElasticSampler(Sampler[list[int]]):
             return self._last_is_ghost  # a second step over the same batch
         return not any(taken.indices for taken in self._in_flight)
 
+    def has_untrained(self) -> bool:
+        """Whether the loop has got a round since the last finished step."""
+        return self._taken > self._done
+
     def in_flight(self) -> list[int]:
         """The samples taken since the last finished step."""
         return [index for taken in self._in_flight for index in taken.indices]
@@ -338,7 +342,8 @@ class ElasticSampler(Sampler[list[int]]):
             self._known_index = indices[-1]
         if not self._explicit:
             self.take()
-        return indices or [self._known_index]
+        # A stand-in is as large as BatchNorm needs it to be.
+        return indices or [self._known_index] * min(2, self.batch_size)
 
     # -- plans ---------------------------------------------------------------------------------------
 

@@ -219,7 +219,7 @@ class Session(ChangingSession):
             self._recorded = {}
             self._boundary_step = self.step
             self._persistence.at_boundary(final)
-            if not final:
+            if not final and self._samplers.at_round_start():
                 self._negotiator.settle()
         elif final:
             self._persistence.at_boundary(final)

@@ -16,6 +16,9 @@ from chaos_mpi.membership import Join, Proposal
 from chaos_mpi.mpi import growth
 from chaos_mpi.mpi.growth import Bridge
 
+#: Relative paths on the command line are meant from here; the script may go elsewhere later.
+START_DIRECTORY = os.getcwd()
+
 log = logging.getLogger("chaos_mpi.elastic")
 
 
@@ -63,7 +66,7 @@ class Sponsorship:
 
     def _run(self) -> None:
         try:
-            bridge = growth.spawn(own_command(), host=self.join.host, directory=os.getcwd())
+            bridge = growth.spawn(own_command(), host=self.join.host, directory=START_DIRECTORY)
             self.bridge = bridge
             bridge.send({"welcome": self.join.id, "requirements": self._requirements["versions"]})
             word = bridge.receive(self._limit_s, f"the newcomer of {self.join.id} to build its model")

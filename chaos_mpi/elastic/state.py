@@ -29,8 +29,8 @@ from chaos_mpi.elastic.signature import (
     first_difference,
     persistent_buffers,
 )
-from chaos_mpi.elastic.tree import pack
 from chaos_mpi.errors import CheckpointError, ConfigError
+from chaos_mpi.replication.tree import pack
 
 __all__ = ["Stateful", "TrainingState", "first_difference"]
 

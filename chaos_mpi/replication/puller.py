@@ -124,11 +124,7 @@ class StatePuller:
             source.received_bytes = 0
         wanted = sum(stop - start for start, stop in ranges)
         self._schedule(ranges)
-        while any(source.queue or source.under_way for source in self._sources.values()):
-            self._ask()
-            if not self._collect(received):
-                self._pause("bytes of the training state")
-            self._tell(sum(received.values()), wanted)
+        self._drain(received, wanted)
         return Fetched(received, time.monotonic() - self._begun, self._moved)
 
     def verify(self, ranges: Sequence[Range]) -> int:
@@ -162,6 +158,13 @@ class StatePuller:
         neighbours = [source.neighbour for source in self._sources.values()]
         for name, shards in replan(ranges, neighbours, shard_sizes=SHARD_SIZES).items():
             by_name[name].queue.extend(shards)
+
+    def _drain(self, received: dict[int, int], wanted: int) -> None:
+        while any(source.queue or source.under_way for source in self._sources.values()):
+            self._ask()
+            if not self._collect(received):
+                self._pause("bytes of the training state")
+            self._tell(sum(received.values()), wanted)
 
     def _ask(self) -> None:
         for rank, source in list(self._sources.items()):

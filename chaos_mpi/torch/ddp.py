@@ -189,6 +189,8 @@ class DistributedDataParallel(torch.nn.Module):
         for rank, other in enumerate(signatures[1:], start=1):
             for here, there in _pairs(signatures[0]["module"], other["module"]):
                 if here != there:
+                    # Not before all have the same signatures: the others would take this rank for dead, and go on.
+                    self._session.barrier()
                     raise MismatchError(
                         f"the model differs between ranks: rank 0 has {_words(here)}, rank {rank} has {_words(there)}"
                     )

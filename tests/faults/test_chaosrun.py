@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import pytest
+from checks import check_survival
 from fault_points import Rule
 from jobs import HERE, Job, clean_environment, start, start_training
 from problem import Problem
@@ -55,6 +56,10 @@ def ctl(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         (["-n", "3", "--max-ranks", "2", "train.py"], "--max-ranks 2 is less than -n 3"),
         (["-n", "2", "--resume", "train.py"], "--resume needs --checkpoint-dir"),
         (["-n", "2", "--checkpoint-dir", "/proc/here", "train.py"], "cannot be made"),
+        (["-n", "0", "train.py"], "'-n'"),
+        (["-n", "two", "train.py"], "'two' is not a valid integer"),
+        (["-n", "2", "--batch-policy", "magic", "train.py"], "'magic' is not one of"),
+        (["-n", "2", "--timeout"], "'--timeout' requires an argument"),
     ],
 )
 def test_wrong_arguments(arguments: list[str], words: str) -> None:
@@ -66,28 +71,61 @@ def test_wrong_arguments(arguments: list[str], words: str) -> None:
 
 
 def test_the_line_of_a_dry_run_works(tmp_path: Path) -> None:
-    script = tmp_path / "hello.py"
-    script.write_text("import os; print('hello from', os.environ['OMPI_COMM_WORLD_RANK'])")
+    script = tmp_path / "a script's name.py"
+    script.write_text(
+        "import os; print('hello from', *(os.environ[n] for n in ('OMPI_COMM_WORLD_RANK', 'CHAOS_MIN_RANKS')))"
+    )
     done = tool("chaosrun", "-n", "2", "--min-ranks", "2", "--dry-run", str(script))
     assert done.returncode == 0
-    assert done.stdout.startswith("CHAOS_MIN_RANKS=2 ")
-    line = shlex.split(done.stdout)[1:]
-    again = subprocess.run(line, capture_output=True, text=True, timeout=60, env=clean_environment(), check=False)
-    assert sorted(again.stdout.split("\n")) == ["", "hello from 0", "hello from 1"]
+    assert len(done.stdout.splitlines()) == 1
+    again = subprocess.run(
+        done.stdout, shell=True, capture_output=True, text=True, timeout=60, env=clean_environment(), check=False
+    )
+    assert again.returncode == 0, again.stderr
+    # Whole lines of two ranks may come in any order.
+    assert sorted(again.stdout.splitlines()) == ["hello from 0 2", "hello from 1 2"]
+
+
+# -- the doctor -------------------------------------------------------------------------------------------
 
 
 def test_the_doctor_finds_nothing_wrong_here() -> None:
     done = tool("chaosrun", "-n", "2", "--doctor")
     assert done.returncode == 0, done.stdout
+    assert done.stderr == ""
     assert "FAIL" not in done.stdout
-    assert "a killed rank was noticed after" in done.stdout
+    assert "OK    fault tolerance  a killed rank was noticed after" in done.stdout
+    assert done.stdout.splitlines()[-1] == "Jobs can run here."
 
 
 def test_the_doctor_says_what_to_do_about_wrong_settings() -> None:
     done = tool("chaosrun", "-n", "2", "--doctor", environment={"OMPI_MCA_pml": "nonsense"})
     assert done.returncode == 1
-    assert "FAIL  fault tolerance" in done.stdout
-    assert "OMPI_MCA_pml=nonsense stand in for tested ones" in done.stdout
+    assert done.stderr == ""
+    (setting,) = [line for line in done.stdout.splitlines() if line.startswith("WARN  MPI settings")]
+    assert setting.endswith("OMPI_MCA_pml=nonsense instead of what was tested -> unset OMPI_MCA_pml")
+    (failure,) = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
+    assert failure.startswith("FAIL  fault tolerance  two ranks could not run: ")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_doctor_who_is_called_away_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "chaos_mpi.cli.chaosrun", "--doctor"]
+    with Job(command, tmp_path, {"TMPDIR": str(tmp_path)}, limit_s=60) as job:
+        job.wait_until(lambda: any(map(is_probe, job.processes())), "the two ranks ran")
+        job.signal(number)
+        finished = job.finish()
+    assert finished.status == 128 + number
+    assert "Traceback" not in finished.output
+    assert not list(tmp_path.glob("chaosdoctor-*"))
+
+
+def is_probe(pid: int) -> bool:
+    """Whether this process is a rank of the doctor's."""
+    try:
+        return psutil.Process(pid).cmdline()[1:] == ["-m", "chaos_mpi.mpi.probe"]
+    except psutil.Error:
+        return False
 
 
 # -- output and endings -----------------------------------------------------------------------------------
@@ -117,8 +155,19 @@ def test_all_ranks_crash(tmp_path: Path) -> None:
     with started(tmp_path, rules) as job:
         finished = job.finish()
     assert finished.status == 1
-    last = finished.output.splitlines()[-1]
-    assert last.startswith("chaosrun: training did not finish: InjectedError: injected into rank ")
+    (line,) = [line for line in finished.output.splitlines() if line.startswith("chaosrun: ")]
+    assert line == finished.output.splitlines()[-1]
+    assert line.startswith("chaosrun: training did not finish: InjectedError: injected into rank ")
+
+
+def test_a_killed_rank_is_no_failure(tmp_path: Path) -> None:
+    problem = Problem(ranks=3)
+    with start_training(tmp_path, problem, [{"rank": 1, "at": "forward", "step": 3, "do": "die"}]) as job:
+        finished = job.finish()
+    check_survival(finished, problem, {1})
+    assert "chaosrun: " not in finished.output
+    assert "mpirun" not in finished.output
+    assert "NBC_Progress" not in finished.output
 
 
 # -- chaosctl ---------------------------------------------------------------------------------------------

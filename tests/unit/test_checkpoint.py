@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from chaos_mpi.elastic import checkpoint
 from chaos_mpi.elastic.checkpoint import CheckpointWriter, checkpoint_path, latest, load, load_latest, save_now
 from chaos_mpi.elastic.digest import params_digest
-from chaos_mpi.elastic.tree import Packed, pack, unpack
 from chaos_mpi.errors import CheckpointError
+from chaos_mpi.replication.tree import Packed, pack, unpack
 
 
 def small(value: float = 1.0) -> Packed:

@@ -151,8 +151,12 @@ def test_a_fresh_plan(length: int, sizes: list[int], drop_last: bool) -> None:
 
 
 def test_a_small_remainder_joins_the_last_full_round() -> None:
-    plan = fresh(10, [2, 2])
-    assert [len(plan.assignment(r, "m0")) for r in range(plan.rounds)] == [2, 2, 1]
+    plan = fresh(12, [2, 2])
+    assert [len(plan.assignment(r, "m0")) for r in range(plan.rounds)] == [2, 2, 2]
+    plan = fresh(10, [2, 2])  # a round of single samples would be no good to BatchNorm
+    assert [len(plan.assignment(r, "m0")) for r in range(plan.rounds)] == [2, 3]
+    plan = fresh(5, [1, 1])
+    assert [[len(plan.assignment(r, m)) for m in ("m0", "m1")] for r in range(plan.rounds)] == [[1, 1], [2, 1]]
     plan = fresh(9, [2, 2])
     assert [[len(plan.assignment(r, m)) for m in ("m0", "m1")] for r in range(plan.rounds)] == [
         [2, 2],

@@ -192,10 +192,10 @@ def test_a_death_in_the_middle() -> None:
 
 def test_going_on_to_the_next_epoch_without_set_epoch() -> None:
     (sampler,) = make(1, 10, 3, seed=5)
-    assert len(sampler) == 4
+    assert len(sampler) == 3  # of 3, 3, and 4 samples
     first = list(sampler)
     assert sorted(i for batch in first for i in batch) == list(range(10))
-    assert len(sampler) == 4
+    assert len(sampler) == 3
     second = list(sampler)
     assert sampler.epoch == 1
     assert first != second
@@ -247,7 +247,7 @@ def test_ghosts() -> None:
     c, d = make(2, 1, 4)
     loop_c, loop_d = iter(c), iter(d)
     assert next(loop_c) == [0]
-    assert next(loop_d) == [0]
+    assert next(loop_d) == [0, 0]  # a stand-in is large enough for BatchNorm
     assert not c.ghost_round()
     assert not c.step_is_ghost()
     assert d.ghost_round()

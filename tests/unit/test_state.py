@@ -15,8 +15,8 @@ from torch.optim import lr_scheduler
 
 from chaos_mpi.elastic import checkpoint
 from chaos_mpi.elastic.state import TrainingState, first_difference
-from chaos_mpi.elastic.tree import pack, unpack
 from chaos_mpi.errors import CheckpointError, ConfigError
+from chaos_mpi.replication.tree import pack, unpack
 
 
 class Net(nn.Module):

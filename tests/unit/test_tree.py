@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chaos_mpi.elastic.digest import params_digest, tensor_bytes
-from chaos_mpi.elastic.tree import Packed, pack, unpack
 from chaos_mpi.errors import CheckpointError
+from chaos_mpi.replication.tree import Packed, pack, unpack
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,

@@ -1,0 +1,103 @@
+"""What chaosrun makes of the records that the ranks of a job left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from chaos_mpi.cli.outcome import Record, Records, Verdict, describe_status, judge, read_records
+
+
+def records(*outcomes: Record, members: int | None = None, starting: int = 0) -> Records:
+    """Records of ranks with these outcomes, among so many members."""
+    return Records(
+        starting={pid: {} for pid in range(100, 100 + starting)},
+        members={pid: {} for pid in range(100, 100 + (len(outcomes) if members is None else members))},
+        outcomes=dict(enumerate(outcomes, 100)),
+    )
+
+
+FINISHED = {"outcome": "finished", "message": ""}
+CRASHED = {"outcome": "crashed", "message": "ValueError: oh"}
+STOPPED = {"outcome": "stopped", "message": "too few ranks; the state is in ckpt"}
+FAILED = {"outcome": "failed", "message": "waited in vain"}
+LEFT = {"outcome": "left", "message": ""}
+
+CASES: dict[str, tuple[Records, int, Verdict]] = {
+    "all finished": (records(FINISHED, FINISHED), 0, Verdict(0)),
+    "a rank was killed on the way": (records(FINISHED, FINISHED, members=3), 137, Verdict(0)),
+    "a rank left on the way": (records(LEFT, FINISHED), 0, Verdict(0)),
+    "one crashed, the rest finished": (
+        records(CRASHED, FINISHED, FINISHED), 1,
+        Verdict(0, "training finished, but 1 of 3 ranks crashed on the way: ValueError: oh"),
+    ),
+    "all crashed": (records(CRASHED, CRASHED), 1, Verdict(1, "training did not finish: ValueError: oh")),
+    "one crashed, the rest died": (
+        records(CRASHED, members=3), 137, Verdict(1, "training did not finish: ValueError: oh"),
+    ),
+    "stopped": (records(STOPPED, STOPPED, members=4), 3, Verdict(3, STOPPED["message"])),
+    "stopped, with no word why": (records({"outcome": "stopped"}), 3, Verdict(3, "the job stopped before the end")),
+    "stopped outweighs crashed": (records(CRASHED, STOPPED), 3, Verdict(3, STOPPED["message"])),
+    "failed": (records(FAILED), 1, Verdict(1, "waited in vain")),
+    "failed, with no word why": (records({"outcome": "failed", "message": ""}), 1, Verdict(1, "the job failed")),
+    "failed outweighs finished": (records(FINISHED, FAILED), 0, Verdict(1, "waited in vain")),
+    "stopped outweighs failed": (records(FAILED, STOPPED), 1, Verdict(3, STOPPED["message"])),
+    "all were killed": (
+        records(members=2), 137,
+        Verdict(1, "training did not finish: all 2 ranks died (mpirun ended with status 137)"),
+    ),
+    "all were killed, and mpirun": (
+        records(members=2), -9,
+        Verdict(1, "training did not finish: all 2 ranks died (mpirun was killed by SIGKILL)"),
+    ),
+    "a script without a session": (records(), 0, Verdict(0)),
+    "a script without a session that fails": (
+        records(), 5, Verdict(5, "the job failed: mpirun ended with status 5, and no rank opened a chaos_mpi session"),
+    ),
+    "died while it started": (
+        records(starting=2), 137,
+        Verdict(137, "the job failed: mpirun ended with status 137, and no rank had joined the job yet"),
+    ),
+    "mpirun was killed while it started": (
+        records(starting=2), -15,
+        Verdict(143, "the job failed: mpirun was killed by SIGTERM, and no rank had joined the job yet"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.replace(" ", "-"))
+def test_verdict(case: str) -> None:
+    found, mpirun_status, verdict = CASES[case]
+    assert judge(found, mpirun_status) == verdict
+
+
+def test_the_first_message_that_says_something_counts() -> None:
+    assert judge(records({"outcome": "crashed"}, CRASHED), 1).message == "training did not finish: ValueError: oh"
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [(0, "ended with status 0"), (3, "ended with status 3"), (-9, "was killed by SIGKILL"),
+     (-200, "was killed by signal 200")],
+)  # fmt: skip
+def test_describe_status(status: int, words: str) -> None:
+    assert describe_status(status) == words
+
+
+def test_records_are_read_by_kind_and_process(tmp_path: Path) -> None:
+    for name, record in (("starting-1", {}), ("member-2", {"rank": 0}), ("outcome-2", FINISHED), ("outcome-3", LEFT)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    assert read_records(tmp_path) == Records({1: {}}, {2: {"rank": 0}}, {2: FINISHED, 3: LEFT})
+
+
+def test_what_is_no_record_is_left_out(tmp_path: Path) -> None:
+    for name, text in (
+        ("member-1.json", '{"half": '), ("member-2.json", "[1]"), ("member-x.json", "{}"), ("other-3.json", "{}"),
+        ("outcome-4.tmp", "{}"), ("member-5.json", b"\xff\xfe"),
+    ):  # fmt: skip
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    (tmp_path / "member-6.json").mkdir()
+    assert read_records(tmp_path) == Records({}, {}, {})
+    assert read_records(tmp_path / "missing") == Records({}, {}, {})

@@ -1,0 +1,92 @@
+"""The story of a job, from events."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chaos_mpi.cli.timeline import Event, draw, rows
+
+
+def event(name: str, t: float, step: int = 0, epoch: int = 0, rank: int = 0, size: int = 3, **fields: Any) -> Event:
+    """One line of an event log; times count from an arbitrary moment."""
+    return {
+        "t": 1000.0 + t, "mono": 50.0 + t, "member": f"h:{rank}", "rank": rank, "size": size, "epoch": epoch,
+        "step": step, "event": name, **fields,
+    }  # fmt: skip
+
+
+def recovered(t: float, rank: int, total_ms: float, epoch: int = 1) -> Event:
+    """A recovery of which each part took a fifth."""
+    parts = {f"{part}_ms": total_ms / 5 for part in ("detect", "revoke", "shrink", "exchange", "redo")}
+    return event("recovered", t, 5, epoch, rank, 2, total_ms=total_ms, **parts)
+
+
+def ended(t: float, rank: int, outcome: str = "finished", digest: str = "abc") -> Event:
+    """The end of a member."""
+    return event("session_ended", t, 9, 1, rank, 2, outcome=outcome, params_digest=digest, message="")
+
+
+def texts(events: list[Event]) -> list[str]:
+    """What the rows say."""
+    return [text for _, _, text in rows(events)]
+
+
+STARTED = [event("session_started", 0.0 + rank / 100, rank=rank, pid=rank, host="h", members=[]) for rank in range(3)]
+LOST = [event("view_committed", 2.0, 5, 1, rank, 2, cause="failure", members=[], lost=["h:2"]) for rank in range(2)]
+
+
+def test_a_death_and_a_good_end() -> None:
+    story = rows([*STARTED, *LOST, recovered(2.1, 0, 10), recovered(2.2, 1, 25), ended(4, 0), ended(4.5, 1)])
+    assert [(round(t, 6), step, text) for t, step, text in story] == [
+        (0.0, 0, "training started with 3 ranks"),
+        (2.0, 5, "h:2 died; 2 ranks are left"),
+        (2.2, 5, "went on after 25 ms (detect 5, revoke 5, shrink 5, exchange 5, redo 5)"),
+        (4.5, 9, "finished; all 2 replicas are bitwise identical (digest abc)"),
+    ]
+
+
+def test_each_view_is_told_once_however_many_members_saw_it() -> None:
+    second = [event("view_committed", 3.0, 6, 2, 0, 1, cause="failure", members=[], lost=["h:0", "h:1"])]
+    assert texts([*STARTED, *LOST, *second])[1:] == ["h:2 died; 2 ranks are left", "h:0, h:1 died; 1 rank is left"]
+
+
+def test_rows_are_in_order_of_time() -> None:
+    story = rows([ended(9, 0), recovered(2.1, 0, 1), *LOST, *STARTED])
+    assert [t for t, _, _ in story] == sorted(t for t, _, _ in story)
+    events = [*STARTED, event("step", 1, loss=1.0), *LOST, recovered(2.1, 0, 1), ended(9, 0)]
+    assert texts(random.Random(0).sample(events, len(events)))[1:] == texts(events)[1:]
+
+
+def test_replicas_that_differ_are_named() -> None:
+    assert texts([*STARTED, ended(4, 0, digest="abc"), ended(4, 1, digest="xyz")])[-1] == (
+        "finished; the 2 replicas DIFFER"
+    )
+
+
+def test_an_end_before_the_end() -> None:
+    assert texts([*STARTED, ended(4, 0, "stopped")])[-1] == "ended: stopped"
+    assert texts([*STARTED, ended(3, 1, "crashed"), ended(4, 0)])[-1].startswith("finished; all 1 replicas")
+
+
+def test_a_log_that_breaks_off() -> None:
+    assert texts(STARTED) == ["training started with 3 ranks"]
+    assert texts([event("step", 1, 1, loss=2.0)]) == []
+
+
+@pytest.mark.parametrize("cause", ["join", "leave"])
+def test_a_change_in_which_nobody_dies_is_no_death(cause: str) -> None:
+    changed = event("view_committed", 2.0, 5, 1, 0, 4, cause=cause, members=[], lost=[])
+    assert "died" not in texts([*STARTED, changed])[-1]
+
+
+def test_a_picture_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    steps = [event("step", 0.1 * n, n, int(n > 5), 0, 3 - int(n > 5), loss=1 / n) for n in range(1, 10)]
+    for events in ([*STARTED, *steps, *LOST], STARTED):
+        path = tmp_path / "new" / f"{len(events)}.png"
+        draw(events, path)
+        assert path.read_bytes().startswith(b"\x89PNG")
