@@ -1,4 +1,4 @@
-"""The demonstration: a real training job, a real SIGKILL, and a look at what happened.
+"""The demonstration: a real training job, a real SIGKILL, a rank that joins, one that leaves, and a look at it all.
 
 Run through launch/demo.sh, which installs what it needs first.
 """
@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,15 @@ from chaos_mpi.events import read_events
 ROOT = Path(__file__).resolve().parent
 #: The job is over long before; one that is not is ended.
 TIME_LIMIT_S = 170.0
+#: Steps that the newcomer and all others make together.
+SHARED_STEPS = 150
 WANTED_ACCURACY_PERCENT = 95.0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--kill-rank", type=int, default=1, help="which rank is killed (0 works as well)")
     parser.add_argument("--kill-at-step", type=int, default=200)
     parser.add_argument("--out", type=Path, default=ROOT / "out", help="where event log and picture go")
@@ -41,44 +45,74 @@ def main() -> int:
     command += [str(ROOT / "examples" / "train_digits.py"), "--epochs", str(args.epochs)]
     print(f"$ {' '.join(os.path.relpath(part) if os.path.isabs(part) else part for part in command)}\n", flush=True)
     # One thread for each rank: more would only be in each other's way on a small machine.
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "TMPDIR": tempfile.mkdtemp(prefix="chaos-demo-")}
     job = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     limit = threading.Timer(TIME_LIMIT_S, job.terminate)
     limit.start()
     try:
-        accuracy = follow(job, log, args.kill_rank, args.kill_at_step)
+        accuracy = follow(job, Script(log, environment, args.kill_rank, args.kill_at_step))
         status = job.wait(timeout=60)
     finally:
         limit.cancel()
         end(job)
+        shutil.rmtree(environment["TMPDIR"], ignore_errors=True)
 
     print(flush=True)
     subprocess.run(["chaosctl", "timeline", str(log), "--plot", str(picture)], check=True, timeout=120)
     return judge(status, accuracy, read_events(log), picture)
 
 
-def follow(job: subprocess.Popen[str], log: Path, victim: int, at_step: int) -> float:
-    """Pass the job's output on, kill the victim when training is under way, and return the last accuracy."""
-    accuracy, killed = 0.0, False
+class Script:
+    """What is done to the job, one thing after the other, each once the event log shows that its time has come."""
+
+    def __init__(self, log: Path, environment: dict[str, str], victim: int, kill_at_step: int) -> None:
+        self._log, self._environment = log, environment
+        self._victim, self._kill_at_step = victim, kill_at_step
+        self._acts = [self._kill, self._add, self._remove]
+
+    def go_on(self) -> None:
+        """Do what is due."""
+        events = read_events(self._log) if self._log.exists() else []
+        if self._acts and self._acts[0](events):
+            self._acts.pop(0)
+
+    def _kill(self, events: list[dict[str, Any]]) -> bool:
+        if max((e["step"] for e in events if e["event"] == "step"), default=0) < self._kill_at_step:
+            return False
+        started = (e for e in events if e["event"] == "session_started")
+        pid = next(e["pid"] for e in started if e["rank"] == self._victim)
+        print(f"\n*** SIGKILL to rank {self._victim} (pid {pid}) ***\n", flush=True)
+        os.kill(pid, signal.SIGKILL)
+        return True
+
+    def _add(self, events: list[dict[str, Any]]) -> bool:
+        if not any(e["event"] == "recovered" for e in events):
+            return False
+        self._tell("add")
+        return True
+
+    def _remove(self, events: list[dict[str, Any]]) -> bool:
+        joined_at = next((e["step"] for e in events if e["event"] == "join_active"), None)
+        if joined_at is None or max(e["step"] for e in events) < joined_at + SHARED_STEPS:
+            return False
+        self._tell("remove", "0")
+        return True
+
+    def _tell(self, *arguments: str) -> None:
+        print(f"\n*** chaosctl {' '.join(arguments)} ***\n", flush=True)
+        subprocess.Popen(["chaosctl", *arguments], env=self._environment, stdout=subprocess.DEVNULL)
+
+
+def follow(job: subprocess.Popen[str], script: Script) -> float:
+    """Pass the job's output on, do to it what the script says, and return the last accuracy."""
+    accuracy = 0.0
     assert job.stdout is not None
     for line in job.stdout:
         print(line, end="", flush=True)
         if found := re.search(r"test accuracy ([\d.]+) %", line):
             accuracy = float(found[1])
-        if not killed:
-            killed = kill_when_due(log, victim, at_step)
+        script.go_on()
     return accuracy
-
-
-def kill_when_due(log: Path, victim: int, at_step: int) -> bool:
-    """SIGKILL the rank once the event log shows that training has come so far."""
-    events = read_events(log) if log.exists() else []
-    if max((e["step"] for e in events if e["event"] == "step"), default=0) < at_step:
-        return False
-    pid = next(e["pid"] for e in events if e["event"] == "session_started" and e["rank"] == victim)
-    print(f"\n*** SIGKILL to rank {victim} (pid {pid}) ***\n", flush=True)
-    os.kill(pid, signal.SIGKILL)
-    return True
 
 
 def judge(status: int, accuracy: float, events: list[dict[str, Any]], picture: Path) -> int:
@@ -89,13 +123,16 @@ def judge(status: int, accuracy: float, events: list[dict[str, Any]], picture: P
         return fail(f"chaosrun ended with status {status}")
     if not any(e["event"] == "recovered" for e in events):
         return fail("no rank was killed: the job ended too early; give it more --epochs")
+    for wanted in ("join_active", "leave_committed"):
+        if not any(e["event"] == wanted for e in events):
+            return fail(f"there is no {wanted}: the job ended too early; give it more --epochs")
     if len(digests) != 1:
         return fail(f"the {len(ended)} replicas are not identical: {', '.join(sorted(digests))}")
     if accuracy <= WANTED_ACCURACY_PERCENT:
         return fail(f"the test accuracy is {accuracy:.2f} %, and should be above {WANTED_ACCURACY_PERCENT:.0f} %")
     print(
-        f"\nA rank was killed, and nothing was lost: {len(ended)} replicas are bitwise identical, "
-        f"test accuracy {accuracy:.2f} %.\nPicture: {os.path.relpath(picture)}"
+        f"\nA rank was killed, one joined, one left, and nothing was lost: {len(ended)} replicas are bitwise "
+        f"identical, test accuracy {accuracy:.2f} %.\nPicture: {os.path.relpath(picture)}"
     )
     return 0
 

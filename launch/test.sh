@@ -21,4 +21,4 @@ timeout 1500 python -m pytest tests/faults
 echo "== network test bed (skipped without root)"
 timeout 300 python -m pytest tests/testbed
 echo "== the demonstration"
-timeout 240 python launch/demo.py --epochs 15 --kill-at-step 100
+timeout 240 python launch/demo.py --kill-at-step 100

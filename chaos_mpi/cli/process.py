@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -27,6 +28,8 @@ LINGER_S = 15.0
 #: Ranks that are still starting so long after another one died wait for it, and would for ever.
 START_GRACE_S = 5.0
 _POLL_S = 0.1
+#: Output that may be the beginning of a launcher's notice is shown when nothing follows for so long.
+_QUIET_S = 1.0
 _PR_SET_PDEATHSIG = 1
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -188,7 +191,14 @@ def _end_with_parent() -> None:
 
 
 def _pump(source: IO[bytes], target: IO[str], output: OutputFilter) -> None:
-    while data := os.read(source.fileno(), 65536):
+    while True:
+        readable, _, _ = select.select([source], [], [], _QUIET_S)
+        if not readable:
+            _write(target, output.idle())
+            continue
+        data = os.read(source.fileno(), 65536)
+        if not data:
+            break
         _write(target, output.feed(data))
     _write(target, output.finish())
 

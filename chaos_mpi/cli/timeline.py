@@ -7,6 +7,9 @@ from typing import Any
 
 Event = dict[str, Any]
 
+#: How the time from a join request to the first contribution is split.
+JOIN_PARTS = ("launch_s", "waited_s", "grow_s", "scheduling_s", "transfer_s", "restore_s", "first_step_s")
+
 
 def rows(events: list[Event]) -> list[tuple[float, int, str]]:
     """The story in order of time: seconds since the start, step, and what happened."""
@@ -34,7 +37,11 @@ def rows(events: list[Event]) -> list[tuple[float, int, str]]:
             )
             text = f"went on after {worst['total_ms']:.0f} ms ({parts})"
             story.append((worst["t"] - start, worst["step"], text))
-    ended = [e for e in events if e["event"] == "session_ended"]
+    for active in (e for e in events if e["event"] == "join_active"):
+        parts = ", ".join(f"{name.removesuffix('_s')} {active[name] * 1e3:.0f}" for name in JOIN_PARTS)
+        text = f"{active['member']} contributes, {active['total_s'] * 1e3:.0f} ms after the request ({parts})"
+        story.append((active["t"] - start, active["step"], text))
+    ended = [e for e in events if e["event"] == "session_ended" and e["outcome"] != "left"]
     if ended:
         story.append((ended[-1]["t"] - start, ended[-1]["step"], _ending(ended)))
     return sorted(story)
@@ -88,8 +95,9 @@ def draw(events: list[Event], path: Path) -> None:
         axes.grid(alpha=0.3)
         for moment, color, _ in changes.values():
             axes.axvline(moment, color=color, linestyle="--", linewidth=1)
-    for moment, color, what in changes.values():
-        above.annotate(f"rank {what}", (moment, 1), xycoords=("data", "axes fraction"), color=color, va="top")
+    for line, (moment, color, what) in enumerate(changes.values()):
+        place = (moment, 1 - 0.06 * (line % 3))  # so that texts close to each other can be read
+        above.annotate(f" rank {what}", place, xycoords=("data", "axes fraction"), color=color, va="top")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

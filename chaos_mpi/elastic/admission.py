@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 log = logging.getLogger("chaos_mpi.elastic")
 
 
-def invite(bridge: Bridge, later: Sequence[int], timing: dict[str, float], asked_at: float | None) -> None:
+def invite(bridge: Bridge, later: Sequence[int], timing: dict[str, float], asked_at: float) -> None:
     """Tell a newcomer to come in now.
 
     Args:
         bridge: reaches it.
         later: ranks of the sponsors of those that are taken in after it, in which it takes part.
         timing: what the members have measured of its way here, seconds.
-        asked_at: when it was asked for, Unix seconds, if this member knows.
+        asked_at: when it was asked for, Unix seconds.
     """
     with contextlib.suppress(PeerFailedError):  # its death shows when it is taken in
         bridge.send({"admit": {"later": list(later), "timing": timing, "asked_at": asked_at}})

@@ -180,6 +180,5 @@ class ChangingSession(CollectiveCalls):
             return
         self._arrival = None
         parts = {**arrival.parts, "first_step_s": time.monotonic() - arrival.active_at}
-        total = time.time() - arrival.asked_at if arrival.asked_at is not None else None
-        rounded = {name: round(seconds, 6) for name, seconds in parts.items()}
-        self.emit("join_active", id=arrival.id, total_s=round(total, 6) if total is not None else None, **rounded)
+        parts["total_s"] = time.time() - arrival.asked_at
+        self.emit("join_active", id=arrival.id, **{name: round(seconds, 6) for name, seconds in parts.items()})

@@ -49,7 +49,6 @@ class Negotiator:
         self._session = session
         self._lock = threading.Lock()
         self._inbox: dict[tuple[str, str, int], Proposal] = {}
-        self._asked_at: dict[str, float] = {}
         self._answers: dict[str, Answer] = {}
         self._numbers = itertools.count(1)
         self._sponsorships: dict[str, Sponsorship] = {}
@@ -139,7 +138,7 @@ class Negotiator:
             if (bridge := bridges.get(join.id)) is not None:
                 later = [session.members.index(j.sponsor) for j in joins[index + 1 :] if j.sponsor in session.members]
                 timing = {"launch_s": mine[join.id].launch_s, "waited_s": time.monotonic() - mine[join.id].ready_at}
-                admission.invite(bridge, later, timing, self._asked_at.get(join.id))
+                admission.invite(bridge, later, timing, join.asked_at)
         operation = Admit(joins, bridges, session.sampler_reports, self._width(), session.settings.timeout_s)
         session.execute(operation)
         assert operation.view is not None
@@ -175,12 +174,11 @@ class Negotiator:
         session = self._session
         with self._lock:
             id_ = f"{kind}-{session.member}-{next(self._numbers)}"
-            self._asked_at[id_] = time.time()
             if answer is not None:
                 self._answers[id_] = answer
         if kind == "join":
             session.emit("join_requested", id=id_, host=host)
-        self.propose(Proposal(kind, id_, member, host))
+        self.propose(Proposal(kind, id_, member, host, asked_at=time.time()))
         return id_
 
     def _tell(self, outcome: Outcome) -> None:

@@ -45,13 +45,13 @@ class Arrival:
 
     Attributes:
         id: of the join request.
-        asked_at: when it was asked for, Unix seconds, or None.
+        asked_at: when it was asked for, Unix seconds.
         parts: seconds spent in each part of the way.
         active_at: when it became a member, on the monotonic clock.
     """
 
     id: str
-    asked_at: float | None = None
+    asked_at: float = 0.0
     parts: dict[str, float] = field(default_factory=dict)
     active_at: float = 0.0
 

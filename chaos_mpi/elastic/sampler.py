@@ -252,9 +252,10 @@ class ElasticSampler(Sampler[list[int]]):
 
     def hand_over(self) -> dict[str, Any]:
         """All that a newcomer needs to take part: a tree for :meth:`take_over`."""
-        changes = {str(lap): [change_to_tree(c) for c in changes] for lap, changes in self._changes.items()}
         plan = plan_to_tree(self._current_plan())
-        return {"lap": self._lap, "done": self._done, "ended": self._ended, "plan": plan, "changes": changes}
+        changes = {str(lap): [change_to_tree(c) for c in changes] for lap, changes in self._changes.items()}
+        place = {"lap": self._lap, "done": self._done, "ended": self._ended}
+        return {**place, "plan": plan, "changes": changes, "lengths": [list(pair) for pair in self._lengths]}
 
     def take_over(self, tree: Mapping[str, Any]) -> None:
         """Be where the member was that made the tree, with nothing of the epoch taken yet by this one.
@@ -265,16 +266,17 @@ class ElasticSampler(Sampler[list[int]]):
         plan = plan_from_tree(tree["plan"])
         if plan.length != self._length:
             raise ConfigError(f"the others train on {plan.length} samples, this dataset has {self._length}")
-        self.seed, self.shuffle, self.drop_last = plan.seed, plan.shuffle, plan.drop_last
+        self.seed, self.shuffle = plan.seed, plan.shuffle
         self._next_lap(plan.epoch, lap=int(tree["lap"]))
-        self._plan, self._ended = plan, bool(tree["ended"])
-        self._base = self._done = self._taken = self._issued = self.loop_start = int(tree["done"])
+        self._plan = plan
+        self._lengths = [(int(seen), int(rounds)) for seen, rounds in tree["lengths"]]
+        # Where the others have left the loop already, nothing is left in it for this rank either.
+        start = plan.rounds if tree["ended"] else int(tree["done"])
+        self._base = self._done = self._taken = self._issued = self.loop_start = start
         self._in_flight.clear()
         self._backwards = 0
         self._joined_in = plan.epoch
-        self._changes = {
-            int(lap): [change_from_tree(change) for change in changes] for lap, changes in tree["changes"].items()
-        }
+        self._changes = {int(lap): [change_from_tree(c) for c in cs] for lap, cs in tree["changes"].items()}
 
     def ghost_round(self) -> bool:
         """Whether the batch the loop has now is a stand-in whose gradient must count nothing."""

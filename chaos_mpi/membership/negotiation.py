@@ -37,6 +37,7 @@ class Proposal:
         host: for a join, the machine it is to run on; empty for any.
         attempt: for ``arrived`` and ``failed``, the number of the attempt they speak of.
         reason: for a person to read.
+        asked_at: when the request was made, Unix seconds, by the clock of its origin.
     """
 
     kind: str
@@ -45,6 +46,7 @@ class Proposal:
     host: str = ""
     attempt: int = 0
     reason: str = ""
+    asked_at: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON-able dict."""
@@ -67,6 +69,7 @@ class Join:
         sponsor: the member that starts it and is its first contact.
         attempt: 1 for the first start.
         newcomer: its member id once it is up, else empty.
+        asked_at: when it was asked for, Unix seconds.
     """
 
     id: str
@@ -75,6 +78,7 @@ class Join:
     sponsor: str
     attempt: int = 1
     newcomer: str = ""
+    asked_at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +159,7 @@ def negotiate(agenda: Agenda, view: View, proposals: Iterable[Sequence[Proposal]
             )
             continue
         turn = len(agenda.settled) + len(start)
-        join = Join(proposal.id, proposal.host, turn, _sponsor(staying, turn))
+        join = Join(proposal.id, proposal.host, turn, _sponsor(staying, turn), asked_at=proposal.asked_at)
         joins.append(join)
         start.append(join)
     settled = agenda.settled | {p.id for p in requests}
@@ -217,7 +221,7 @@ def _progress(
             going.append(next_try)
             again.append(next_try)
         else:
-            why = word.reason if word is not None else f"its sponsor {join.sponsor} is gone"
+            why = word.reason if word is not None and word.reason else f"its sponsor {join.sponsor} is gone"
             refused[join.id] = f"given up after {join.attempt} attempts: {why}"
     return going, admit, again
 
@@ -226,6 +230,8 @@ def _again(join: Join, view: View) -> Join | None:
     if join.attempt >= MAX_ATTEMPTS:
         return None
     turn = join.turn + 1
+    if _sponsor(view, turn) == join.sponsor:
+        turn += 1  # the view has changed, so that the next turn would be the same one's
     return replace(join, attempt=join.attempt + 1, turn=turn, newcomer="", sponsor=_sponsor(view, turn))
 
 

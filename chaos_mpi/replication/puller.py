@@ -104,6 +104,7 @@ class StatePuller:
         self._number = 0
         self._begun = self._active = self._told = 0.0
         self._moved = 0
+        self._senders: list[tuple[Range, int]] = []
 
     @property
     def alive(self) -> list[int]:
@@ -128,7 +129,7 @@ class StatePuller:
         return Fetched(received, time.monotonic() - self._begun, self._moved)
 
     def verify(self, ranges: Sequence[Range]) -> int:
-        """Compare checksums with members, each time another one than in the plan; fetch again what differs.
+        """Compare checksums with members that did not send these bytes, where there are any; fetch again what differs.
 
         Returns:
             Bytes that had to be fetched again.
@@ -172,11 +173,11 @@ class StatePuller:
                 self._take_over(source)
             try:
                 while source.queue and len(source.under_way) < WINDOW:
-                    span = source.queue.popleft()
+                    span = source.queue[0]  # it stays there until it is under way, so that it cannot get lost
                     self._number += 1
                     pieces = self._layout.pieces(self._tensors, *span)
                     transfer = self._transport.receive_data(rank, self._number, pieces)
-                    source.under_way.append((span, transfer))
+                    source.under_way.append((source.queue.popleft(), transfer))
                     self._transport.send(rank, {"get": list(span), "number": self._number})
             except PeerFailedError:
                 self._lose(rank)
@@ -203,6 +204,7 @@ class StatePuller:
                         source.under_way.remove((span, transfer))
                         source.received_bytes += span[1] - span[0]
                         received[rank] = received.get(rank, 0) + span[1] - span[0]
+                        self._senders.append((span, rank))
             except PeerFailedError:
                 busy = True
                 self._lose(rank)
@@ -231,13 +233,19 @@ class StatePuller:
                 raise JoinError("all members that had the training state died before this rank had checked it")
             while todo and len(open_) < WINDOW * len(self._sources):
                 index, span = todo.popleft()
-                rank = self.alive[(index + shift) % len(self._sources)]
+                rank = self._checker(span, index + shift)
                 self._number += 1
                 open_[self._number] = (rank, span)
                 self._request_sum(rank, span)
             if not self._answers(open_, todo, wrong):
                 self._pause("checksums of the training state")
         return wrong
+
+    def _checker(self, span: Range, turn: int) -> int:
+        """A member that sent nothing of this range, if there is one."""
+        senders = {rank for (start, stop), rank in self._senders if start < span[1] and span[0] < stop}
+        others = [rank for rank in self.alive if rank not in senders] or self.alive
+        return others[turn % len(others)]
 
     def _request_sum(self, rank: int, span: Range) -> None:
         try:

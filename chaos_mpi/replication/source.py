@@ -87,6 +87,8 @@ class StateSource:
                 busy = True
                 self._lose(guest)
         for guest, transfer in list(self._under_way):
+            if guest in self.lost:
+                continue
             try:
                 if transfer.done():
                     busy = True
