@@ -153,7 +153,7 @@ def _invitation(channel: Channel, world: World, limit_s: float) -> dict[str, Any
     for member in range(world.rank):
         try:
             channel.send(member, {"invitation": True})
-            while (answer := channel.poll(member)) is None:
+            while (answer := channel.poll(member)) is None or "layout" not in answer:
                 if time.monotonic() > limit:
                     raise WaitTimeoutError(f"waited {limit_s:.0f} s for the members to say what the state consists of")
                 time.sleep(_POLL_S)

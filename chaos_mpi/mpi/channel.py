@@ -47,7 +47,11 @@ class Transfer:
 
 
 class Channel:
-    """Point-to-point communication over ``world``. One thread at a time."""
+    """Point-to-point communication over ``world``. One thread at a time.
+
+    All sends are synchronous ones: a small plain send counts as done when it is buffered, and when the receiver dies
+    after that, Open MPI ends the sender ("Send error after request freed").
+    """
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -58,6 +62,10 @@ class Channel:
         """This process's rank."""
         return self._world.rank
 
+    def failed(self) -> list[int]:
+        """Ranks that are known here to be dead."""
+        return self._world.failed_ranks()
+
     def send(self, to: int, message: dict[str, Any]) -> None:
         """Send a message to a rank; does not wait.
 
@@ -67,7 +75,7 @@ class Channel:
         data = json.dumps(message).encode()
         self._sent = [(request, kept) for request, kept in self._sent if _under_way(request)]
         try:
-            self._sent.append((self._world.comm.Isend([data, MPI.BYTE], to, _MESSAGE_TAG), data))
+            self._sent.append((self._world.comm.Issend([data, MPI.BYTE], to, _MESSAGE_TAG), data))
         except MPI.Exception as error:
             raise PeerFailedError(f"{error}") from error
 
@@ -95,7 +103,7 @@ class Channel:
         """
         buffer, datatype = _described(pieces)
         try:
-            return Transfer(self._world.comm.Isend(buffer, to, _data_tag(number)), datatype)
+            return Transfer(self._world.comm.Issend(buffer, to, _data_tag(number)), datatype)
         except MPI.Exception as error:
             raise PeerFailedError(f"{error}") from error
 

@@ -46,7 +46,7 @@ class Bridge:
         """
         data = json.dumps(message).encode()
         try:
-            self._sent.append((self.comm.Isend([data, MPI.BYTE], self._other, _MESSAGE_TAG), data))
+            self._sent.append((self.comm.Issend([data, MPI.BYTE], self._other, _MESSAGE_TAG), data))
         except MPI.Exception as error:
             raise PeerFailedError(f"{error}") from error
 
@@ -160,6 +160,26 @@ def _merged(connect: Callable[[], MPI.Intercomm], newcomer: bool, limit_s: float
         with Watchdog("MPI_Intercomm_create and merge for a newcomer", limit_s):
             inter = connect()
             inter.Set_errhandler(MPI.ERRORS_RETURN)
-            return World(inter.Merge(newcomer))
+            world = World(inter.Merge(newcomer))
+    except MPI.Exception as error:
+        raise PeerFailedError(f"{error}") from error
+    _connect(world, limit_s)
+    return world
+
+
+def _connect(world: World, limit_s: float) -> None:
+    """Let every pair exchange a word, so that all connections are up while all are known to live.
+
+    Connections are made on first use. A process that dies before another one has ever spoken to it is not noticed by
+    that one, or ends it: Open MPI aborts when a message that it has buffered turns out to have no receiver.
+    """
+    out, into = np.zeros(world.size, dtype=np.uint8), np.zeros(world.size, dtype=np.uint8)
+    limit = time.monotonic() + limit_s
+    try:
+        request = world.comm.Ialltoall([out, MPI.BYTE], [into, MPI.BYTE])
+        while not request.Test():
+            if world.failed_ranks() or time.monotonic() > limit:
+                raise PeerFailedError("a rank did not connect to the others")
+            time.sleep(_POLL_S / 10)
     except MPI.Exception as error:
         raise PeerFailedError(f"{error}") from error

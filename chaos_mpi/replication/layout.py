@@ -27,6 +27,9 @@ class DataTransfer(Protocol):
 class Transport(Protocol):
     """What moving state needs of the network; :class:`chaos_mpi.mpi.channel.Channel` is one."""
 
+    def failed(self) -> list[int]:
+        """Ranks that are known here to be dead."""
+
     def send(self, to: int, message: dict[str, Any]) -> None:
         """Send a JSON message to a rank; does not wait."""
 

@@ -195,7 +195,7 @@ class StatePuller:
 
     def _collect(self, received: dict[int, int]) -> bool:
         """Take note of what has arrived; whether anything has."""
-        busy = False
+        busy = self._hear_of_deaths()
         for rank, source in list(self._sources.items()):
             try:
                 for span, transfer in list(source.under_way):
@@ -211,6 +211,19 @@ class StatePuller:
         if busy:
             self._active = time.monotonic()
         return busy
+
+    def _hear_of_deaths(self) -> bool:
+        """Members tell of deaths that do not show here."""
+        dead: set[int] = set()
+        for rank in self.alive:
+            try:
+                while (message := self._transport.poll(rank)) is not None:
+                    dead.update(message.get("dead", ()))
+            except PeerFailedError:
+                dead.add(rank)
+        for rank in sorted(dead & set(self._sources)):
+            self._lose(rank)
+        return bool(dead)
 
     def _lose(self, rank: int) -> None:
         source = self._sources.pop(rank)
@@ -255,18 +268,24 @@ class StatePuller:
 
     def _answers(self, open_: dict[int, tuple[int, Range]], todo: deque[tuple[int, Range]], wrong: list[Range]) -> bool:
         busy = False
+        gone: set[int] = set()
         for rank in self.alive:
             try:
                 while (answer := self._transport.poll(rank)) is not None:
                     busy = True
+                    if "number" not in answer:
+                        gone.update(answer.get("dead", ()))
+                        continue
                     _, span = open_.pop(answer["number"])
                     if checksum(self._layout.pieces(self._tensors, *span)) != answer["sum"]:
                         wrong.append(span)
             except PeerFailedError:
-                busy = True
-                self._sources.pop(rank)
-                for number in [n for n, (of, _) in open_.items() if of == rank]:
-                    todo.append((number, open_.pop(number)[1]))
+                gone.add(rank)
+        for rank in gone & set(self._sources):
+            busy = True
+            self._sources.pop(rank)
+            for number in [n for n, (of, _) in open_.items() if of == rank]:
+                todo.append((number, open_.pop(number)[1]))
         if busy:
             self._active = time.monotonic()
         return busy

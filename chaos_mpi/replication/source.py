@@ -9,6 +9,9 @@ member dies or is slow. Requests and answers are JSON messages, bytes go straigh
 ``{"sum": [start, stop], "number": n}`` answer ``{"sum": checksum, "number": n}``
 ``{"received": true}``                  the newcomer has all it needs
 ======================================  ====================================================================
+
+Unasked, a member says ``{"dead": [ranks]}`` when it learns of a death: a newcomer may be the last to notice, because
+launchers tell only processes that were started together.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ from chaos_mpi.replication.layout import DataTransfer, Layout, Piece, Transport,
 #: Do something else for so long when there is nothing to do for a while.
 _IDLE_S = 0.0005
 _SPIN_S = 0.02
+#: Ask so often who has died.
+_LOOK_PERIOD_S = 0.02
 
 
 class StateSource:
@@ -50,6 +55,8 @@ class StateSource:
         self._transport = transport
         self._waiting = set(guests)
         self._layout, self._tensors, self._invitation = layout, tensors, invitation
+        self._told_dead: set[int] = set()
+        self._looked_at = 0.0
         self._under_way: list[tuple[int, DataTransfer]] = []
         #: Guests that died before they had everything.
         self.lost: set[int] = set()
@@ -77,7 +84,7 @@ class StateSource:
 
     def step(self) -> bool:
         """Do what there is to do now; whether there was anything."""
-        busy = False
+        busy = self._tell_of_deaths()
         for guest in sorted(self._waiting):
             try:
                 while guest in self._waiting and (message := self._transport.poll(guest)) is not None:
@@ -97,6 +104,22 @@ class StateSource:
                 busy = True
                 self._lose(guest)
         return busy
+
+    def _tell_of_deaths(self) -> bool:
+        now = time.monotonic()
+        if now - self._looked_at < _LOOK_PERIOD_S:
+            return False
+        self._looked_at = now
+        dead = set(self._transport.failed()) - self._told_dead
+        self._told_dead |= dead
+        for guest in sorted(self._waiting - dead) if dead else ():
+            try:
+                self._transport.send(guest, {"dead": sorted(dead)})
+            except PeerFailedError:
+                self._lose(guest)
+        for guest in sorted(self._waiting & dead):
+            self._lose(guest)
+        return bool(dead)
 
     def _answer(self, guest: int, message: dict[str, Any]) -> None:
         if "get" in message:

@@ -166,6 +166,10 @@ class Port:
         if self.driving:
             self.network.pass_time()
 
+    def failed(self) -> list[int]:
+        """Ranks that are known here to be dead."""
+        return sorted(self.network.dead)
+
     def send(self, to: int, message: dict[str, Any]) -> None:
         self.network.happen()
         if to in self.network.dead:
