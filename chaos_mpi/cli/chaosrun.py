@@ -20,6 +20,9 @@ from chaos_mpi.config import BATCH_POLICIES, LOG_LEVELS
 from chaos_mpi.errors import EngineError
 from chaos_mpi.mpi.launch import mpirun_command
 
+#: Exit status of mpirun when its own services did not come up; seen about once in a thousand starts on a busy machine.
+LAUNCHER_NOT_UP = 213
+START_ATTEMPTS = 3
 _SETTINGS = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 
 
@@ -114,12 +117,18 @@ def _run(line: list[str], chosen: dict[str, str], ranks: int, tag_output: bool, 
     run_dir = Path(tempfile.mkdtemp(prefix="chaosrun-"))  # made with mode 0700
     try:
         environment = {**os.environ, **chosen, "CHAOS_RUN_DIR": str(run_dir)}
-        job = MpirunJob(line, environment, run_dir, ranks=ranks, tagged=tag_output, drop_noise=drop_noise)
-        status = job.wait()
+        for attempt in range(1, START_ATTEMPTS + 1):
+            job = MpirunJob(line, environment, run_dir, ranks=ranks, tagged=tag_output, drop_noise=drop_noise)
+            status = job.wait()
+            records = read_records(run_dir)
+            unstarted = status == LAUNCHER_NOT_UP and not records.starting and job.interrupted_by is None
+            if not unstarted or attempt == START_ATTEMPTS:
+                break
+            print("chaosrun: mpirun could not set itself up, see above; trying again", file=sys.stderr)
         if job.interrupted_by is not None:
             print(f"chaosrun: interrupted by {job.interrupted_by.name}; all ranks were ended", file=sys.stderr)
             return 128 + job.interrupted_by
-        verdict = judge(read_records(run_dir), status)
+        verdict = judge(records, status)
         if verdict.message and f"chaos_mpi: {verdict.message}" not in job.shown_lines():
             print(f"chaosrun: {verdict.message}", file=sys.stderr)
         return verdict.status
