@@ -252,10 +252,10 @@ class ElasticSampler(Sampler[list[int]]):
 
     def hand_over(self) -> dict[str, Any]:
         """All that a newcomer needs to take part: a tree for :meth:`take_over`."""
-        plan = plan_to_tree(self._current_plan())
         changes = {str(lap): [change_to_tree(c) for c in changes] for lap, changes in self._changes.items()}
+        lengths, plan = [list(pair) for pair in self._lengths], plan_to_tree(self._current_plan())
         place = {"lap": self._lap, "done": self._done, "ended": self._ended}
-        return {**place, "plan": plan, "changes": changes, "lengths": [list(pair) for pair in self._lengths]}
+        return {**place, "plan": plan, "changes": changes, "lengths": lengths}
 
     def take_over(self, tree: Mapping[str, Any]) -> None:
         """Be where the member was that made the tree, with nothing of the epoch taken yet by this one.
@@ -270,8 +270,7 @@ class ElasticSampler(Sampler[list[int]]):
         self._next_lap(plan.epoch, lap=int(tree["lap"]))
         self._plan = plan
         self._lengths = [(int(seen), int(rounds)) for seen, rounds in tree["lengths"]]
-        # Where the others have left the loop already, nothing is left in it for this rank either.
-        start = plan.rounds if tree["ended"] else int(tree["done"])
+        start = plan.rounds if tree["ended"] else int(tree["done"])  # those that left the loop leave nothing in it
         self._base = self._done = self._taken = self._issued = self.loop_start = start
         self._in_flight.clear()
         self._backwards = 0
