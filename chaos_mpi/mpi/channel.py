@@ -85,15 +85,7 @@ class Channel:
         Raises:
             PeerFailedError: it is dead.
         """
-        comm, status = self._world.comm, MPI.Status()
-        try:
-            if not comm.Iprobe(source, _MESSAGE_TAG, status):
-                return None
-            data = np.empty(status.Get_count(MPI.BYTE), dtype=np.uint8)
-            comm.Recv([data, MPI.BYTE], source, _MESSAGE_TAG)
-        except MPI.Exception as error:
-            raise PeerFailedError(f"{error}") from error
-        return cast("dict[str, Any]", json.loads(data.tobytes()))
+        return receive_message(self._world.comm, source, _MESSAGE_TAG)
 
     def send_data(self, to: int, number: int, pieces: Sequence[Piece]) -> Transfer:
         """Start sending memory as transfer ``number``, which is to be unique among those under way between the two.
@@ -118,6 +110,23 @@ class Channel:
             return Transfer(self._world.comm.Irecv(buffer, source, _data_tag(number)), datatype)
         except MPI.Exception as error:
             raise PeerFailedError(f"{error}") from error
+
+
+def receive_message(comm: MPI.Intracomm, source: int, tag: int) -> dict[str, Any] | None:
+    """The next JSON message from a rank, if one is here.
+
+    Raises:
+        PeerFailedError: it is dead, or the communicator is revoked.
+    """
+    status = MPI.Status()
+    try:
+        if not comm.Iprobe(source, tag, status):
+            return None
+        data = np.empty(status.Get_count(MPI.BYTE), dtype=np.uint8)
+        comm.Recv([data, MPI.BYTE], source, tag)
+    except MPI.Exception as error:
+        raise PeerFailedError(f"{error}") from error
+    return cast("dict[str, Any]", json.loads(data.tobytes()))
 
 
 def _under_way(request: MPI.Request) -> bool:

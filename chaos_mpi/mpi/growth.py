@@ -16,6 +16,7 @@ from typing import Any, cast
 import numpy as np
 
 from chaos_mpi.errors import EngineError, PeerFailedError, WaitTimeoutError
+from chaos_mpi.mpi.channel import receive_message
 from chaos_mpi.mpi.runtime import Watchdog
 from chaos_mpi.mpi.world import MPI, World
 
@@ -59,14 +60,9 @@ class Bridge:
         try:
             if self.comm.Get_failed().Get_size():
                 raise PeerFailedError("the other side of the bridge has failed")
-            status = MPI.Status()
-            if not self.comm.Iprobe(self._other, _MESSAGE_TAG, status):
-                return None
-            data = np.empty(status.Get_count(MPI.BYTE), dtype=np.uint8)
-            self.comm.Recv([data, MPI.BYTE], self._other, _MESSAGE_TAG)
         except MPI.Exception as error:
             raise PeerFailedError(f"{error}") from error
-        return cast("dict[str, Any]", json.loads(data.tobytes()))
+        return receive_message(self.comm, self._other, _MESSAGE_TAG)
 
     def receive(self, limit_s: float, what: str) -> dict[str, Any]:
         """Wait for the next message.

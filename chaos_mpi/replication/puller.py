@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +19,7 @@ import torch
 from chaos_mpi.errors import JoinError, PeerFailedError, WaitTimeoutError
 from chaos_mpi.replication.layout import DataTransfer, Layout, Range, Transport, checksum
 from chaos_mpi.sharding import Neighbour, replan
+from chaos_mpi.sharding.plan import size
 
 log = logging.getLogger("chaos_mpi.replication")
 
@@ -56,7 +57,7 @@ class Source:
 
     def backlog_bytes(self) -> int:
         """What it still has to send."""
-        return _size(self.queue) + _size(span for span, _ in self.under_way)
+        return size(self.queue) + size(span for span, _ in self.under_way)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,14 +141,14 @@ class StatePuller:
         """
         wrong = self._differing(_chunks(ranges, CHECK_BYTES), shift=1)
         if wrong:
-            log.warning("%d bytes of the training state arrived damaged and are fetched again", _size(wrong))
+            log.warning("%d bytes of the training state arrived damaged and are fetched again", size(wrong))
             self.fetch(wrong)
             if left := self._differing(wrong, shift=2):
                 raise JoinError(
-                    f"{_size(left)} bytes of the training state differ between members, or are damaged on the way "
+                    f"{size(left)} bytes of the training state differ between members, or are damaged on the way "
                     "every time: the replicas may not be identical any more (see params_digest in the event log)"
                 )
-        return _size(wrong)
+        return size(wrong)
 
     # -- fetching --------------------------------------------------------------------------------------
 
@@ -228,7 +229,7 @@ class StatePuller:
     def _lose(self, rank: int) -> None:
         source = self._sources.pop(rank)
         missing = [*(span for span, _ in source.under_way), *source.queue]
-        log.warning("%s died; %d bytes are fetched from others", source.neighbour.name, _size(missing))
+        log.warning("%s died; %d bytes are fetched from others", source.neighbour.name, size(missing))
         if missing:
             self._moved += len(missing)
             self._schedule(missing)
@@ -307,10 +308,6 @@ class StatePuller:
             self._told = now
             seconds = max(now - self._begun, 1e-6)
             self._progress(received, wanted, {rank: s.received_bytes / seconds for rank, s in self._sources.items()})
-
-
-def _size(ranges: Iterable[Range]) -> int:
-    return sum(stop - start for start, stop in ranges)
 
 
 def _chunks(ranges: Sequence[Range], nbytes: int) -> list[Range]:
