@@ -86,6 +86,7 @@ def init(
     event_log: str | None = None,
     max_ranks: int | None = None,
     join_timeout_s: float | None = None,
+    join_policy: str | None = None,
 ) -> Session:
     """Join the job and open this process's session; to be called once, before the model is wrapped.
 
@@ -101,6 +102,8 @@ def init(
         resume: go on from the newest checkpoint there, if there is one.
         max_ranks: refuse joins that would make the job larger (default: no limit).
         join_timeout_s: longest time from the start of a newcomer's process until it can take the state (default 120).
+        join_policy: while a newcomer gets the state, train on (``overlap``), wait (``blocking``), or what fits the
+            state and the optimizer (``auto``, the default).
         event_log: append events as JSON lines to this path; ``%h`` and ``%m`` stand for host and member.
 
     Raises:
@@ -122,6 +125,7 @@ def init(
             event_log=event_log,
             max_ranks=max_ranks,
             join_timeout_s=join_timeout_s,
+            join_policy=join_policy,
         )
     )
 

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from chaos_mpi.errors import ConfigError
 
+JOIN_POLICIES = ("auto", "overlap", "blocking")
 BATCH_POLICIES = ("keep_global_batch", "linear", "sqrt", "none")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -30,6 +31,8 @@ class Settings:
         resume: go on from the newest checkpoint in ``checkpoint_dir`` if there is one.
         event_log: path of the event log; ``%h`` and ``%m`` stand for host and member. None for none.
         max_ranks: most members that may be in the job, or None for no limit.
+        join_policy: whether the members train on while a newcomer gets the state (``overlap``), wait for it
+            (``blocking``), or do what fits the state (``auto``).
         join_timeout_s: longest time from the start of a newcomer's process until it can take the state, seconds.
         run_dir: private directory that ``chaosrun`` made for this job, or None.
         log_level: level of this package's log (``debug`` to ``error``), or None to leave logging to the script.
@@ -44,6 +47,7 @@ class Settings:
     event_log: str | None = None
     max_ranks: int | None = None
     join_timeout_s: float = 120.0
+    join_policy: str = "auto"
     run_dir: Path | None = None
     log_level: str | None = None
 
@@ -54,6 +58,8 @@ class Settings:
             raise ConfigError(f"max_ranks is {self.max_ranks}, less than min_ranks, which is {self.min_ranks}")
         if not 0 < self.join_timeout_s < float("inf"):
             raise ConfigError(f"join_timeout_s is {self.join_timeout_s}; it must be a positive number of seconds")
+        if self.join_policy not in JOIN_POLICIES:
+            raise ConfigError(f"join_policy is {self.join_policy!r}; choose one of {', '.join(JOIN_POLICIES)}")
         if self.batch_policy not in BATCH_POLICIES:
             raise ConfigError(f"batch_policy is {self.batch_policy!r}; choose one of {', '.join(BATCH_POLICIES)}")
         if not 0 < self.timeout_s < float("inf"):
@@ -77,6 +83,7 @@ def load_settings(
     event_log: str | None = None,
     max_ranks: int | None = None,
     join_timeout_s: float | None = None,
+    join_policy: str | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> Settings:
     """Settings from arguments; those that are None come from the environment, then from the defaults.
@@ -108,6 +115,7 @@ def load_settings(
         event_log=event_log if event_log is not None else environ.get("CHAOS_EVENT_LOG") or None,
         max_ranks=choose(max_ranks, "CHAOS_MAX_RANKS", int, None),
         join_timeout_s=choose(join_timeout_s, "CHAOS_JOIN_TIMEOUT_S", float, 120.0),
+        join_policy=choose(join_policy, "CHAOS_JOIN_POLICY", str, "auto"),
         run_dir=Path(run_dir) if run_dir is not None else None,
         log_level=environ.get("CHAOS_LOG_LEVEL") or None,
     )

@@ -16,7 +16,7 @@ from chaos_mpi import __version__
 from chaos_mpi.cli.doctor import report
 from chaos_mpi.cli.outcome import EXIT_USAGE, judge, read_records
 from chaos_mpi.cli.process import MpirunJob
-from chaos_mpi.config import BATCH_POLICIES, LOG_LEVELS
+from chaos_mpi.config import BATCH_POLICIES, JOIN_POLICIES, LOG_LEVELS
 from chaos_mpi.errors import EngineError
 from chaos_mpi.mpi.launch import mpirun_command
 
@@ -40,6 +40,7 @@ class _Command(click.Command):
 @click.option("-n", "--np", "ranks", type=click.IntRange(min=1), default=1, help="Number of ranks.", show_default=True)
 @click.option("--min-ranks", type=click.IntRange(min=1), help="Stop, with the state saved, when fewer are left.")
 @click.option("--max-ranks", type=click.IntRange(min=1), help="Refuse joins that would make the job larger.")
+@click.option("--join-policy", type=click.Choice(JOIN_POLICIES), help="Train on while a newcomer gets the state?")
 @click.option("--batch-policy", type=click.Choice(BATCH_POLICIES), help="Batch and learning rate on a change of size.")
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Longest wait for other ranks, seconds.")
 @click.option("--checkpoint-dir", type=click.Path(file_okay=False, path_type=Path), help="Write checkpoints there.")
@@ -57,6 +58,7 @@ def main(
     ranks: int,
     min_ranks: int | None,
     max_ranks: int | None,
+    join_policy: str | None,
     batch_policy: str | None,
     timeout: float | None,
     checkpoint_dir: Path | None,
@@ -88,6 +90,7 @@ def main(
     settings = {
         "CHAOS_MIN_RANKS": min_ranks,
         "CHAOS_MAX_RANKS": max_ranks,
+        "CHAOS_JOIN_POLICY": join_policy,
         "CHAOS_BATCH_POLICY": batch_policy,
         "CHAOS_TIMEOUT_S": timeout,
         "CHAOS_CHECKPOINT_DIR": checkpoint_dir.absolute() if checkpoint_dir is not None else None,

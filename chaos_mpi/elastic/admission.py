@@ -61,6 +61,9 @@ def replicate(session: Session, operation: Admit, joins: Sequence[Join], begun: 
     layout = Layout.of(tensors)
     session.emit("join_cut", newcomers=newcomers, state_bytes=layout.total_bytes)
     invitation: dict[str, Any] = {
+        "policy": "blocking",
+        "sources": list(range(view.size)),
+        "shrink": False,
         "layout": layout.to_json(),
         "skeleton": packed.skeleton,
         "members": list(view.members),
@@ -78,6 +81,7 @@ def replicate(session: Session, operation: Admit, joins: Sequence[Join], begun: 
         ready = False
     if not world.agree(ready, session.settings.timeout_s, lambda: "all members and newcomers to be ready"):
         world.revoke()
+        session.retire(world)
         return False
     session.change_view(world, [*view.members, *newcomers], operation.reports, cause="join")
     seconds = time.perf_counter() - begun

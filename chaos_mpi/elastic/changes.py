@@ -18,11 +18,13 @@ from chaos_mpi.membership import Agenda, View
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import torch
+
     from chaos_mpi.config import Settings
+    from chaos_mpi.elastic.arrival import Arrival
     from chaos_mpi.elastic.attached import AttachedSamplers
     from chaos_mpi.elastic.lifecycle import ExitGuard
     from chaos_mpi.elastic.negotiator import Answer, Negotiator
-    from chaos_mpi.elastic.newcomer import Arrival
     from chaos_mpi.elastic.operations import Operation
     from chaos_mpi.elastic.persistence import Persistence
     from chaos_mpi.elastic.sampler import ElasticSampler
@@ -140,6 +142,18 @@ class ChangingSession(CollectiveCalls):
         """The training state and where the samplers are; its tensors are the live ones."""
         return self._persistence.pack_with([sampler.hand_over() for sampler in self._samplers])
 
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Those of the training state, in its order."""
+        return self._persistence.optimizers()
+
+    def state_bytes(self) -> int:
+        """Size of the training state's tensors; the same at all members between two steps."""
+        return self.pack_for_newcomers().nbytes
+
+    def retire(self, world: World) -> None:
+        """Keep a communicator that is not used any more until all can be given back."""
+        self._sequence.retire(world)
+
     def situation(self) -> dict[str, Any]:
         """Where the job is between two steps, in JSON values, for :meth:`enter_view` at a newcomer."""
         return {
@@ -155,7 +169,7 @@ class ChangingSession(CollectiveCalls):
         old = View(int(invitation["epoch"]), tuple(invitation["members"]))
         following = old.next([*old.members, *invitation["newcomers"]])
         self._sequence.take_place(world, following, invitation["place"])
-        self._negotiator.agenda = Agenda.from_json(invitation["agenda"])
+        self._negotiator.take_over(Agenda.from_json(invitation["agenda"]))
         self._last_contributors = old.members
         self.resumed(int(invitation["step"]), int(invitation["initial_size"]))
         self._samplers.view_changed(invitation["reports"], old.members, self.members)
@@ -181,4 +195,5 @@ class ChangingSession(CollectiveCalls):
         self._arrival = None
         parts = {**arrival.parts, "first_step_s": time.monotonic() - arrival.active_at}
         parts["total_s"] = time.time() - arrival.asked_at
-        self.emit("join_active", id=arrival.id, **{name: round(seconds, 6) for name, seconds in parts.items()})
+        rounded = {name: round(seconds, 6) for name, seconds in parts.items()}
+        self.emit("join_active", id=arrival.id, repeated_steps=arrival.repeated_steps, **rounded)

@@ -11,9 +11,11 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from chaos_mpi.elastic import admission
+from chaos_mpi.elastic.overlap import Overlap, overlaps
 from chaos_mpi.elastic.sponsor import Sponsorship
 from chaos_mpi.elastic.transitions import Admit, Leave
 from chaos_mpi.membership import Agenda, Join, Limits, Outcome, Proposal, View, negotiate, orphaned, restart
@@ -52,6 +54,7 @@ class Negotiator:
         self._answers: dict[str, Answer] = {}
         self._numbers = itertools.count(1)
         self._sponsorships: dict[str, Sponsorship] = {}
+        self._overlap: Overlap | None = None
 
     # -- proposing; from any thread --------------------------------------------------------------------
 
@@ -97,16 +100,29 @@ class Negotiator:
         self._tell(outcome)
         if outcome.leave:
             self._part(outcome.leave, begun)
+        if outcome.cut and self._overlap is not None:
+            self._overlap.cut(begun)
+        if outcome.activate:
+            self._activate(outcome.activate, begun)
         if outcome.admit:
             self._admit(outcome.admit, begun)
         for join in outcome.start:
             self._sponsor(join)
+        self.due = self.agenda.has_waiting
+
+    def take_over(self, agenda: Agenda) -> None:
+        """This newcomer is a member from here on, with the agenda of all."""
+        self.agenda = agenda
+        self.due = agenda.has_waiting
 
     def close(self) -> None:
         """The job is over: newcomers that are still on their way are sent home."""
         for sponsorship in self._sponsorships.values():
             sponsorship.give_up("the job ended")
         self._sponsorships.clear()
+        if self._overlap is not None:
+            self._overlap.abandon()
+            self._overlap = None
 
     # -- carrying out ----------------------------------------------------------------------------------
 
@@ -121,6 +137,8 @@ class Negotiator:
         milliseconds = round((time.perf_counter() - begun) * 1e3, 3)
         if session.member in gone:
             session.emit("leave_committed", members=list(gone), milliseconds=milliseconds)
+            if self._overlap is not None:
+                self._overlap.leave()
             session.depart()
         assert operation.world is not None
         staying = [m for m in operation.view.members if m not in gone]
@@ -142,18 +160,35 @@ class Negotiator:
         operation = Admit(joins, bridges, session.sampler_reports, self._width(), session.settings.timeout_s)
         session.execute(operation)
         assert operation.view is not None
-        admitted = operation.world is not None and admission.replicate(session, operation, joins, begun)
-        if not admitted:
+        policy, optimizers = session.settings.join_policy, session.optimizers()
+        if operation.world is not None and overlaps(policy, joins, session.state_bytes(), optimizers):
+            self._overlap = Overlap(session, operation, joins, begun, self.propose)
+            self.agenda = replace(self.agenda, replicating=joins)
+        elif operation.world is not None and admission.replicate(session, operation, joins, begun):
+            self._welcome(joins)
+        else:
             for sponsorship in mine.values():
                 sponsorship.give_up("it could not be taken in")
-            self.agenda, again, given_up = restart(self.agenda, operation.view, joins)
-            for join in given_up:
-                self._answer(join.id, "refused", {"reason": f"it failed {join.attempt} times"})
-            for join in again:
-                self._sponsor(join)
-            return
+            self._start_again(joins, operation.view)
+
+    def _activate(self, joins: tuple[Join, ...], begun: float) -> None:
+        overlap, self._overlap = self._overlap, None
+        assert overlap is not None
+        if overlap.activate(self._width(), begun):
+            self._welcome(joins)
+        else:
+            self._start_again(joins, self._session.view)
+
+    def _welcome(self, joins: tuple[Join, ...]) -> None:
         for join in joins:
             self._answer(join.id, "active", {"member": join.newcomer})
+
+    def _start_again(self, joins: tuple[Join, ...], view: View) -> None:
+        self.agenda, again, given_up = restart(self.agenda, view, joins)
+        for join in given_up:
+            self._answer(join.id, "refused", {"reason": f"it failed {join.attempt} times"})
+        for join in again:
+            self._sponsor(join)
 
     def _sponsor(self, join: Join) -> None:
         session = self._session

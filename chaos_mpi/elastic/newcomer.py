@@ -7,53 +7,25 @@ anywhere. Then it tells its sponsor that it is ready, waits to be called in, pul
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from chaos_mpi.elastic.arrival import Arrival, ask_invitation, neighbours, restore, show_progress
+from chaos_mpi.elastic.catchup import CaughtUp, catch_up, not_repeated
 from chaos_mpi.elastic.sponsor import versions
-from chaos_mpi.errors import JoinError, PeerFailedError, WaitTimeoutError
+from chaos_mpi.errors import JoinError, PeerFailedError
 from chaos_mpi.mpi import growth
 from chaos_mpi.mpi.channel import Channel
 from chaos_mpi.replication.layout import Layout
 from chaos_mpi.replication.puller import SHARD_SIZES, StatePuller
-from chaos_mpi.replication.tree import Packed, pack, unpack
-from chaos_mpi.sharding import Neighbour, plan
+from chaos_mpi.replication.tree import pack
+from chaos_mpi.sharding import plan
 
 if TYPE_CHECKING:
     from chaos_mpi.elastic.session import Session
     from chaos_mpi.elastic.state import TrainingState
     from chaos_mpi.mpi.growth import Bridge
     from chaos_mpi.mpi.world import World
-
-log = logging.getLogger("chaos_mpi.elastic")
-
-#: What is assumed of a link of which nothing is known, bytes per second. Only the ratio between links matters.
-UNKNOWN_LINK_BYTES_PER_S = 1e9
-#: What asking for one shard costs, about, on loopback.
-SHARD_COST_S = 1e-4
-_POLL_S = 0.002
-
-
-@dataclass(slots=True)
-class Arrival:
-    """How a newcomer came in, for the event log.
-
-    Attributes:
-        id: of the join request.
-        asked_at: when it was asked for, Unix seconds.
-        parts: seconds spent in each part of the way.
-        active_at: when it became a member, on the monotonic clock.
-    """
-
-    id: str
-    asked_at: float = 0.0
-    parts: dict[str, float] = field(default_factory=dict)
-    active_at: float = 0.0
 
 
 def enter_job(session: Session, bridge: Bridge, state: TrainingState) -> Arrival:
@@ -97,74 +69,60 @@ def _register(session: Session, bridge: Bridge, state: TrainingState, limit_s: f
 
 
 def _take_state(session: Session, world: World, state: TrainingState, arrival: Arrival) -> None:
-    """Pull the state, check it, take it over, and be counted."""
+    """Get the state, check it, take it over, and be counted."""
+    limit_s = session.settings.timeout_s
     channel = Channel(world)
-    invitation = _invitation(channel, world, session.settings.timeout_s)
-    members: list[str] = invitation["members"]
+    invitation = ask_invitation(channel, range(world.rank), limit_s)
     arrival.parts["grow_s"] = invitation["grow_s"]
-    layout = Layout.from_json(invitation["layout"])
-    live = pack({"state": state.capture()}, clone=False).tensors
-    tensors = layout.allocate(live)
+    caught_up = None
+    if invitation["policy"] == "overlap":
+        caught_up = catch_up(session, channel, state, invitation, arrival)
+        invitation = ask_invitation(channel, caught_up.sources, limit_s)
     begun = time.monotonic()
-    neighbours = {
-        rank: Neighbour(name, UNKNOWN_LINK_BYTES_PER_S, shard_cost_s=SHARD_COST_S) for rank, name in enumerate(members)
-    }
-    planned = plan(layout.total_bytes, list(neighbours.values()), shard_sizes=SHARD_SIZES)
-    session.emit("shard_plan", sources=planned.sources(), predicted_s=planned.predicted_s, bound_s=planned.bound_s)
-    arrival.parts["scheduling_s"] = time.monotonic() - begun
-    puller = StatePuller(
-        channel, neighbours, layout, tensors, session.settings.timeout_s,
-        lambda got, wanted, rates: _show_progress(members, got, wanted, rates),
-    )  # fmt: skip
-    everything = [(0, layout.total_bytes)] if layout.total_bytes else []
-    fetched = puller.fetch(everything)
-    arrival.parts["transfer_s"] = fetched.seconds
-    again = puller.verify(everything)
-    sources = {members[rank]: nbytes for rank, nbytes in fetched.sources.items()}
-    session.emit(
-        "shards_received", sources=sources, seconds=round(fetched.seconds, 6), moved=fetched.moved_shards, again=again
-    )
-    begun = time.monotonic()
-    _restore(session, state, invitation, tensors)
-    for rank in puller.alive:
+    sources = _pull(session, channel, state, invitation, caught_up, arrival)
+    for rank in sources:
         with contextlib.suppress(PeerFailedError):
             channel.send(rank, {"received": True})
-    arrival.parts["restore_s"] = time.monotonic() - begun
-    if not world.agree(True, session.settings.timeout_s, lambda: "all members and newcomers to be ready"):
+    if invitation["shrink"]:
+        world = world.shrink(limit_s, lambda: "the members to go on without those that died")
+    agreed = world.agree(
+        world.size == len(invitation["members"]) + len(invitation["newcomers"]),
+        limit_s,
+        lambda: "all members and newcomers to be ready",
+    )
+    if not agreed:
         raise JoinError(f"the members did not take this rank ({session.member}) in; see their log")
+    arrival.parts["regroup_s" if caught_up else "restore_s"] = time.monotonic() - begun
     session.enter_view(world, invitation)
 
 
-def _restore(
-    session: Session, state: TrainingState, invitation: Mapping[str, Any], tensors: dict[str, torch.Tensor]
-) -> None:
-    tree = unpack(Packed(invitation["skeleton"], tensors))
-    state.restore(tree["state"])
-    handed: Sequence[Any] = tree["samplers"]
-    if len(handed) != len(session.samplers):
-        raise JoinError(f"the others have {len(handed)} samplers, this rank has {len(session.samplers)}")
-    for sampler, part in zip(session.samplers, handed, strict=True):
-        sampler.take_over(part)
-
-
-def _invitation(channel: Channel, world: World, limit_s: float) -> dict[str, Any]:
-    """What the members say about the job; any of them will do."""
-    limit = time.monotonic() + limit_s
-    for member in range(world.rank):
-        try:
-            channel.send(member, {"invitation": True})
-            while (answer := channel.poll(member)) is None or "layout" not in answer:
-                if time.monotonic() > limit:
-                    raise WaitTimeoutError(f"waited {limit_s:.0f} s for the members to say what the state consists of")
-                time.sleep(_POLL_S)
-        except PeerFailedError:
-            continue
-        return answer
-    raise JoinError("all members died before this rank had joined")
-
-
-def _show_progress(members: Sequence[str], got: int, wanted: int, rates: dict[int, float]) -> None:
-    total = sum(rates.values())
-    left = f", {(wanted - got) / total:.0f} s left" if total else ""
-    parts = ", ".join(f"{members[rank]} {rate / 1e6:.0f}" for rank, rate in sorted(rates.items()))
-    log.warning("%.0f of %.0f MB of training state%s (MB/s: %s)", got / 1e6, wanted / 1e6, left, parts)
+def _pull(
+    session: Session, channel: Channel, state: TrainingState, invitation: dict[str, Any],
+    caught_up: CaughtUp | None, arrival: Arrival,
+) -> list[int]:  # fmt: skip
+    """Fetch from members that have stopped what is lacking, and check all. Returns the members that are alive."""
+    names = dict(zip(invitation["sources"], invitation["members"], strict=True))
+    serving = neighbours(names, caught_up.rates if caught_up is not None else {})
+    layout = Layout.from_json(invitation["layout"])
+    tensors = layout.allocate(pack({"state": state.capture()}, clone=False).tensors)
+    everything = [(0, layout.total_bytes)] if layout.total_bytes else []
+    lacking = everything
+    if caught_up is not None and caught_up.repeated:
+        lacking, _ = not_repeated(layout, tensors, state.optimizers())
+    else:
+        begun = time.monotonic()
+        planned = plan(layout.total_bytes, list(serving.values()), shard_sizes=SHARD_SIZES)
+        session.emit("shard_plan", sources=planned.sources(), predicted_s=planned.predicted_s, bound_s=planned.bound_s)
+        arrival.parts["scheduling_s"] = time.monotonic() - begun
+    puller = StatePuller(channel, serving, layout, tensors, session.settings.timeout_s, show_progress(names))
+    fetched = puller.fetch(lacking)
+    again = puller.verify(everything)
+    if lacking == everything or again:
+        sources = {names[rank]: nbytes for rank, nbytes in fetched.sources.items()}
+        session.emit(
+            "shards_received", sources=sources, seconds=round(fetched.seconds, 6), moved=fetched.moved_shards,
+            again=again,
+        )  # fmt: skip
+    arrival.parts["transfer_s"] = arrival.parts.get("transfer_s", 0.0) + fetched.seconds
+    restore(session, state, invitation, tensors)
+    return puller.alive

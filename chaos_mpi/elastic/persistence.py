@@ -65,6 +65,10 @@ class Persistence:
         if directory is not None and not newcomer:
             self._resume(state, directory)
 
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Those of the training state; none without one."""
+        return self._state.optimizers() if self._state is not None else []
+
     def digest(self) -> str:
         """Digest over the training state of this member; empty when none is attached."""
         return self._state.digest() if self._state is not None else ""

@@ -134,6 +134,10 @@ class OperationSequence:
             self._regrouping.retire(self.world)
         self.world, self.view = world, view
 
+    def retire(self, world: World) -> None:
+        """Keep a communicator that is not used any more until :meth:`free`."""
+        self._regrouping.retire(world)
+
     def place(self) -> dict[str, Any]:
         """Where this member is between two operations, in JSON values, for a newcomer's :meth:`take_place`."""
         return {"finished": self._finished, "label": self._last.label if self._last is not None else self._last_label}

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from chaos_mpi.config import Settings
-    from chaos_mpi.elastic.newcomer import Arrival
+    from chaos_mpi.elastic.arrival import Arrival
     from chaos_mpi.elastic.recovery import Regrouped
     from chaos_mpi.elastic.sampler import ElasticSampler
     from chaos_mpi.elastic.state import TrainingState

@@ -18,6 +18,7 @@ from chaos_mpi.elastic.restoring import (
     check_module,
     check_names,
     check_optimizer,
+    is_in_place,
     load_module,
     load_optimizer,
 )
@@ -91,9 +92,7 @@ class TrainingState:
         **extras: Any,
     ) -> None:
         given = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "sampler": sampler}
-        objects = {
-            place: _usable(place, thing) for part in given for place, thing in _places(part, given[part])
-        }
+        objects = {place: _usable(place, thing) for part in given for place, thing in _places(part, given[part])}
         values = {}
         for name, value in extras.items():
             if name.startswith("_") or name in given or hasattr(type(self), name):
@@ -128,9 +127,7 @@ class TrainingState:
                 )
             self._values[name] = _storable(name, value)
         elif name in self._given or ("extras", name) in self._objects:
-            raise AttributeError(
-                f"the {name} of a TrainingState cannot be replaced; name it when making the state"
-            )
+            raise AttributeError(f"the {name} of a TrainingState cannot be replaced; name it when making the state")
         else:
             raise AttributeError(_unknown(name))
 
@@ -149,11 +146,16 @@ class TrainingState:
                 tree[place[0]][place[1]] = thing.state_dict()
         return tree
 
-    def restore(self, tree: Mapping[str, Any]) -> None:
+    def restore(self, tree: Mapping[str, Any], *, owned: bool = False) -> None:
         """Take over a captured state, bit for bit. The tree stays independent of what training does next.
 
         Everything is compared before anything is changed; and if an object refuses its part all the same, those
         that took theirs are put back.
+
+        Args:
+            tree: as :meth:`capture` made it.
+            owned: its tensors are not used for anything else, so they need not be copied; those of a module may be
+                the module's own, with the values already in place.
 
         Raises:
             CheckpointError: the state does not fit; names the first entry that is missing, unexpected or of
@@ -162,20 +164,19 @@ class TrainingState:
         self._check(tree)
         # Schedulers before optimizers, because a scheduler may set the learning rate when it is loaded; and the
         # modules last: they have been compared entry by entry, so they do not fail.
-        order = sorted(
-            self._objects.items(), key=lambda item: (_is_module(item[1]), item[0][0] == "optimizer")
-        )
+        order = sorted(self._objects.items(), key=lambda item: (_is_module(item[1]), item[0][0] == "optimizer"))
         undo: list[tuple[Any, Any]] = []
         for place, thing in order:
             part = _part(tree, place)
             try:
                 if _is_module(thing):
-                    load_module(thing, part)
+                    if not (owned and is_in_place(thing, part)):
+                        load_module(thing, part)
                     continue
                 if isinstance(thing, torch.optim.Optimizer):
                     # Loading replaces its tensors and does not write into them, so there is nothing to copy.
                     undo.append((thing, thing.state_dict()))
-                    load_optimizer(thing, part)
+                    load_optimizer(thing, part if owned else copy.deepcopy(part))
                 else:
                     undo.append((thing, copy.deepcopy(thing.state_dict())))
                     thing.load_state_dict(copy.deepcopy(part))
@@ -280,9 +281,7 @@ def _places(part: str, given: Any) -> Iterator[tuple[Place, Any]]:
     """Where the one object, or each of several, stands in the tree."""
     if isinstance(given, Mapping):
         if not given or not all(isinstance(name, str) and name for name in given):
-            raise ConfigError(
-                f"{part}: a dict of several must go from names (text) to objects and not be empty"
-            )
+            raise ConfigError(f"{part}: a dict of several must go from names (text) to objects and not be empty")
         yield from (((part, name), thing) for name, thing in given.items())
     elif given is not None:
         yield (part,), given

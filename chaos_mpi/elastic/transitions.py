@@ -79,6 +79,13 @@ class Transition(Operation):
         self._rows = torch.empty_like(self._rows)
 
 
+class Meet(Transition):
+    """All come together at this place, and none has gone on before all know everyone's report."""
+
+    def act(self, world: World, view: View) -> World | None:
+        return world
+
+
 class Leave(Transition):
     """Members go; the others get a communicator without them."""
 

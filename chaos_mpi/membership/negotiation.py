@@ -10,6 +10,10 @@ A join goes through these stages::
     requested -> spawning (its sponsor starts the process) -> arrived (it is up and fits) -> admitted, and forgotten
                     ^   |                                        |
                     +---+ sponsor died, or the start failed <----+  (up to MAX_ATTEMPTS times)
+
+Where the members train on while newcomers get the state, those that were admitted are *replicating* until they are as
+far as the members: first their links are measured, then the state of one step, the *cut*, is fixed for them, and once
+they have caught up they are activated, all together. Others that arrive meanwhile wait.
 """
 
 from __future__ import annotations
@@ -31,7 +35,8 @@ class Proposal:
     Attributes:
         kind: ``join``; ``leave`` (``member`` is to go); ``arrived`` (the newcomer of join ``id`` is up, and is
             called ``member``); ``failed`` (attempt number ``attempt`` to start it came to nothing); ``misfit``
-            (it is up and cannot be used, so it is not tried again).
+            (it is up and cannot be used, so it is not tried again); ``ready`` and ``caught_up`` (the newcomers that
+            are replicating, join ``id`` among them, are ready for the cut, or as far as they can get).
         id: of the request; unique in the life of a job.
         member: see ``kind``; empty for a join.
         host: for a join, the machine it is to run on; empty for any.
@@ -96,13 +101,27 @@ class Agenda:
     Attributes:
         joins: newcomers on their way, in the order in which they were agreed on.
         settled: ids of all requests that were accepted, refused or done.
+        replicating: newcomers that are connected, and catch up while the members train.
+        cut: whether the step is fixed from which on they repeat what the members do.
     """
 
     joins: tuple[Join, ...] = ()
     settled: frozenset[str] = frozenset()
+    replicating: tuple[Join, ...] = ()
+    cut: bool = False
+
+    @property
+    def expected(self) -> int:
+        """How many newcomers are on their way."""
+        return len(self.joins) + len(self.replicating)
+
+    @property
+    def has_waiting(self) -> bool:
+        """Whether a newcomer that is up could be admitted now."""
+        return not self.replicating and any(join.newcomer for join in self.joins)
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON-able dict."""
+        """As a JSON-able dict. Without those that replicate: it is for them, for when they do no more."""
         return {"joins": [asdict(join) for join in self.joins], "settled": sorted(self.settled)}
 
     @classmethod
@@ -120,6 +139,8 @@ class Outcome:
         start: joins whose sponsor is to start a process now.
         admit: joins whose newcomer is up, to be taken in now, in this order.
         leave: members that go now, in rank order.
+        cut: whether the cut is now, for those that are replicating.
+        activate: those that were replicating and are to be members now.
         refused: why requests are not carried out, by id.
     """
 
@@ -127,6 +148,8 @@ class Outcome:
     start: tuple[Join, ...] = ()
     admit: tuple[Join, ...] = ()
     leave: tuple[str, ...] = ()
+    cut: bool = False
+    activate: tuple[Join, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -149,10 +172,10 @@ def negotiate(agenda: Agenda, view: View, proposals: Iterable[Sequence[Proposal]
     refused: dict[str, str] = {}
     leaving = _leaving([p for p in requests if p.kind == "leave"], view, limits, refused)
     staying = view.next(m for m in view.members if m not in leaving) if len(leaving) < view.size else view
-    joins, admit, start = _progress(agenda.joins, everything, staying, refused)
-    wanted = [p for p in requests if p.kind == "join"]
-    for proposal in wanted:
-        size = staying.size + len(admit) + len(joins)
+    joins, admit, start = _progress(agenda, everything, staying, refused)
+    replicating, cut, activate = _replication(agenda, everything)
+    for proposal in [p for p in requests if p.kind == "join"]:
+        size = staying.size + len(admit) + len(joins) + len(agenda.replicating)
         if limits.max_ranks is not None and size >= limits.max_ranks:
             refused[proposal.id] = (
                 f"the job has {size} ranks, counting those on their way, and max_ranks is {limits.max_ranks}"
@@ -163,7 +186,8 @@ def negotiate(agenda: Agenda, view: View, proposals: Iterable[Sequence[Proposal]
         joins.append(join)
         start.append(join)
     settled = agenda.settled | {p.id for p in requests}
-    return Outcome(Agenda(tuple(joins), settled), tuple(start), tuple(admit), leaving, refused)
+    following = Agenda(tuple(joins), settled, replicating, bool(replicating) and (agenda.cut or cut))
+    return Outcome(following, tuple(start), tuple(admit), leaving, cut, activate, refused)
 
 
 def orphaned(agenda: Agenda, view: View) -> bool:
@@ -201,20 +225,30 @@ def _leaving(requests: Sequence[Proposal], view: View, limits: Limits, refused: 
     return tuple(m for m in view.members if m in leaving)
 
 
+def _replication(agenda: Agenda, proposals: Sequence[Proposal]) -> tuple[tuple[Join, ...], bool, tuple[Join, ...]]:
+    """Those that go on replicating, whether the cut is now, and those to be activated."""
+    words = {p.kind for p in proposals if p.id in {join.id for join in agenda.replicating}}
+    if "caught_up" in words:
+        return (), False, agenda.replicating
+    return agenda.replicating, "ready" in words and not agenda.cut, ()
+
+
 def _progress(
-    joins: Sequence[Join], proposals: Sequence[Proposal], view: View, refused: dict[str, str]
+    agenda: Agenda, proposals: Sequence[Proposal], view: View, refused: dict[str, str]
 ) -> tuple[list[Join], list[Join], list[Join]]:
     """What has become of the joins under way: those still under way, those to admit, and those to start again."""
     going: list[Join] = []
     admit: list[Join] = []
     again: list[Join] = []
     news = {(p.id, p.attempt): p for p in proposals if p.kind in ("arrived", "failed", "misfit")}
-    for join in joins:
+    for join in agenda.joins:
         word = news.get((join.id, join.attempt))
-        if join.sponsor in view.members and word is None:
+        if join.sponsor in view.members and (join.newcomer or (word is not None and word.kind == "arrived")):
+            arrived = replace(join, newcomer=join.newcomer or (word.member if word is not None else ""))
+            # A connection to it would have to be made anew for those that come in before it.
+            (going if agenda.replicating else admit).append(arrived)
+        elif join.sponsor in view.members and word is None:
             going.append(join)
-        elif join.sponsor in view.members and word is not None and word.kind == "arrived":
-            admit.append(replace(join, newcomer=word.member))
         elif word is not None and word.kind == "misfit":
             refused[join.id] = word.reason
         elif (next_try := _again(join, view)) is not None:

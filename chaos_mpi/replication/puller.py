@@ -105,6 +105,7 @@ class StatePuller:
         self._number = 0
         self._begun = self._active = self._told = 0.0
         self._moved = 0
+        self._planned_only = False
         self._senders: list[tuple[Range, int]] = []
 
     @property
@@ -128,6 +129,27 @@ class StatePuller:
         self._schedule(ranges)
         self._drain(received, wanted)
         return Fetched(received, time.monotonic() - self._begun, self._moved)
+
+    def fetch_planned(self, shards: Mapping[int, Sequence[Range]]) -> Fetched:
+        """Fetch from each source exactly what it is said to have.
+
+        Raises:
+            PeerFailedError: a source died; nothing is under way from the others any more.
+            WaitTimeoutError: nothing came for ``limit_s`` seconds.
+        """
+        self._begun = self._active = self._told = time.monotonic()
+        received: dict[int, int] = {}
+        wanted = sum(size(ranges) for ranges in shards.values())
+        for rank, ranges in shards.items():
+            self._sources[rank].queue.extend(ranges)
+        self._planned_only = True
+        try:
+            self._drain(received, wanted)
+        finally:
+            self._planned_only = False
+        if sum(received.values()) < wanted:
+            raise PeerFailedError("a member died that had a part of the cut")
+        return Fetched(received, time.monotonic() - self._begun)
 
     def verify(self, ranges: Sequence[Range]) -> int:
         """Compare checksums with members that did not send these bytes, where there are any; fetch again what differs.
@@ -185,6 +207,8 @@ class StatePuller:
 
     def _take_over(self, idle: Source) -> None:
         """Give an idle source the last shard of the one that will be done last, if that helps."""
+        if self._planned_only:
+            return
         seconds = max(time.monotonic() - self._begun, 1e-6)
         slow = max(self._sources.values(), key=lambda s: s.backlog_bytes() / s.rate(seconds))
         if not slow.queue or slow is idle:
@@ -228,6 +252,10 @@ class StatePuller:
 
     def _lose(self, rank: int) -> None:
         source = self._sources.pop(rank)
+        if self._planned_only:
+            for other in self._sources.values():
+                other.queue.clear()  # what is under way is awaited: it must not arrive over something newer
+            return
         missing = [*(span for span, _ in source.under_way), *source.queue]
         log.warning("%s died; %d bytes are fetched from others", source.neighbour.name, size(missing))
         if missing:

@@ -94,7 +94,7 @@ class FaultPoints:
         runtime.stop = self._before_call(runtime.stop, lambda: "end")
 
     def _attach_to_joins(self, session: Any) -> None:
-        from chaos_mpi.elastic import admission, newcomer
+        from chaos_mpi.elastic import admission, catchup, newcomer, overlap
         from chaos_mpi.mpi import growth
 
         for owner, name, point in (
@@ -104,6 +104,13 @@ class FaultPoints:
             (growth, "grow", "members:grow"),
             (growth, "part", "members:part"),
             (session, "change_view", "members:change_view"),
+            (overlap.Overlap, "cut", "members:cut"),
+            (overlap.Overlap, "activate", "members:activate"),
+            (catchup, "_measured", "newcomer:measure"),
+            (catchup, "_await_cut", "newcomer:await_cut"),
+            (catchup.StatePuller, "fetch_planned", "newcomer:fetch_planned"),
+            (catchup.Follower, "follow", "newcomer:follow"),
+            (catchup.Follower, "await_stop", "newcomer:await_stop"),
             (newcomer, "_register", "newcomer:register"),
             (growth, "enter", "newcomer:enter"),
             (newcomer.StatePuller, "fetch", "newcomer:fetch"),

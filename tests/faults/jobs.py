@@ -100,7 +100,7 @@ class Job:
         # pytest shows it only when the test fails.
         print(f"--- output of the job in {self.folder}\n{self.output()}")
         for path in sorted(self.folder.glob("events-*.jsonl")):
-            lines = [line for line in path.read_text().splitlines() if '"event": "step"' not in line]
+            lines = [line for line in path.read_text().splitlines() if '"event":"step"' not in line.replace(" ", "")]
             print(f"--- {path.name}\n" + "\n".join(lines))
 
     def output(self) -> str:

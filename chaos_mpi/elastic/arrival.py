@@ -1,0 +1,106 @@
+"""What both ways of taking the state have in common at the newcomer: sources, progress, and taking it over."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from chaos_mpi.errors import JoinError, PeerFailedError, WaitTimeoutError
+from chaos_mpi.mpi.channel import Channel
+from chaos_mpi.replication.tree import Packed, unpack
+from chaos_mpi.sharding import Neighbour
+
+if TYPE_CHECKING:
+    from chaos_mpi.elastic.session import Session
+    from chaos_mpi.elastic.state import TrainingState
+
+log = logging.getLogger("chaos_mpi.elastic")
+
+#: What is assumed of a link of which nothing is known, bytes per second. Only the ratio between links matters.
+UNKNOWN_LINK_BYTES_PER_S = 1e9
+#: What asking for one shard costs, about, on loopback.
+SHARD_COST_S = 1e-4
+POLL_S = 0.002
+
+
+@dataclass(slots=True)
+class Arrival:
+    """How a newcomer came in, for the event log.
+
+    Attributes:
+        id: of the join request.
+        asked_at: when it was asked for, Unix seconds.
+        parts: seconds spent in each part of the way.
+        active_at: when it became a member, on the monotonic clock.
+        repeated_steps: steps of the members that it has repeated to catch up.
+    """
+
+    id: str
+    asked_at: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)
+    active_at: float = 0.0
+    repeated_steps: int = 0
+
+
+def neighbours(names: Mapping[int, str], rates: Mapping[int, float]) -> dict[int, Neighbour]:
+    """The members that serve, by rank; ``rates`` of links in bytes per second, where they are known."""
+    return {
+        rank: Neighbour(name, rates.get(rank, UNKNOWN_LINK_BYTES_PER_S), shard_cost_s=SHARD_COST_S)
+        for rank, name in names.items()
+    }
+
+
+def ask_invitation(channel: Channel, members: Sequence[int], limit_s: float) -> dict[str, Any]:
+    """What the members say about the job; any of them will do.
+
+    Raises:
+        JoinError: all are dead.
+        WaitTimeoutError: the one that was asked did not answer within ``limit_s`` seconds.
+    """
+    limit = time.monotonic() + limit_s
+    for member in members:
+        try:
+            channel.send(member, {"invitation": True})
+            while (answer := channel.poll(member)) is None or "layout" not in answer:
+                if time.monotonic() > limit:
+                    raise WaitTimeoutError(f"waited {limit_s:.0f} s for the members to say what the state consists of")
+                time.sleep(POLL_S if answer is None else 0)
+        except PeerFailedError:
+            continue
+        return answer
+    raise JoinError("all members died, or ended the job, before this rank had joined")
+
+
+def restore(
+    session: Session, state: TrainingState, invitation: Mapping[str, Any], tensors: dict[str, torch.Tensor]
+) -> None:
+    """Take the state over, and the place in the epoch. The tensors belong to the state from then on.
+
+    Raises:
+        JoinError: the members have other samplers than this rank.
+        CheckpointError: the state does not fit.
+    """
+    tree = unpack(Packed(invitation["skeleton"], tensors))
+    state.restore(tree["state"], owned=True)
+    handed: Sequence[Any] = tree["samplers"]
+    if len(handed) != len(session.samplers):
+        raise JoinError(f"the others have {len(handed)} samplers, this rank has {len(session.samplers)}")
+    for sampler, part in zip(session.samplers, handed, strict=True):
+        sampler.take_over(part)
+
+
+def show_progress(names: Mapping[int, str]) -> Callable[[int, int, dict[int, float]], None]:
+    """What tells a person how far the transfer is, given bytes received, bytes wanted, and each source's rate."""
+
+    def show(got: int, wanted: int, rates: dict[int, float]) -> None:
+        total = sum(rates.values())
+        left = f", {(wanted - got) / total:.0f} s left" if total else ""
+        parts = ", ".join(f"{names[rank]} {rate / 1e6:.0f}" for rank, rate in sorted(rates.items()))
+        log.warning("%.0f of %.0f MB of training state%s (MB/s: %s)", got / 1e6, wanted / 1e6, left, parts)
+
+    return show

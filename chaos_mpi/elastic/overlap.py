@@ -1,0 +1,214 @@
+"""Newcomers that catch up while this member trains on (join policy ``overlap``), seen from the member.
+
+Three times the members do something for them at a step boundary: they connect them, they fix the *cut*, from which on
+they record what they do, and at last they stop, go on together with them, and forget the records. In between a thread
+serves the newcomers; see :mod:`chaos_mpi.replication.recording`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from chaos_mpi.elastic.catchup import planned
+from chaos_mpi.elastic.transitions import Meet
+from chaos_mpi.errors import WaitTimeoutError
+from chaos_mpi.membership import Join, Proposal
+from chaos_mpi.mpi.channel import Channel
+from chaos_mpi.replication.layout import Layout, Range, dense
+from chaos_mpi.replication.recording import Cut, RecordingSource, can_follow
+
+if TYPE_CHECKING:
+    import torch
+    from torch.utils.hooks import RemovableHandle
+
+    from chaos_mpi.elastic.session import Session
+    from chaos_mpi.elastic.transitions import Admit
+    from chaos_mpi.mpi.world import World
+
+log = logging.getLogger("chaos_mpi.elastic")
+
+#: With the policy ``auto``, what is smaller is moved faster than it takes to stop three times.
+OVERLAP_FROM_BYTES = 16 << 20
+
+
+def overlaps(policy: str, joins: Sequence[Join], state_bytes: int, optimizers: Sequence[torch.optim.Optimizer]) -> bool:
+    """Whether the members train on while these newcomers get the state; the same at all members.
+
+    An attempt that failed is repeated in the simpler way.
+    """
+    if policy == "blocking" or any(join.attempt > 1 for join in joins) or not can_follow(optimizers):
+        return False
+    return policy == "overlap" or state_bytes >= OVERLAP_FROM_BYTES
+
+
+class Overlap:
+    """Newcomers that are connected, and catch up.
+
+    Args:
+        session: this member's part in the job.
+        operation: what connected them.
+        joins: they, in the order of their ranks.
+        begun: when the members stopped for it, on the performance counter.
+        propose: puts a proposal before all members.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        operation: Admit,
+        joins: Sequence[Join],
+        begun: float,
+        propose: Callable[[Proposal], None],
+    ) -> None:
+        assert operation.world is not None
+        assert operation.view is not None
+        self._session, self._joins = session, joins
+        self._wide: World = operation.world
+        self._members = operation.view.members
+        self._hooks: list[RemovableHandle] = []
+        self._recording_s = 0.0  # of all steps together, what recording has kept them
+        layout, tensors, _ = _state(session)
+        invitation: dict[str, Any] = {
+            "policy": "overlap",
+            "layout": layout.to_json(),
+            "members": list(self._members),
+            "grow_s": time.perf_counter() - begun,
+        }
+        first = joins[0].id
+        self._source = RecordingSource(
+            Channel(self._wide), list(self._guests), layout, tensors, invitation,
+            ready=lambda: propose(Proposal("ready", first)),
+            caught_up=lambda: propose(Proposal("caught_up", first)),
+        )  # fmt: skip
+        self._source.start()
+        session.emit("stalled", seconds=round(time.perf_counter() - begun, 6), cause="join")
+
+    def cut(self, begun: float) -> None:
+        """Fix the state that the newcomers start from, and record from here on what they are to repeat."""
+        session = self._session
+        self._source.await_rates(session.settings.timeout_s)
+        layout, tensors, skeleton = _state(session)
+        sources = [rank for rank, member in enumerate(self._members) if member in session.members]
+        names = {rank: self._members[rank] for rank in sources}
+        ranges: list[Range] = []
+        for rates in self._source.rates.values():
+            ranges += planned(layout.total_bytes, names, rates).assignment.get(session.member, ())
+        invitation = {
+            "layout": layout.to_json(), "skeleton": skeleton,
+            "sources": sources, "members": [self._members[rank] for rank in sources],
+        }  # fmt: skip
+        session.emit("join_cut", newcomers=[join.newcomer for join in self._joins], state_bytes=layout.total_bytes)
+        index = sources.index(self._members.index(session.member))
+        self._source.cut(Cut(layout, tensors, merged(ranges), index, len(sources), invitation))
+        for number, optimizer in enumerate(session.optimizers()):
+            self._hooks.append(optimizer.register_step_pre_hook(self._recorder(number)))
+        session.emit("stalled", seconds=round(time.perf_counter() - begun, 6), cause="join")
+
+    def activate(self, width: int, begun: float) -> bool:
+        """Stop, let the newcomers fetch what they lack, and go on together with them.
+
+        Args:
+            width: bytes that the report of one member's samplers fits into.
+            begun: when the members stopped for it, on the performance counter.
+
+        Returns:
+            Whether all members and newcomers are in one view now; the same everywhere.
+        """
+        session, limit_s = self._session, self._session.settings.timeout_s
+        self._forget()
+        operation = Meet("activation of newcomers", self._report, width + 16 * len(self._joins), limit_s)
+        session.execute(operation)
+        view = operation.view
+        assert view is not None
+        lost = {rank for report in operation.reports for rank in report["lost"]}
+        newcomers = [j.newcomer for rank, j in zip(self._guests, self._joins, strict=True) if rank not in lost]
+        reports = [report["samplers"] for report in operation.reports]
+        shrink = view.members != self._members or bool(lost)
+        layout, tensors, skeleton = _state(session)
+        invitation: dict[str, Any] = {
+            "layout": layout.to_json(),
+            "skeleton": skeleton,
+            "sources": [self._members.index(member) for member in view.members],
+            "members": list(view.members),
+            "newcomers": newcomers,
+            "reports": reports,
+            "shrink": shrink,
+            **session.situation(),
+        }
+        ready = bool(newcomers)
+        try:
+            self._source.stop_training(layout, tensors, invitation)
+            self._source.serve(limit_s, lambda: f"{', '.join(newcomers)} to take the state")
+        except WaitTimeoutError as error:
+            log.error("%s; it is left out", error)
+            ready = False
+        world = self._wide
+        if shrink:
+            world = world.shrink(limit_s, lambda: "the members to go on without those that died")
+            session.retire(self._wide)
+        ready &= world.size == view.size + len(newcomers)
+        if not world.agree(ready, limit_s, lambda: "all members and newcomers to be ready"):
+            world.revoke()
+            session.retire(world)
+            return False
+        session.change_view(world, [*view.members, *newcomers], reports, cause="join")
+        seconds = time.perf_counter() - begun
+        session.emit("stalled", seconds=round(seconds, 6), cause="join")
+        if session.rank == 0:
+            log.warning(
+                "step %d: %s joined with %.1f MB of state, while training went on; %d ranks train on after %.0f ms",
+                session.step, ", ".join(newcomers), layout.total_bytes / 1e6, session.size, seconds * 1e3,
+            )  # fmt: skip
+        return True
+
+    def abandon(self) -> None:
+        """The job ends: the newcomers have come too late."""
+        self._forget()
+        self._source.abandon()
+        self._wide.revoke()
+        self._session.retire(self._wide)
+
+    def leave(self) -> None:
+        """This member goes; the others may go on with the newcomers."""
+        self._forget()
+        self._source.abandon()
+
+    @property
+    def _guests(self) -> range:
+        return range(len(self._members), self._wide.size)
+
+    def _report(self) -> dict[str, Any]:
+        return {"samplers": self._session.sampler_reports(), "lost": sorted(self._source.lost)}
+
+    def _recorder(self, number: int) -> Callable[..., None]:
+        def record(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._recording_s += self._source.record(number, optimizer)
+
+        return record
+
+    def _forget(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+        if self._recording_s:
+            self._session.emit("stalled", seconds=round(self._recording_s, 6), cause="join")
+            self._recording_s = 0.0
+
+
+def merged(ranges: Sequence[Range]) -> list[Range]:
+    """The bytes that are in any of the ranges, which may overlap, in ascending order."""
+    found: list[Range] = []
+    for start, stop in sorted(ranges):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(stop, found[-1][1]))
+        else:
+            found.append((start, stop))
+    return found
+
+
+def _state(session: Session) -> tuple[Layout, dict[str, torch.Tensor], str]:
+    packed = session.pack_for_newcomers()
+    tensors = {name: dense(tensor) for name, tensor in packed.tensors.items()}
+    return Layout.of(tensors), tensors, packed.skeleton

@@ -1,0 +1,413 @@
+"""The side of a member while it trains on: it serves a copy of the cut, and what it gave to each optimizer step since.
+
+An optimizer is a function of its state, its hyper-parameters and the gradients it is given. So a newcomer that has the
+state of one step, the *cut*, and is told of every later call of ``optimizer.step()``, comes to the parameters and the
+optimizer state of the members, bit for bit. Each member copies only the part of the cut that it is going to send, and
+keeps only its slice of each gradient, until the newcomers have it.
+
+====================================== ===========================================================================
+``{"probe": nbytes, "number": n}``     send this many bytes, which mean nothing, as transfer ``n``
+``{"rates": {rank: bytes_per_s}}``     the links as the newcomer has measured them: it is ready for the cut
+``{"follow": [i, j], "number": n, "repeated": r}``
+                                       once steps ``i`` to ``j - 1`` since the cut are made, tell of them, and send this
+                                       member's slices of them as ``n``; the first ``r`` are not needed any more
+``{"near": true}``                     the newcomer is as far as the members, or cannot get there while they train
+====================================== ===========================================================================
+
+Unasked, a member says ``{"cut": invitation}`` at the cut, ``{"level": steps}`` when steps that are asked for are not
+made yet, ``{"lost_track": reason}`` when it will not be kept, and ``{"final": steps}`` once this member has stopped.
+The rest is as in :mod:`chaos_mpi.replication.source`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from chaos_mpi.errors import CheckpointError, PeerFailedError
+from chaos_mpi.replication.layout import DataTransfer, Layout, Piece, Range, Transport, dense
+from chaos_mpi.replication.source import StateSource
+from chaos_mpi.replication.tree import pack
+from chaos_mpi.sharding.plan import joined
+
+log = logging.getLogger("chaos_mpi.replication")
+
+#: Keys of a parameter group that are no hyper-parameters.
+_NOT_HYPER = frozenset({"params", "param_names"})
+#: No probe is larger.
+LARGEST_PROBE_BYTES = 1 << 20
+#: Slices of gradients that a member keeps at most, as a multiple of the whole state, or so many bytes.
+KEPT_SHARE = 1.0
+KEPT_BYTES = 64 << 20
+_IDLE_S = 0.0005
+
+#: Slices that a newcomer may never have fetched, with their transfers; MPI may still read them.
+_abandoned: list[object] = []
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One call of ``optimizer.step()``, as one member keeps it.
+
+    Attributes:
+        meta: which optimizer, which parameters had a gradient, the hyper-parameters, and what the gradients look like.
+        part: this member's slice of the gradients, one after the other.
+    """
+
+    meta: dict[str, Any]
+    part: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """The state between two steps, and who sends what of it.
+
+    Attributes:
+        layout, tensors: of the state; the tensors are the live ones.
+        ranges: what this member is going to send.
+        index, count: this member keeps slice ``index`` of ``count`` of every later gradient.
+        invitation: what the newcomers are told.
+    """
+
+    layout: Layout
+    tensors: Mapping[str, torch.Tensor]
+    ranges: Sequence[Range]
+    index: int
+    count: int
+    invitation: dict[str, Any]
+
+
+class Snapshot:
+    """A copy of some byte ranges of a state."""
+
+    def __init__(self, ranges: Sequence[Range], layout: Layout, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._ranges = joined(ranges)
+        self._memory = [torch.empty(stop - start, dtype=torch.uint8) for start, stop in self._ranges]
+        for (start, stop), memory in zip(self._ranges, self._memory, strict=True):
+            copy_pieces(layout.pieces(tensors, start, stop), memory)
+
+    def pieces(self, start: int, stop: int) -> list[Piece]:
+        """Where bytes ``start`` to ``stop`` are in the copy; ValueError when they are not in it."""
+        for (low, high), memory in zip(self._ranges, self._memory, strict=True):
+            if low <= start and stop <= high:
+                return [(memory.data_ptr() + start - low, stop - start)]
+        raise ValueError(f"bytes {start} to {stop} are not in this member's copy")
+
+
+class RecordingSource(StateSource):
+    """Serves in a thread while this member trains: probes, then the cut, then the steps since; at last the live state.
+
+    The training thread calls :meth:`cut`, :meth:`record` and :meth:`stop_training`; the thread calls the rest.
+
+    Args:
+        transport, guests, layout, tensors, invitation: see :class:`~chaos_mpi.replication.source.StateSource`.
+        ready: called from the thread once every newcomer has measured its links.
+        caught_up: called from the thread once every newcomer is as far as the members, or cannot get there.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        guests: Sequence[int],
+        layout: Layout,
+        tensors: Mapping[str, torch.Tensor],
+        invitation: dict[str, Any],
+        *,
+        ready: Callable[[], None],
+        caught_up: Callable[[], None],
+    ) -> None:
+        super().__init__(transport, guests, layout, tensors, invitation)
+        self._ready, self._caught_up = ready, caught_up
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+        #: The links of each newcomer by the rank at their other end, bytes per second.
+        self.rates: dict[int, dict[int, float]] = {}
+        self._measured = threading.Event()
+        self._said_ready = self._said_near = self._final = False
+        self._new_cut: Cut | None = None
+        self._index, self._count = 0, 1
+        self._snapshot: Snapshot | None = None
+        self._parked: list[tuple[int, dict[str, Any]]] = []
+        self._copied, self._stop = threading.Event(), threading.Event()
+        self._steps: list[Step | None] = []
+        self._kept_bytes = self._dropped_bytes = self._kept_limit = 0  # each is changed by one thread only
+        self._geometry: list[Any] = []
+        self._gradient_layout = (layout, "")
+        self._lost_track = ""
+        self._repeated: dict[int, int] = {}
+        self._dropped = 0
+        self._asked: deque[tuple[int, Range, int]] = deque()
+        self._slices: list[tuple[int, DataTransfer, Sequence[Step]]] = []
+        self._near: set[int] = set()
+        self._thread = threading.Thread(target=self._run, name="chaos_mpi-source", daemon=True)
+
+    # -- the training thread ---------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self._thread.start()
+
+    @property
+    def waiting(self) -> list[int]:
+        """Guests that are alive, as far as is known, and do not have all yet."""
+        return sorted(self._waiting)
+
+    def await_rates(self, limit_s: float) -> bool:
+        """Wait until every living guest has said what its links are like; whether that is so."""
+        return self._measured.wait(limit_s)
+
+    def cut(self, cut: Cut) -> None:
+        """Copy what this member is to send, in the thread. The state may change once :meth:`record` lets it."""
+        self._kept_limit = max(KEPT_BYTES, int(KEPT_SHARE * cut.layout.total_bytes))
+        self._new_cut = cut
+
+    def record(self, number: int, optimizer: torch.optim.Optimizer) -> float:
+        """Keep this member's slice of what ``optimizer``, number ``number``, is about to apply.
+
+        Returns:
+            How long it took, seconds; most of it, the first time, may be waiting until the cut is copied.
+        """
+        begun = time.perf_counter()
+        while not self._copied.wait(1.0) and self._thread.is_alive():
+            pass
+        if self._waiting and not self._lost_track:
+            try:
+                self._keep(number, optimizer)
+            except CheckpointError as error:
+                self._lost_track = f"a hyper-parameter cannot be sent: {error}"
+        return time.perf_counter() - begun
+
+    def stop_training(self, layout: Layout, tensors: Mapping[str, torch.Tensor], invitation: dict[str, Any]) -> None:
+        """The members have stopped: serve the live state from here on, and say so; :meth:`serve` does the rest."""
+        self._end_thread()
+        self._layout, self._tensors, self._invitation = layout, tensors, invitation
+        self._final, self._snapshot = True, None
+        self._release_parked()
+        for guest in self.waiting:
+            try:
+                self._transport.send(guest, {"final": len(self._steps)})
+            except PeerFailedError:
+                self._lose(guest)
+
+    def abandon(self) -> None:
+        """The job ends, or goes on without the newcomers."""
+        self._waiting.clear()
+        self._end_thread()
+
+    def _keep(self, number: int, optimizer: torch.optim.Optimizer) -> None:
+        gradients, mask = _gradients(optimizer)
+        layout, digest = self._layout_of(gradients)
+        start, stop = slice_of(layout.total_bytes, self._index, self._count)
+        kept = self._kept_bytes - self._dropped_bytes
+        if kept + stop - start > self._kept_limit:
+            self._lost_track = f"the members have kept {kept >> 20} MiB of gradients for it, and keep no more"
+            return
+        part = torch.empty(stop - start, dtype=torch.uint8)
+        copy_pieces(layout.pieces(gradients, start, stop), part)
+        meta = {"optimizer": number, "mask": mask, "layout": digest, "hyper": hyper_parameters(optimizer)}
+        self._kept_bytes += part.numel()
+        self._steps.append(Step(meta, part))
+
+    def _layout_of(self, gradients: Mapping[str, torch.Tensor]) -> tuple[Layout, str]:
+        """Their layout and its digest, which are most often those of the step before."""
+        geometry = [(name, gradient.dtype, gradient.shape, gradient.stride()) for name, gradient in gradients.items()]
+        if geometry != self._geometry:
+            layout = Layout.of(gradients)
+            self._geometry, self._gradient_layout = geometry, (layout, layout.digest())
+        return self._gradient_layout
+
+    def _end_thread(self) -> None:
+        self._stop.set()
+        self._copied.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    # -- the serving thread ----------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        busy = super().step()
+        for _ in range(len(self._asked)):
+            guest, span, number = self._asked.popleft()
+            if guest not in self._waiting:
+                continue
+            try:
+                busy |= self._hand_out(guest, span, number)
+            except PeerFailedError:
+                self._lose(guest)
+        return busy | self._check_slices()
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.is_set():
+                if self._new_cut is not None:
+                    self._take(self._new_cut)
+                    self._new_cut = None
+                if not self.step():
+                    time.sleep(_IDLE_S)
+                self._speak_up()
+        except Exception:  # the training thread must not wait for a thread that is no more
+            log.exception("serving the newcomers failed; they are left out")
+            self._waiting.clear()
+            self._speak_up()
+        finally:
+            self._copied.set()
+
+    def _take(self, cut: Cut) -> None:
+        self._snapshot = Snapshot(cut.ranges, cut.layout, cut.tensors)
+        self._layout, self._index, self._count = cut.layout, cut.index, cut.count
+        self._copied.set()
+        for guest in self.waiting:
+            try:
+                self._transport.send(guest, {"cut": cut.invitation})
+            except PeerFailedError:
+                self._lose(guest)
+        self._release_parked()
+
+    def _speak_up(self) -> None:
+        if not self._said_ready and self._waiting <= set(self.rates):
+            self._said_ready = True
+            self._measured.set()
+            self._ready()
+        if not self._said_near and self._waiting <= self._near:
+            self._said_near = True
+            self._measured.set()
+            self._caught_up()
+
+    def _answer(self, guest: int, message: dict[str, Any]) -> None:
+        if "probe" in message:
+            self._probe(guest, min(int(message["probe"]), LARGEST_PROBE_BYTES), message["number"])
+        elif "rates" in message:
+            self.rates[guest] = {int(rank): float(rate) for rank, rate in message["rates"].items()}
+        elif "follow" in message:
+            first, stop = message["follow"]
+            self._asked.append((guest, (first, stop), message["number"]))
+            self._repeated[guest] = message["repeated"]
+            self._drop_steps()
+            if stop > len(self._steps) and not self._final:
+                self._transport.send(guest, {"level": len(self._steps)})
+        elif "near" in message:
+            self._near.add(guest)
+        elif "get" in message and self._snapshot is None and not self._final:
+            self._parked.append((guest, message))  # another member was faster to tell of the cut
+        else:
+            super()._answer(guest, message)
+
+    def _release_parked(self) -> None:
+        parked, self._parked = self._parked, []
+        for guest, message in parked:
+            try:
+                super()._answer(guest, message)
+            except PeerFailedError:
+                self._lose(guest)
+
+    def _probe(self, guest: int, nbytes: int, number: int) -> None:
+        if self._scratch.numel() < nbytes:
+            self._scratch = torch.zeros(LARGEST_PROBE_BYTES, dtype=torch.uint8)
+        self._under_way.append((guest, self._transport.send_data(guest, number, [(self._scratch.data_ptr(), nbytes)])))
+
+    def _hand_out(self, guest: int, span: Range, number: int) -> bool:
+        if span[1] > len(self._steps):
+            if self._lost_track:
+                self._transport.send(guest, {"lost_track": self._lost_track})
+                return True
+            if not self._final:
+                self._asked.append((guest, span, number))
+            return self._final  # it has been told how many there are
+        steps = [step for step in self._steps[span[0] : span[1]] if step is not None]
+        metas = [step.meta for step in steps]
+        self._transport.send(guest, {"steps": metas, "first": span[0], "latest": len(self._steps)})
+        pieces = [(step.part.data_ptr(), step.part.numel()) for step in steps if step.part.numel()]
+        if pieces:
+            self._slices.append((guest, self._transport.send_data(guest, number, pieces), steps))
+        return True
+
+    def _check_slices(self) -> bool:
+        """Forget slices that have arrived, and those of guests that have all they need or are dead."""
+        before = len(self._slices)
+        for entry in list(self._slices):
+            guest, transfer, _ = entry
+            try:
+                if guest in self._waiting and not transfer.done():
+                    continue
+            except PeerFailedError:
+                self._lose(guest)
+            if guest not in self._waiting:
+                _abandoned.append(entry)
+            self._slices.remove(entry)
+        return len(self._slices) < before
+
+    def _drop_steps(self) -> None:
+        """Give back the memory of steps that every newcomer has."""
+        everywhere = min((self._repeated.get(guest, 0) for guest in self._waiting), default=0)
+        for index in range(self._dropped, everywhere):
+            dropped = self._steps[index]
+            if dropped is not None:
+                self._dropped_bytes += dropped.part.numel()
+            self._steps[index] = None
+        self._dropped = max(self._dropped, everywhere)
+
+    def _pieces(self, span: Sequence[int]) -> list[Piece]:
+        if self._snapshot is not None:
+            return self._snapshot.pieces(span[0], span[1])
+        return super()._pieces(span)
+
+
+def can_follow(optimizers: Sequence[torch.optim.Optimizer]) -> bool:
+    """Whether steps of these optimizers can be repeated from their gradients and hyper-parameters alone."""
+    for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            return False  # it evaluates the model inside its step
+        try:
+            hyper_parameters(optimizer)
+        except CheckpointError:
+            return False
+    return True
+
+
+def hyper_parameters(optimizer: torch.optim.Optimizer) -> str:
+    """Those of all parameter groups, packed.
+
+    Raises:
+        CheckpointError: one is a tensor, or of a kind that cannot be packed.
+    """
+    groups = [{k: v for k, v in group.items() if k not in _NOT_HYPER} for group in optimizer.param_groups]
+    packed = pack(groups, clone=False)
+    if packed.tensors:
+        raise CheckpointError(f"{next(iter(packed.tensors))} is a tensor")
+    return packed.skeleton
+
+
+def slice_of(total_bytes: int, index: int, count: int) -> Range:
+    """Slice ``index`` of ``count`` equal ones."""
+    return total_bytes * index // count, total_bytes * (index + 1) // count
+
+
+def gradient_name(index: int) -> str:
+    """The name of a gradient in the layout of all gradients of an optimizer; their order is that of their numbers."""
+    return f"{index:08d}"
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """All parameters of an optimizer, group by group."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def copy_pieces(pieces: Sequence[Piece], memory: torch.Tensor) -> None:
+    """Copy pieces of memory one after the other into ``memory`` (uint8). Other threads run meanwhile."""
+    target = memory.data_ptr()
+    for address, nbytes in pieces:
+        ctypes.memmove(target, address, nbytes)
+        target += nbytes
+
+
+def _gradients(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], list[int]]:
+    parameters = parameters_of(optimizer)
+    gradients = {gradient_name(i): dense(p.grad) for i, p in enumerate(parameters) if p.grad is not None}
+    return gradients, [int(p.grad is not None) for p in parameters]
