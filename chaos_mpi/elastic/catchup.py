@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("chaos_mpi.elastic")
 
+#: Tensors up to this size are not worth a checksum.
+FETCHED_ANYWAY_BYTES = 64 << 10
 #: Large enough to measure a link by, small enough to be a small part of the state.
 _SMALLEST_PROBE_BYTES, _LARGEST_PROBE_BYTES = 16 << 10, 256 << 10
 
@@ -95,7 +97,10 @@ def planned(total_bytes: int, names: dict[int, str], rates: dict[int, float]) ->
 def not_repeated(
     layout: Layout, tensors: dict[str, torch.Tensor], optimizers: Sequence[torch.optim.Optimizer]
 ) -> tuple[list[Range], list[Range]]:
-    """The byte ranges of a state that optimizer steps do not bring about, and those that they do."""
+    """The byte ranges of a state that are to be fetched anyway, and those that may be there already.
+
+    What optimizer steps bring about is there, and what is large may not have changed since the cut.
+    """
     memory = set()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -103,8 +108,8 @@ def not_repeated(
                 memory.add(parameter.data_ptr())
                 kept = optimizer.state.get(parameter, {})
                 memory.update(value.data_ptr() for value in kept.values() if isinstance(value, torch.Tensor))
-    brought = [tensors[entry.name].data_ptr() in memory for entry in layout.entries]
-    return layout.ranges([not b for b in brought]), layout.ranges(brought)
+    there = [e.nbytes > FETCHED_ANYWAY_BYTES or tensors[e.name].data_ptr() in memory for e in layout.entries]
+    return layout.ranges([not t for t in there]), layout.ranges(there)
 
 
 def _measured(channel: Channel, members: list[int], state_bytes: int, limit_s: float) -> dict[int, float]:

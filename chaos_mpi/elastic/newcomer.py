@@ -7,6 +7,7 @@ anywhere. Then it tells its sponsor that it is ready, waits to be called in, pul
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,15 @@ from chaos_mpi.replication.layout import Layout
 from chaos_mpi.replication.puller import SHARD_SIZES, StatePuller
 from chaos_mpi.replication.tree import pack
 from chaos_mpi.sharding import plan
+from chaos_mpi.sharding.plan import size
 
 if TYPE_CHECKING:
     from chaos_mpi.elastic.session import Session
     from chaos_mpi.elastic.state import TrainingState
     from chaos_mpi.mpi.growth import Bridge
     from chaos_mpi.mpi.world import World
+
+log = logging.getLogger("chaos_mpi.elastic")
 
 
 def enter_job(session: Session, bridge: Bridge, state: TrainingState) -> Arrival:
@@ -105,24 +109,27 @@ def _pull(
     serving = neighbours(names, caught_up.rates if caught_up is not None else {})
     layout = Layout.from_json(invitation["layout"])
     tensors = layout.allocate(pack({"state": state.capture()}, clone=False).tensors)
-    everything = [(0, layout.total_bytes)] if layout.total_bytes else []
-    lacking = everything
+    puller = StatePuller(channel, serving, layout, tensors, session.settings.timeout_s, show_progress(names))
+    lacking = [(0, layout.total_bytes)] if layout.total_bytes else []
     if caught_up is not None and caught_up.repeated:
-        lacking, _ = not_repeated(layout, tensors, state.optimizers())
+        lacking, there = not_repeated(layout, tensors, state.optimizers())
+        if other := puller.differing(there):
+            log.warning(
+                "%.1f MB of the state have changed in other ways than by optimizer steps; the members wait for them",
+                size(other) / 1e6,
+            )
+        lacking += other
     else:
         begun = time.monotonic()
         planned = plan(layout.total_bytes, list(serving.values()), shard_sizes=SHARD_SIZES)
         session.emit("shard_plan", sources=planned.sources(), predicted_s=planned.predicted_s, bound_s=planned.bound_s)
         arrival.parts["scheduling_s"] = time.monotonic() - begun
-    puller = StatePuller(channel, serving, layout, tensors, session.settings.timeout_s, show_progress(names))
     fetched = puller.fetch(lacking)
-    again = puller.verify(everything)
-    if lacking == everything or again:
-        sources = {names[rank]: nbytes for rank, nbytes in fetched.sources.items()}
-        session.emit(
-            "shards_received", sources=sources, seconds=round(fetched.seconds, 6), moved=fetched.moved_shards,
-            again=again,
-        )  # fmt: skip
+    again = puller.verify(lacking)
+    sources = {names[rank]: nbytes for rank, nbytes in fetched.sources.items()}
+    session.emit(
+        "shards_received", sources=sources, seconds=round(fetched.seconds, 6), moved=fetched.moved_shards, again=again
+    )
     arrival.parts["transfer_s"] = arrival.parts.get("transfer_s", 0.0) + fetched.seconds
     restore(session, state, invitation, tensors)
     return puller.alive

@@ -151,6 +151,14 @@ class StatePuller:
             raise PeerFailedError("a member died that had a part of the cut")
         return Fetched(received, time.monotonic() - self._begun)
 
+    def differing(self, ranges: Sequence[Range]) -> list[Range]:
+        """The parts, of at most :data:`CHECK_BYTES`, whose checksum at a member is another than here.
+
+        Raises:
+            WaitTimeoutError, JoinError: as for :meth:`fetch`.
+        """
+        return self._differing(_chunks(ranges, CHECK_BYTES), shift=1)
+
     def verify(self, ranges: Sequence[Range]) -> int:
         """Compare checksums with members that did not send these bytes, where there are any; fetch again what differs.
 
@@ -161,7 +169,7 @@ class StatePuller:
             JoinError: the bytes differ again, so the members themselves differ or memory is broken.
             WaitTimeoutError, JoinError: as for :meth:`fetch`.
         """
-        wrong = self._differing(_chunks(ranges, CHECK_BYTES), shift=1)
+        wrong = self.differing(ranges)
         if wrong:
             log.warning("%d bytes of the training state arrived damaged and are fetched again", size(wrong))
             self.fetch(wrong)

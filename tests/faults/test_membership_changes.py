@@ -180,7 +180,8 @@ def test_a_death_in_a_leave(case: str, tmp_path: Path) -> None:
 
 def test_a_source_dies_in_the_middle_of_a_large_transfer(tmp_path: Path) -> None:
     problem = Problem(ranks=3, epochs=40, ballast_bytes=400 << 20)
-    with start_training(tmp_path, problem, [*JOIN, rule(FIRST, "newcomer:fetch")], limit_s=90) as job:
+    rules = [*JOIN, rule(FIRST, "newcomer:fetch")]
+    with start_training(tmp_path, problem, rules, environment={"CHAOS_JOIN_POLICY": "blocking"}, limit_s=90) as job:
         victim = job.pid(2)
         begun = tmp_path / "mark-newcomer:fetch.100"
         job.wait_until(begun.exists, "the newcomer fetches")

@@ -110,3 +110,15 @@ def test_a_member_leaves_while_a_newcomer_catches_up(tmp_path: Path) -> None:
         finished = job.finish()
         check_changes(finished, LONG, left=[2], joined=[FIRST])
     assert WAITED in finished.output
+
+
+def test_a_large_state_that_stands_still_is_fetched_once(tmp_path: Path) -> None:
+    """Frozen parts are compared when the newcomer is activated, and need not come again."""
+    problem = Problem(ranks=3, epochs=150, ballast_bytes=200 << 20)
+    with start_training(tmp_path, problem, JOIN, limit_s=90) as job:  # the policy is auto
+        finished = job.finish()
+        check_changes(finished, problem, joined=[FIRST])
+    cut, rest = finished.events("shards_received")
+    assert sum(cut["sources"].values()) > 200 << 20
+    assert len(cut["sources"]) > 1
+    assert sum(rest["sources"].values()) < 1 << 20
