@@ -23,9 +23,7 @@ def check_names(prefix: str, wanted: Iterable[str], state: Any) -> None:
         CheckpointError: one is missing or unexpected; it is named with ``prefix`` before it.
     """
     if not isinstance(state, Mapping):
-        raise CheckpointError(
-            f"{_MISFIT} {prefix.rstrip('.') or 'it'} is a {type(state).__name__}, not a dict"
-        )
+        raise CheckpointError(f"{_MISFIT} {prefix.rstrip('.') or 'it'} is a {type(state).__name__}, not a dict")
     names = dict.fromkeys(wanted)
     for name in names:
         if name not in state:
@@ -57,15 +55,11 @@ def check_optimizer(name: str, optimizer: torch.optim.Optimizer, state: Any) -> 
     check_names(f"{name}.", ("state", "param_groups"), state)
     here, there = optimizer.param_groups, state["param_groups"]
     if len(here) != len(there):
-        raise CheckpointError(
-            f"{_MISFIT} {name} has {len(here)} groups of parameters here and {len(there)} there"
-        )
+        raise CheckpointError(f"{_MISFIT} {name} has {len(here)} groups of parameters here and {len(there)} there")
     for index, (group, other) in enumerate(zip(here, there, strict=True)):
         mine, others = len(group["params"]), len(other["params"])
         if mine != others:
-            raise CheckpointError(
-                f"{_MISFIT} {name}, group {index}, has {mine} parameters here and {others} there"
-            )
+            raise CheckpointError(f"{_MISFIT} {name}, group {index}, has {mine} parameters here and {others} there")
     parameters = _parameters_by_index(optimizer, state)
     for index, kept in state["state"].items():
         if not isinstance(kept, Mapping):
@@ -103,9 +97,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
                 loaded[key] = value
 
 
-def _parameters_by_index(
-    optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
-) -> dict[Any, torch.Tensor]:
+def _parameters_by_index(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[Any, torch.Tensor]:
     """The parameters by the numbers that they have in a state."""
     indices = chain.from_iterable(group["params"] for group in state["param_groups"])
     parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
@@ -116,9 +108,7 @@ def _check_tensor(name: str, live: torch.Tensor, other: Any) -> None:
     if not isinstance(other, torch.Tensor):
         raise CheckpointError(f"{_MISFIT} {name} is a tensor here and a {type(other).__name__} there")
     if live.shape != other.shape:
-        raise CheckpointError(
-            f"{_MISFIT} {name} has shape {list(live.shape)} here and {list(other.shape)} there"
-        )
+        raise CheckpointError(f"{_MISFIT} {name} has shape {list(live.shape)} here and {list(other.shape)} there")
     if live.dtype != other.dtype:
         here, there = dtype_text(live.dtype), dtype_text(other.dtype)
         raise CheckpointError(f"{_MISFIT} {name} has dtype {here} here and {there} there")

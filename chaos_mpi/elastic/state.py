@@ -91,9 +91,7 @@ class TrainingState:
         **extras: Any,
     ) -> None:
         given = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "sampler": sampler}
-        objects = {
-            place: _usable(place, thing) for part in given for place, thing in _places(part, given[part])
-        }
+        objects = {place: _usable(place, thing) for part in given for place, thing in _places(part, given[part])}
         values = {}
         for name, value in extras.items():
             if name.startswith("_") or name in given or hasattr(type(self), name):
@@ -128,9 +126,7 @@ class TrainingState:
                 )
             self._values[name] = _storable(name, value)
         elif name in self._given or ("extras", name) in self._objects:
-            raise AttributeError(
-                f"the {name} of a TrainingState cannot be replaced; name it when making the state"
-            )
+            raise AttributeError(f"the {name} of a TrainingState cannot be replaced; name it when making the state")
         else:
             raise AttributeError(_unknown(name))
 
@@ -162,9 +158,7 @@ class TrainingState:
         self._check(tree)
         # Schedulers before optimizers, because a scheduler may set the learning rate when it is loaded; and the
         # modules last: they have been compared entry by entry, so they do not fail.
-        order = sorted(
-            self._objects.items(), key=lambda item: (_is_module(item[1]), item[0][0] == "optimizer")
-        )
+        order = sorted(self._objects.items(), key=lambda item: (_is_module(item[1]), item[0][0] == "optimizer"))
         undo: list[tuple[Any, Any]] = []
         for place, thing in order:
             part = _part(tree, place)
@@ -280,9 +274,7 @@ def _places(part: str, given: Any) -> Iterator[tuple[Place, Any]]:
     """Where the one object, or each of several, stands in the tree."""
     if isinstance(given, Mapping):
         if not given or not all(isinstance(name, str) and name for name in given):
-            raise ConfigError(
-                f"{part}: a dict of several must go from names (text) to objects and not be empty"
-            )
+            raise ConfigError(f"{part}: a dict of several must go from names (text) to objects and not be empty")
         yield from (((part, name), thing) for name, thing in given.items())
     elif given is not None:
         yield (part,), given

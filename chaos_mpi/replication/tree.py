@@ -121,8 +121,7 @@ class _Packer:
         for key in value:
             if type(key) not in (str, int, bool):
                 raise CheckpointError(
-                    f"{_dotted(path)} has the key {key!r} of type {_type_name(key)}; "
-                    "keys must be str, int or bool"
+                    f"{_dotted(path)} has the key {key!r} of type {_type_name(key)}; keys must be str, int or bool"
                 )
         # Pairs, because JSON's own objects would turn the key 1 into "1".
         pairs = [[self.encode(key, path), self.encode(at, (*path, str(key)))] for key, at in value.items()]
