@@ -1,32 +1,46 @@
 """The side of a newcomer: it pulls byte ranges from several members at once, and checks what it got.
 
-Which member sends what is planned by :mod:`chaos_mpi.sharding` from what is known of the links, and corrected by what
-is seen: a source that has nothing left to send takes over shards that another one would finish later, and the shards
-of a source that died are planned anew over the rest.
+Which member sends what is planned by :mod:`chaos_mpi.sharding` from what is known of the links. How fast they really
+are shows with the first small shards, and what has not been asked for is planned again from that: a few times a second,
+when a source has nothing left to send, and when one dies. A source is only asked for a part of its share at a time,
+so that all have their last bytes sent at about the same moment.
 """
 
 from __future__ import annotations
 
+import bisect
 import logging
 import os
+import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from chaos_mpi.errors import JoinError, PeerFailedError, WaitTimeoutError
 from chaos_mpi.replication.layout import DataTransfer, Layout, Range, Transport, checksum
+from chaos_mpi.replication.rate import MeasuredRate
 from chaos_mpi.sharding import Neighbour, replan
-from chaos_mpi.sharding.plan import size
+from chaos_mpi.sharding.plan import joined, size
 
 log = logging.getLogger("chaos_mpi.replication")
 
-#: Transfers under way from one source: one arrives while the next is being asked for.
+#: Shards that may be chosen. The smallest is also what a source is first asked for: it tells how fast the link is.
+SHARD_SIZES = tuple(1 << power for power in range(15, 23))
+#: No more shards than this are planned at once, about: planning is to take no time that counts.
+MOST_SHARDS = 2000
+#: Asked for from one source at a time: this part of what it is still to send, ...
+FLIGHT_SHARE = 0.25
+#: ... or what it sends in this time, if that is more, so that requests are never waited for, seconds; ...
+FLIGHT_S = 0.05
+#: ... at least this many of the smallest shards and at most this many of the largest.
+LEAST_IN_FLIGHT, MOST_IN_FLIGHT = 2, 4
+#: What has not been asked for is planned again after this time, and this soon when a source runs dry, seconds.
+REPLAN_S, REPLAN_DRY_S = 0.1, 0.005
+#: Checksums asked for from one member at a time.
 WINDOW = 3
-#: Small enough that a shard is soon sent again by another source, large enough that asking for it costs nothing.
-SHARD_SIZES = tuple(1 << power for power in range(18, 23))
 #: Bytes compared by one checksum.
 CHECK_BYTES = 16 << 20
 _SPIN_S = 0.02
@@ -40,24 +54,48 @@ class Source:
     Attributes:
         neighbour: what is known of it and of the link to it.
         queue: ranges that it is to be asked for.
+        shard_bytes: in pieces of this size.
         under_way: ranges it was asked for and has not sent yet.
         received_bytes: what it has sent.
+        rate: how fast it sends.
     """
 
     neighbour: Neighbour
     queue: deque[Range] = field(default_factory=deque)
+    shard_bytes: int = 0
     under_way: list[tuple[Range, DataTransfer]] = field(default_factory=list)
     received_bytes: int = 0
+    rate: MeasuredRate = field(default_factory=MeasuredRate)
 
-    def rate(self, seconds: float) -> float:
-        """Bytes per second: measured once something came, else as planned."""
-        if self.received_bytes and seconds > 0:
-            return self.received_bytes / seconds
-        return self.neighbour.bandwidth_bytes_per_s
+    @property
+    def due_bytes(self) -> int:
+        """What it was asked for and has not sent yet."""
+        return size(span for span, _ in self.under_way)
 
-    def backlog_bytes(self) -> int:
-        """What it still has to send."""
-        return size(self.queue) + size(span for span, _ in self.under_way)
+    @property
+    def next_bytes(self) -> int:
+        """The part of it that is to come first."""
+        return self.under_way[0][0][1] - self.under_way[0][0][0] if self.under_way else 0
+
+    def room_bytes(self, bytes_per_s: float) -> int:
+        """How much more it may be asked for now."""
+        due, limit = self.due_bytes, 0.0
+        if self.rate.known:
+            limit = max(FLIGHT_SHARE * (due + size(self.queue)), FLIGHT_S * bytes_per_s)
+        return int(max(LEAST_IN_FLIGHT * SHARD_SIZES[0], min(limit, MOST_IN_FLIGHT * SHARD_SIZES[-1]))) - due
+
+    def next_span(self, most_bytes: int) -> Range:
+        """What to ask for next; it stays in the queue until it is under way, so that it cannot get lost."""
+        start, stop = self.queue[0]
+        return start, min(stop, start + min(self.shard_bytes, most_bytes))
+
+    def asked(self, span: Range, transfer: DataTransfer, now: float) -> None:
+        """The next range is under way."""
+        _, stop = self.queue.popleft()
+        if stop > span[1]:
+            self.queue.appendleft((span[1], stop))
+        self.under_way.append((span, transfer))
+        self.rate.asked(now)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +141,10 @@ class StatePuller:
         self._layout, self._tensors, self._limit_s = layout, tensors, limit_s
         self._progress = progress
         self._number = 0
-        self._begun = self._active = self._told = 0.0
+        self._begun = self._active = self._told = self._planned = 0.0
         self._moved = 0
-        self._planned_only = False
+        self._planned_only = self._learned = False
+        self._first_plan: list[tuple[int, int, int]] = []
         self._senders: list[tuple[Range, int]] = []
 
     @property
@@ -125,9 +164,9 @@ class StatePuller:
         received: dict[int, int] = {}
         for source in self._sources.values():
             source.received_bytes = 0
-        wanted = sum(stop - start for start, stop in ranges)
-        self._schedule(ranges)
-        self._drain(received, wanted)
+        self._plan(ranges)
+        self._remember_plan()
+        self._drain(received, size(ranges))
         return Fetched(received, time.monotonic() - self._begun, self._moved)
 
     def fetch_planned(self, shards: Mapping[int, Sequence[Range]]) -> Fetched:
@@ -141,7 +180,10 @@ class StatePuller:
         received: dict[int, int] = {}
         wanted = sum(size(ranges) for ranges in shards.values())
         for rank, ranges in shards.items():
-            self._sources[rank].queue.extend(ranges)
+            source = self._sources[rank]
+            source.queue.extend(joined(ranges))
+            source.shard_bytes = max((stop - start for start, stop in ranges), default=0)
+        self._remember_plan()
         self._planned_only = True
         try:
             self._drain(received, wanted)
@@ -182,49 +224,73 @@ class StatePuller:
 
     # -- fetching --------------------------------------------------------------------------------------
 
-    def _schedule(self, ranges: Sequence[Range]) -> None:
-        """Give ranges to the sources that are alive."""
+    def _plan(self, ranges: Sequence[Range]) -> None:
+        """Share out ranges, and whatever has not been asked for, among the sources that are alive."""
         if not self._sources:
             raise JoinError("all members that had the training state died before this rank had it")
+        self._planned = time.monotonic()
+        rates = self._rates()
+        left = [*ranges]
+        for source in self._sources.values():
+            left += source.queue
+            source.queue.clear()
+        sizes = [s for s in SHARD_SIZES if s * MOST_SHARDS >= size(left)] or SHARD_SIZES[-1:]
+        neighbours = [
+            replace(source.neighbour, bandwidth_bytes_per_s=rates[rank], ready_s=source.due_bytes / rates[rank])
+            for rank, source in self._sources.items()
+        ]
         by_name = {source.neighbour.name: source for source in self._sources.values()}
-        neighbours = [source.neighbour for source in self._sources.values()]
-        for name, shards in replan(ranges, neighbours, shard_sizes=SHARD_SIZES).items():
-            by_name[name].queue.extend(shards)
+        for name, shards in replan(left, neighbours, shard_sizes=sizes).items():
+            by_name[name].queue.extend(joined(shards))
+            by_name[name].shard_bytes = max(stop - start for start, stop in shards)
+
+    def _rates(self) -> dict[int, float]:
+        """Bytes per second of each source; as long as one has sent nothing, as much faster or slower than the others
+        as was assumed."""
+        now = time.monotonic()
+
+        def rate(source: Source, prior: float) -> float:
+            return max(source.rate.bytes_per_s(now, source.next_bytes, prior), 1.0)
+
+        known = [s for s in self._sources.values() if s.rate.known]
+        scale = statistics.median(
+            [rate(s, 1.0) / s.neighbour.bandwidth_bytes_per_s for s in known] or [1.0],
+        )
+        return {rank: rate(s, scale * s.neighbour.bandwidth_bytes_per_s) for rank, s in self._sources.items()}
 
     def _drain(self, received: dict[int, int], wanted: int) -> None:
         while any(source.queue or source.under_way for source in self._sources.values()):
+            self._plan_again()
             self._ask()
             if not self._collect(received):
                 self._pause("bytes of the training state")
             self._tell(sum(received.values()), wanted)
 
+    def _remember_plan(self) -> None:
+        self._first_plan = sorted((*span, rank) for rank, source in self._sources.items() for span in source.queue)
+
+    def _plan_again(self) -> None:
+        if self._planned_only or not any(source.queue for source in self._sources.values()):
+            return
+        dry = any(not source.queue for source in self._sources.values())
+        period = REPLAN_DRY_S if dry or self._learned else REPLAN_S
+        if time.monotonic() - self._planned > period:
+            self._learned = False
+            self._plan([])
+
     def _ask(self) -> None:
+        rates = self._rates()
         for rank, source in list(self._sources.items()):
-            if not source.queue and len(source.under_way) < WINDOW:
-                self._take_over(source)
             try:
-                while source.queue and len(source.under_way) < WINDOW:
-                    span = source.queue[0]  # it stays there until it is under way, so that it cannot get lost
+                while source.queue and (room := source.room_bytes(rates[rank])) > 0:
                     self._number += 1
+                    span = source.next_span(max(room, SHARD_SIZES[0]))
                     pieces = self._layout.pieces(self._tensors, *span)
                     transfer = self._transport.receive_data(rank, self._number, pieces)
-                    source.under_way.append((source.queue.popleft(), transfer))
+                    source.asked(span, transfer, time.monotonic())
                     self._transport.send(rank, {"get": list(span), "number": self._number})
             except PeerFailedError:
                 self._lose(rank)
-
-    def _take_over(self, idle: Source) -> None:
-        """Give an idle source the last shard of the one that will be done last, if that helps."""
-        if self._planned_only:
-            return
-        seconds = max(time.monotonic() - self._begun, 1e-6)
-        slow = max(self._sources.values(), key=lambda s: s.backlog_bytes() / s.rate(seconds))
-        if not slow.queue or slow is idle:
-            return
-        start, stop = slow.queue[-1]
-        if (stop - start + idle.backlog_bytes()) / idle.rate(seconds) < slow.backlog_bytes() / slow.rate(seconds):
-            idle.queue.append(slow.queue.pop())
-            self._moved += 1
 
     def _collect(self, received: dict[int, int]) -> bool:
         """Take note of what has arrived; whether anything has."""
@@ -235,15 +301,23 @@ class StatePuller:
                     if transfer.done():
                         busy = True
                         source.under_way.remove((span, transfer))
-                        source.received_bytes += span[1] - span[0]
+                        self._note(rank, source, span)
                         received[rank] = received.get(rank, 0) + span[1] - span[0]
-                        self._senders.append((span, rank))
             except PeerFailedError:
                 busy = True
                 self._lose(rank)
         if busy:
             self._active = time.monotonic()
         return busy
+
+    def _note(self, rank: int, source: Source, span: Range) -> None:
+        """A shard has arrived."""
+        self._learned |= not source.rate.known
+        source.received_bytes += span[1] - span[0]
+        source.rate.arrived(time.monotonic(), span[1] - span[0], more=bool(source.under_way))
+        self._senders.append((span, rank))
+        place = bisect.bisect_right(self._first_plan, span[0], key=lambda planned: planned[0]) - 1
+        self._moved += self._first_plan[place][2] != rank
 
     def _hear_of_deaths(self) -> bool:
         """Members tell of deaths that do not show here."""
@@ -267,8 +341,7 @@ class StatePuller:
         missing = [*(span for span, _ in source.under_way), *source.queue]
         log.warning("%s died; %d bytes are fetched from others", source.neighbour.name, size(missing))
         if missing:
-            self._moved += len(missing)
-            self._schedule(missing)
+            self._plan(missing)
 
     # -- checking --------------------------------------------------------------------------------------
 

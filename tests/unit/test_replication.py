@@ -25,7 +25,7 @@ from chaos_mpi.replication import puller, source
 from chaos_mpi.replication.layout import Layout, Piece, Range, checksum, dense
 from chaos_mpi.replication.puller import StatePuller
 from chaos_mpi.replication.source import StateSource
-from chaos_mpi.sharding import Neighbour
+from chaos_mpi.sharding import Neighbour, fluid_bound_s
 
 # -- a network in one process ------------------------------------------------------------------------------
 
@@ -521,6 +521,19 @@ def test_shards_move_from_a_slow_member_to_others() -> None:
     # With its share of a third it alone would have taken this long.
     assert fetched.seconds < guest.layout.total_bytes / 3 / 1e5
     assert fetched.sources[1] < min(fetched.sources[0], fetched.sources[2])
+
+
+@settings(max_examples=12, deadline=None)
+@given(rates=st.lists(st.integers(1, 10), min_size=2, max_size=4))
+def test_unequal_links_of_which_nothing_is_known_are_all_used_to_the_end(rates: list[int]) -> None:
+    network = Network(slow={rank: rate * 4e3 for rank, rate in enumerate(rates)})
+    guest = Newcomer(network, {"all": noise(16_000)}, len(rates))
+    with simulated(network, shards=[64 << power for power in range(8)]):
+        fetched = guest.puller.fetch(guest.everything)
+    assert guest.has_it_all()
+    bound_s = fluid_bound_s(16_000, [Neighbour(f"{rank}", rate * 4e3) for rank, rate in enumerate(rates)])
+    # To look once at everything takes up to 50 ticks here.
+    assert fetched.seconds < 1.15 * bound_s + 50 * TICK_S
 
 
 def test_the_plan_follows_what_is_known_of_the_links() -> None:

@@ -1,0 +1,440 @@
+"""Time from a join request to the newcomer's first step, and what it costs the members, beside other systems.
+
+A job trains on hosts of a network test bed whose uplinks are shaped; one more rank joins. All systems run the same
+steps on the same engine and differ in how the newcomer gets the training state:
+
+    chaos_mpi overlap    shards from all members at once, by the speed of their links; the members train on
+    chaos_mpi blocking   the same, while the members wait
+    EDL                  one worker, chosen at random, sends everything
+    Elan                 the worker with the fastest link sends everything
+    Autoscaling          all-gather of slices over old and new workers (Or et al.)
+    Pollux/AdaptDL       checkpoint to shared storage, all restart, all read it
+
+    sudo python benchmarks/scale_out.py            # about 20 minutes on two cores; needs root
+    sudo python benchmarks/scale_out.py --quick    # a look: one cell
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jobs
+import report
+from jobs import Job, JobError
+from scale_out_times import PARTS, cost, joined_parts, noted, restarted_parts, steps_of
+from synthetic import read_journal
+
+from chaos_mpi.events import read_events
+from chaos_mpi.mpi.launch import mpirun_command
+from chaos_mpi.sharding import Neighbour, fluid_bound_s
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch" / "testbed"))
+from testbed import TestBed, TestBedError, check_platform, mpirun_options
+
+_HERE = Path(__file__).resolve().parent
+_SCRIPT = _HERE / "scale_out_rank.py"
+SYSTEMS = {
+    "chaos_overlap": "chaos_mpi overlap",
+    "chaos_blocking": "chaos_mpi blocking",
+    "random": "EDL",
+    "nearest": "Elan",
+    "all_gather": "Autoscaling",
+    "checkpoint": "Pollux/AdaptDL",
+}
+#: Uplinks of the sources relative to their mean.
+UNEQUAL = {2: (1.5, 0.5), 4: (1.8, 1.2, 0.6, 0.4), 6: (1.9, 1.5, 1.0, 0.8, 0.4, 0.4)}
+#: Mean uplink at which four sources need a second for a state, but not more than this machine can move for six.
+MEAN_MBIT_PER_MB, MOST_MBIT = 2.0, 400.0
+TARGET_RATIO, TARGET_IDLE_S = 1.15, 0.1
+#: Training before the request, seconds and steps at least.
+_BEFORE_S, _BEFORE_STEPS = 2.0, 20
+_LOOK_S = 0.02
+_NEWCOMER, _STORAGE = "newcomer", "storage"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One setting in which all systems are compared.
+
+    Attributes:
+        state_mb: size of the training state, millions of bytes.
+        sources: members before the join.
+        links: ``equal`` or ``unequal``.
+    """
+
+    state_mb: int
+    sources: int
+    links: str
+
+    @property
+    def state_bytes(self) -> int:
+        """Size of the training state."""
+        return self.state_mb * 1_000_000
+
+    @property
+    def mean_mbit(self) -> float:
+        """Mean uplink of the sources."""
+        return min(MEAN_MBIT_PER_MB * self.state_mb, MOST_MBIT)
+
+    @property
+    def rates_mbit(self) -> list[float]:
+        """Uplinks of the sources, in rank order; the fastest is not rank 0, which starts the newcomer."""
+        shares = UNEQUAL[self.sources] if self.links == "unequal" else (1.0,) * self.sources
+        rates = [round(self.mean_mbit * share, 3) for share in shares]
+        return rates[1:] + rates[:1]
+
+    @property
+    def bound_s(self) -> float:
+        """The time in which no schedule can move the state over these uplinks."""
+        links = [Neighbour(f"h{i}", rate * 125_000) for i, rate in enumerate(self.rates_mbit)]
+        return fluid_bound_s(self.state_bytes, links)
+
+    @property
+    def random_s(self) -> float:
+        """How long one link takes for the state, on average over all links."""
+        return statistics.mean([self.state_bytes / (rate * 125_000) for rate in self.rates_mbit])
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        rates = ", ".join(f"{rate:g}" for rate in self.rates_mbit)
+        return f"{self.state_mb} MB from {self.sources} sources, uplinks {rates} Mbit/s"
+
+
+class Site:
+    """The test bed and the shared storage on it.
+
+    Args:
+        bed: with the hosts h0, h1, ..., one for the newcomer and one for the storage.
+    """
+
+    def __init__(self, bed: TestBed) -> None:
+        self.bed = bed
+        command = [sys.executable, "-S", str(_HERE / "baselines" / "storage.py"), bed.address(_STORAGE)]
+        self._storage = subprocess.Popen(
+            bed.command(_STORAGE, command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self._storage.stdout is not None
+        self.port = int(self._storage.stdout.readline())
+
+    def close(self) -> None:
+        """End the storage."""
+        self._storage.kill()
+        self._storage.wait(5.0)
+
+    def shape(self, cell: Cell) -> None:
+        """Give the uplinks their rates. Downlinks are not shaped."""
+        for host, rate in zip(self.bed.hosts, cell.rates_mbit, strict=False):
+            self.bed.set_host_rate(host, rate, down=False)
+        self.bed.set_host_rate(_NEWCOMER, cell.mean_mbit, down=False)
+        self.bed.set_host_rate(_STORAGE, sum(cell.rates_mbit), down=False)
+
+    def unshape(self) -> None:
+        """Take all limits away: jobs are to start quickly."""
+        for host in self.bed.hosts:
+            self.bed.set_host_rate(host, None)
+
+    def job(self, cell: Cell, contender: str, source: int, directory: Path, *, restarted: bool = False) -> Job:
+        """A job that is to be started."""
+        hosts = self.bed.hosts[: cell.sources] + ([_NEWCOMER] if restarted else [])
+        options = mpirun_options(self.bed)
+        environ = {**options.environment, "CHAOS_EVENT_LOG": str(directory / "events-%m.jsonl")}
+        if contender.startswith("chaos_"):
+            environ["CHAOS_JOIN_POLICY"] = contender.removeprefix("chaos_")
+        command = mpirun_command(len(hosts), [sys.executable, str(_SCRIPT)], environ={**os.environ, **environ})
+        spec = {
+            "contender": contender,
+            "state_bytes": cell.state_bytes,
+            "source": source,
+            "storage": [self.bed.address(_STORAGE), self.port],
+            "restarted": restarted,
+            "bed": self.bed.prefix,
+            "hosts": hosts,
+            "newcomer_host": _NEWCOMER,
+            "directory": str(directory),
+            "limit_s": _limit_s(cell),
+        }
+        return Job(SYSTEMS[contender], lambda _: [(command, environ)], len(hosts), spec)
+
+
+def measure(site: Site, cell: Cell, contender: str, source: int, scratch: Path) -> dict[str, Any]:
+    """One join of one system.
+
+    Raises:
+        JobError: the job did not do it in time.
+    """
+    first, second = scratch / "first", scratch / "second"
+    first.mkdir(parents=True)
+    second.mkdir()
+    site.unshape()
+    with contextlib.ExitStack() as stack:
+        job = stack.enter_context(site.job(cell, contender, source, first))
+        site.shape(cell)
+        for link in job.links.values():
+            link.send({"go": True})
+        _wait(lambda: _trained(first), 60.0, job, "train for a while")
+        requested = time.monotonic()
+        job.links[0].send({"join": True})
+        after = first
+        if contender == "checkpoint":
+            _wait(lambda: _has(first / "rank0.jsonl", "saved"), _limit_s(cell), job, "write the checkpoint")
+            after, job = second, stack.enter_context(site.job(cell, contender, source, second, restarted=True))
+        _wait(lambda: _has(after / "newcomer.jsonl", "contributed"), _limit_s(cell), job, "take the newcomer in")
+        time.sleep(0.3)  # for the others to note that step, too
+    return _evaluated(cell, contender, requested, first, second)
+
+
+def _evaluated(cell: Cell, contender: str, requested: float, first: Path, second: Path) -> dict[str, Any]:
+    before = {path.stem: read_journal(path) for path in first.glob("*.jsonl") if not path.stem.startswith("events-")}
+    restarted = {path.stem: read_journal(path) for path in second.glob("*.jsonl")}
+    newcomer = restarted["newcomer"] if restarted else before["newcomer"]
+    contributed = noted(newcomer, "contributed")
+    total = contributed["at"] - requested
+    found: dict[str, Any] = {}
+    if restarted:
+        parts = restarted_parts(requested, before["rank0"], restarted)
+        ready = contributed["at"]
+    else:
+        ready = noted(newcomer, "ready")["at"]
+        if contender.startswith("chaos_"):
+            events = read_events(str(first / "events-%m.jsonl"))
+            active = noted(events, "join_active")
+            found["events"] = {key: value for key, value in active.items() if key.endswith("_s")}
+            received = noted(events, "shards_received")
+            found["sent_bytes"], found["moved_shards"] = received["sources"], received["moved"]
+            parts = joined_parts(total, active)
+        else:
+            parts = joined_parts(total, noted(newcomer, "parts"))
+    costs = [
+        cost([*steps_of(journal), *steps_of(restarted.get(name, []))], requested, ready, contributed["at"])
+        for name, journal in sorted(before.items())
+        if name != "newcomer"
+    ]
+    steps = steps_of(before["rank0"])
+    return {
+        "delay_s": total,
+        "parts": parts,
+        "ratio": parts["transfer_s"] / cell.bound_s,
+        "idle_sum_s": sum(c.idle_s for c in costs),
+        "idle_max_s": max(c.idle_s for c in costs),
+        "slowed_max_s": max(c.slowed_s for c in costs),
+        "steps_meanwhile": min(c.steps for c in costs),
+        "step_ms": 1e3 * report.quantile([end - begun for begun, end in steps if end < requested], 0.5),
+        "state_right": contributed["right"],
+        **found,
+    }
+
+
+def _limit_s(cell: Cell) -> int:
+    """No system needs as long: the slowest is bounded by the slowest link, or by all reading from the storage."""
+    return int(90 + 3 * cell.state_bytes / (min(cell.rates_mbit) * 125_000))
+
+
+def _trained(directory: Path) -> bool:
+    steps = steps_of(read_journal(directory / "rank0.jsonl"))
+    return len(steps) > _BEFORE_STEPS and steps[-1][1] - steps[0][0] > _BEFORE_S
+
+
+def _has(path: Path, event: str) -> bool:
+    return any(line["event"] == event for line in read_journal(path))
+
+
+def _wait(condition: Any, limit_s: float, job: Job, what: str) -> None:
+    limit = time.monotonic() + limit_s
+    while not condition():
+        if time.monotonic() > limit:
+            raise JobError(f"{job.name} did not {what} within {limit_s:.0f} s; {job.output()}")
+        time.sleep(_LOOK_S)
+
+
+def sweep(cells: Sequence[Cell], systems: Sequence[str], repeats: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Every join as one record; one that failed has ``error``."""
+    rng = random.Random(seed)
+    hosts = [*(f"h{i}" for i in range(max(cell.sources for cell in cells))), _NEWCOMER, _STORAGE]
+    with TestBed(hosts, rate_mbit=None) as bed, contextlib.closing(Site(bed)) as site:
+        for repeat in range(repeats):
+            for cell in cells:
+                for system in rng.sample(list(systems), len(systems)):
+                    rates = cell.rates_mbit
+                    source = rng.randrange(cell.sources) if system == "random" else rates.index(max(rates))
+                    print(f"{cell.title}: {SYSTEMS[system]}", file=sys.stderr, flush=True)
+                    record = {
+                        "state_mb": cell.state_mb, "sources": cell.sources, "links": cell.links, "system": system,
+                        "repeat": repeat, "source": source if system in ("random", "nearest") else None,
+                    }  # fmt: skip
+                    with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
+                        try:
+                            yield {**record, **measure(site, cell, system, source, Path(scratch))}
+                        except (JobError, LookupError) as error:
+                            print(f"  {error}", file=sys.stderr)
+                            yield {**record, "error": str(error).splitlines()[0]}
+
+
+def summarise(cells: Sequence[Cell], records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each cell its rates and bound, and the medians of every system."""
+    rows = []
+    for cell in cells:
+        key = (cell.state_mb, cell.sources, cell.links)
+        mine = [r for r in records if (r["state_mb"], r["sources"], r["links"]) == key and "error" not in r]
+        systems = {}
+        for system in SYSTEMS:
+            joins = [r for r in mine if r["system"] == system]
+            if joins:
+                numbers = [name for name, value in joins[0].items() if isinstance(value, float)]
+                systems[system] = {
+                    **{name: report.quantile([j[name] for j in joins], 0.5) for name in numbers},
+                    "parts": {part: report.quantile([j["parts"][part] for j in joins], 0.5) for part in PARTS},
+                    "steps_meanwhile": min(j["steps_meanwhile"] for j in joins),
+                    "n": len(joins),
+                }
+        rows.append(
+            {
+                "state_mb": cell.state_mb, "sources": cell.sources, "links": cell.links, "title": cell.title,
+                "rates_mbit": cell.rates_mbit, "bound_s": cell.bound_s, "random_s": cell.random_s,
+                "systems": systems,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def targets(rows: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """The cells in which a target is missed, for each target."""
+    missed: dict[str, list[str]] = {"transfer": [], "idle": [], "delay": [], "after_start": []}
+    for row in rows:
+        ours = {name: found for name, found in row["systems"].items() if name.startswith("chaos_")}
+        others = {name: found for name, found in row["systems"].items() if not name.startswith("chaos_")}
+        best = min((found["delay_s"] for found in others.values()), default=float("inf"))
+        best_after = min((_after_start_s(found) for found in others.values()), default=float("inf"))
+        for name, found in ours.items():
+            label = f"{SYSTEMS[name]}, {row['state_mb']} MB, {row['sources']} sources, {row['links']}"
+            if found["ratio"] > TARGET_RATIO:
+                missed["transfer"].append(f"{label}: {found['ratio']:.2f}")
+            if name == "chaos_overlap" and found["idle_max_s"] > TARGET_IDLE_S:
+                missed["idle"].append(f"{label}: {1e3 * found['idle_max_s']:.0f} ms")
+            if found["delay_s"] > best:
+                missed["delay"].append(f"{label}: {found['delay_s']:.1f} s, best other {best:.1f} s")
+            if _after_start_s(found) > best_after:
+                missed["after_start"].append(f"{label}: {_after_start_s(found):.2f} s, best other {best_after:.2f} s")
+    return missed
+
+
+def _after_start_s(found: dict[str, Any]) -> float:
+    """The delay without the start of processes, which takes as long as else is going on on the machine."""
+    delay_s: float = found["delay_s"] - found["parts"]["launch_s"]
+    return delay_s
+
+
+def table(result: dict[str, Any]) -> None:
+    """Print what was found; one table for each cell."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=80)
+    for row in result["rows"]:
+        shown = Table(title=row["title"], title_style="bold", box=None, padding=(0, 1), pad_edge=False)
+        shown.add_column("", no_wrap=True)
+        for name in ("delay", "start", "wait", "move", "rest", "/bound", "idle", "all", "slow"):
+            shown.add_column(name, justify="right", no_wrap=True)
+        for system, found in row["systems"].items():
+            shown.add_row(
+                SYSTEMS[system], f"{found['delay_s']:.1f}", *[f"{found['parts'][part]:.2f}" for part in PARTS],
+                f"{found['ratio']:.2f}", f"{1e3 * found['idle_max_s']:.0f}", f"{1e3 * found['idle_sum_s']:.0f}",
+                f"{1e3 * found['slowed_max_s']:.0f}",
+            )  # fmt: skip
+        console.print(shown)
+        console.print(f"bound {row['bound_s']:.2f} s; EDL's move for an average draw: {row['random_s']:.2f} s\n")
+    console.print(
+        "delay: s from the request to the end of the newcomer's first step: start its process, wait for the members "
+        "to stop, move the state, rest. /bound: move by the least time any schedule needs. "
+        "idle: ms lost by the member that lost most; all: by all members together. "
+        "slow: ms that the steps of a member took longer while it went on."
+    )
+    words = {
+        "transfer": f"transfer within {TARGET_RATIO} of the bound",
+        "idle": f"members idle for less than {1e3 * TARGET_IDLE_S:.0f} ms with overlap",
+        "delay": "delay below every other system's",
+        "after_start": "the same without the start of processes",
+    }
+    for target, missed in result["missed"].items():
+        console.print(f"target: {words[target]}: {'met' if not missed else 'MISSED in ' + str(len(missed))}")
+        for cell in missed:
+            console.print(f"  {cell}")
+    for record in result["records"]:
+        if "error" in record:
+            console.print(f"failed: {SYSTEMS[record['system']]}: {record['error']}")
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Above: the delay, its launch pale. Below: idle time of all members together."""
+    import matplotlib.pyplot as plt
+
+    rows = result["rows"]
+    figure, (delays, idles) = plt.subplots(2, 1, figsize=(3 + 1.5 * len(rows), 8), layout="constrained", sharex=True)
+    width = 0.8 / len(SYSTEMS)
+    for index, (system, name) in enumerate(SYSTEMS.items()):
+        found = [(x, row["systems"][system]) for x, row in enumerate(rows) if system in row["systems"]]
+        places = [x + (index - len(SYSTEMS) / 2 + 0.5) * width for x, _ in found]
+        launch = [one["parts"]["launch_s"] for _, one in found]
+        rest = [one["delay_s"] - one["parts"]["launch_s"] for _, one in found]
+        delays.bar(places, launch, width, color=f"C{index}", alpha=0.35)
+        delays.bar(places, rest, width, bottom=launch, color=f"C{index}", label=name)
+        idles.bar(places, [1e3 * max(one["idle_sum_s"], 1e-4) for _, one in found], width, color=f"C{index}")
+    labels = [f"{row['state_mb']} MB\n{row['sources']} sources\n{row['links']}" for row in rows]
+    delays.set(ylabel="s", title="join request to the newcomer's first step (pale: starting processes)")
+    delays.legend(fontsize=8)
+    idles.set(ylabel="ms", yscale="log", title="idle time, all members together", xticks=range(len(rows)))
+    idles.set_xticklabels(labels)
+    for axis in (delays, idles):
+        axis.grid(axis="y", alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Measure, print, write."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("--states", type=int, nargs="+", default=[10, 100], metavar="MB",
+                        help="sizes of the training state, millions of bytes; 300 and 1000 take longer")  # fmt: skip
+    parser.add_argument("--sources", type=int, nargs="+", default=[2, 4, 6], choices=sorted(UNEQUAL),
+                        help="members before the join")  # fmt: skip
+    parser.add_argument("--links", nargs="+", default=["equal", "unequal"], choices=["equal", "unequal"])
+    parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS), metavar="SYSTEM",
+                        help=f"of {', '.join(SYSTEMS)}")  # fmt: skip
+    parser.add_argument("--repeats", type=int, default=1, help="joins of each system in each setting")
+    parser.add_argument("--seed", type=int, default=0, help="of the order, and of EDL's source")
+    parser.add_argument("--out", type=Path, default=report.RESULTS, help="directory for the JSON and the plot")
+    parser.add_argument("--quick", action="store_true", help="10 MB from 4 sources over unequal links only")
+    given = parser.parse_args()
+    try:
+        check_platform()
+    except TestBedError as error:
+        parser.exit(1, f"scale_out.py: {error}\n")
+    cells = [Cell(s, n, links) for s in given.states for n in given.sources for links in given.links]
+    if given.quick:
+        cells = [Cell(10, 4, "unequal")]
+    jobs.prepare_driver()
+    head = {"benchmark": "scale_out", **report.started()}
+    records = list(sweep(cells, given.systems, given.repeats, given.seed))
+    rows = summarise(cells, records)
+    result = {**head, "missed": targets(rows), "rows": rows, "records": records}
+    table(result)
+    for file in report.write(given.out, "scale_out", result, plot):
+        print(f"wrote {file}")
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        main()
