@@ -271,6 +271,53 @@ def test_joins_that_could_not_be_admitted_start_again_or_are_given_up() -> None:
     assert after.settled == admitted.agenda.settled
 
 
+# -- while newcomers replicate -----------------------------------------------------------------------------
+
+
+def test_who_arrives_while_others_replicate_waits_for_them() -> None:
+    first, second = started(ABC, "a", "b").start
+    going = Agenda((second,), frozenset("ab"), (replace(first, newcomer="x"),))
+    outcome = settle(going, ABC, [word("arrived", second, member="y")])
+    assert outcome.admit == ()
+    (waiting,) = outcome.agenda.joins
+    assert waiting.newcomer == "y"
+    assert not outcome.agenda.has_waiting
+    done = settle(outcome.agenda, ABC, [Proposal("caught_up", "a")])
+    assert [j.newcomer for j in done.activate] == ["x"]
+    assert done.agenda.has_waiting
+    assert [j.newcomer for j in settle(done.agenda, ABC).admit] == ["y"]
+
+
+def test_who_waits_starts_again_when_its_sponsor_dies() -> None:
+    first, second = started(ABC, "a", "b").start
+    waiting = replace(second, newcomer="y")
+    going = Agenda((waiting,), frozenset("ab"), (replace(first, newcomer="x"),))
+    left = ABC.next(m for m in ABC.members if m != second.sponsor)
+    assert orphaned(going, left)
+    (again,) = settle(going, left).start
+    assert (again.id, again.attempt, again.newcomer) == ("b", 2, "")
+
+
+def test_there_is_one_cut_and_one_activation() -> None:
+    replicating = (replace(started(ABC, "a").start[0], newcomer="x"),)
+    going = Agenda((), frozenset("a"), replicating)
+    cut = settle(going, ABC, [Proposal("ready", "a")], [Proposal("ready", "a")])
+    assert cut.cut
+    assert cut.agenda.cut
+    late = settle(cut.agenda, ABC, [Proposal("ready", "a")])
+    assert not late.cut
+    assert late.agenda.replicating == replicating
+    done = settle(late.agenda, ABC, [], [Proposal("caught_up", "a")])
+    assert done.activate == replicating
+    assert done.agenda == Agenda((), frozenset("a"))
+    assert settle(done.agenda, ABC, [Proposal("caught_up", "a")]).activate == ()
+
+
+def test_those_that_replicate_count_for_max_ranks() -> None:
+    going = Agenda((), frozenset("a"), (replace(started(ABC, "a").start[0], newcomer="x"),))
+    assert settle(going, ABC, [join("b")], limits=Limits(1, 4)).refused
+
+
 # -- for all of it -----------------------------------------------------------------------------------------
 
 
@@ -374,6 +421,7 @@ class Job(RuleBasedStateMachine):
         self.kinds: dict[str, str] = {}
         self.ends: Counter[str] = Counter()
         self.admitted: Counter[str] = Counter()
+        self.cuts: Counter[tuple[str, int]] = Counter()
 
     # -- what members do -----------------------------------------------------------------------------------
 
@@ -407,6 +455,11 @@ class Job(RuleBasedStateMachine):
         started_ = self.words[sponsor].pop()
         self.propose(sponsor, replace(started_, kind=kind, member=f"n{started_.id}-{started_.attempt}"))
 
+    @precondition(lambda self: self.agenda.replicating)
+    @rule(data=st.data(), kind=st.sampled_from(["ready", "caught_up"]))
+    def newcomers_get_on(self, data: st.DataObject, kind: str) -> None:
+        self.propose(self.one_of(data), Proposal(kind, data.draw(st.sampled_from(self.agenda.replicating)).id))
+
     @precondition(lambda self: self.view.size > 1)
     @rule(data=st.data())
     def die(self, data: st.DataObject) -> None:
@@ -416,7 +469,8 @@ class Job(RuleBasedStateMachine):
     def negotiate(self, data: st.DataObject) -> None:
         dying = data.draw(st.sets(st.sampled_from(self.view.members), max_size=min(1, self.view.size - 1)), "dying")
         admissible = data.draw(st.booleans() | st.just(True), "the newcomers are taken in")
-        self.hold(dying, admissible, forgetful=data.draw(st.booleans(), "they propose it again"))
+        overlapping = data.draw(st.booleans(), "the members train on meanwhile")
+        self.hold(dying, admissible, overlapping, forgetful=data.draw(st.booleans(), "they propose it again"))
 
     # -- what becomes of it --------------------------------------------------------------------------------
 
@@ -428,7 +482,7 @@ class Job(RuleBasedStateMachine):
         for name in dead:
             del self.agendas[name], self.inboxes[name], self.words[name]
 
-    def hold(self, dying: set[str], admissible: bool, forgetful: bool) -> None:
+    def hold(self, dying: set[str], admissible: bool, overlapping: bool, forgetful: bool) -> None:
         contributors = View(0, self.view.members)
         rows = [list(self.inboxes[m]) for m in contributors.members]
         self.bury(dying)
@@ -451,7 +505,13 @@ class Job(RuleBasedStateMachine):
         self.part(set(outcome.leave))
         for join_ in outcome.start:
             self.sponsor(join_)
-        if outcome.admit:
+        self.cuts.update((j.id, j.attempt) for j in self.agenda.replicating if outcome.cut)
+        if outcome.activate:
+            self.admit(outcome.activate, admissible)
+        if outcome.admit and overlapping:
+            assert not self.agenda.replicating
+            self.agendas = {m: replace(agenda, replicating=outcome.admit) for m, agenda in self.agendas.items()}
+        elif outcome.admit:
             self.admit(outcome.admit, admissible)
 
     def check_sponsors(self, outcome: Outcome, contributors: View) -> None:
@@ -505,11 +565,12 @@ class Job(RuleBasedStateMachine):
     @invariant()
     def there_are_never_too_many(self) -> None:
         if self.limits.max_ranks is not None:
-            assert self.view.size + len(self.agenda.joins) <= self.limits.max_ranks
+            assert self.view.size + self.agenda.expected <= self.limits.max_ranks
 
     @invariant()
     def each_request_is_settled_once(self) -> None:
-        under_way = [j.id for j in self.agenda.joins]
+        under_way = [j.id for j in (*self.agenda.joins, *self.agenda.replicating)]
+        assert max(self.cuts.values(), default=1) == 1
         assert len(set(under_way)) == len(under_way)
         assert self.agenda.settled == self.seen
         assert max(self.admitted.values(), default=1) == 1
@@ -523,14 +584,16 @@ class Job(RuleBasedStateMachine):
     def teardown(self) -> None:
         """Whatever is under way comes to an end when all processes fail."""
         rounds = 0
-        while hasattr(self, "view") and (self.agenda.joins or any(self.inboxes.values())):
+        while hasattr(self, "view") and (self.agenda.expected or any(self.inboxes.values())):
             rounds += 1
-            assert rounds <= 2 * MAX_ATTEMPTS + 2
+            assert rounds <= 3 * MAX_ATTEMPTS + 3
+            if self.agenda.replicating:
+                self.propose(self.view.members[0], Proposal("caught_up", self.agenda.replicating[0].id))
             for sponsor, words in self.words.items():
                 for started_ in words:
                     self.propose(sponsor, replace(started_, kind="failed"))
                 words.clear()
-            self.hold(set(), admissible=False, forgetful=False)
+            self.hold(set(), admissible=False, overlapping=False, forgetful=False)
             self.each_request_is_settled_once()
 
 
