@@ -18,7 +18,7 @@ from chaos_mpi.elastic import admission
 from chaos_mpi.elastic.overlap import Overlap, overlaps
 from chaos_mpi.elastic.sponsor import Sponsorship
 from chaos_mpi.elastic.transitions import Admit, Leave
-from chaos_mpi.membership import Agenda, Join, Limits, Outcome, Proposal, View, negotiate, orphaned, restart
+from chaos_mpi.membership import Agenda, Join, Limits, Outcome, Proposal, View, cut_is_due, negotiate, orphaned, restart
 
 if TYPE_CHECKING:
     from chaos_mpi.elastic.session import Session
@@ -73,7 +73,8 @@ class Negotiator:
 
     def wants_to_talk(self) -> bool:
         """Whether this member has something to propose."""
-        return bool(self._inbox) or orphaned(self.agenda, self._session.view)
+        agenda, view = self.agenda, self._session.view
+        return bool(self._inbox) or orphaned(agenda, view) or cut_is_due(agenda, view)
 
     # -- at a boundary ---------------------------------------------------------------------------------
 

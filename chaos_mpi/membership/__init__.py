@@ -1,6 +1,16 @@
 """Who takes part, and how members decide what happens next. Pure: no I/O, no clock, no MPI."""
 
-from chaos_mpi.membership.negotiation import Agenda, Join, Limits, Outcome, Proposal, negotiate, orphaned, restart
+from chaos_mpi.membership.negotiation import (
+    Agenda,
+    Join,
+    Limits,
+    Outcome,
+    Proposal,
+    cut_is_due,
+    negotiate,
+    orphaned,
+    restart,
+)
 from chaos_mpi.membership.progress import Decision, Report, decide
 from chaos_mpi.membership.view import View
 
@@ -13,6 +23,7 @@ __all__ = [
     "Proposal",
     "Report",
     "View",
+    "cut_is_due",
     "decide",
     "negotiate",
     "orphaned",

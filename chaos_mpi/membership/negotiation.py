@@ -102,12 +102,14 @@ class Agenda:
         joins: newcomers on their way, in the order in which they were agreed on.
         settled: ids of all requests that were accepted, refused or done.
         replicating: newcomers that are connected, and catch up while the members train.
-        cut: whether the step is fixed from which on they repeat what the members do.
+        ready: members that know all they need to fix the cut for them.
+        cut: whether it is fixed.
     """
 
     joins: tuple[Join, ...] = ()
     settled: frozenset[str] = frozenset()
     replicating: tuple[Join, ...] = ()
+    ready: frozenset[str] = frozenset()
     cut: bool = False
 
     @property
@@ -164,7 +166,8 @@ def negotiate(agenda: Agenda, view: View, proposals: Iterable[Sequence[Proposal]
         proposals: those of each member, in rank order.
         limits: how small and how large the job may get.
     """
-    everything = [proposal for of_member in proposals for proposal in of_member]
+    rows = [list(of_member) for of_member in proposals]
+    everything = [proposal for row in rows for proposal in row]
     requests = sorted(
         {p.id: p for p in reversed(everything) if p.kind in ("join", "leave") and p.id not in agenda.settled}.values(),
         key=lambda p: (p.kind != "leave", p.id),
@@ -173,7 +176,9 @@ def negotiate(agenda: Agenda, view: View, proposals: Iterable[Sequence[Proposal]
     leaving = _leaving([p for p in requests if p.kind == "leave"], view, limits, refused)
     staying = view.next(m for m in view.members if m not in leaving) if len(leaving) < view.size else view
     joins, admit, start = _progress(agenda, everything, staying, refused)
-    replicating, cut, activate = _replication(agenda, everything)
+    replicating = _replication(agenda, staying, zip(view.members, rows, strict=False))
+    cut = replicating.cut and not agenda.cut
+    activate = agenda.replicating if not replicating.replicating else ()
     for proposal in [p for p in requests if p.kind == "join"]:
         size = staying.size + len(admit) + len(joins) + len(agenda.replicating)
         if limits.max_ranks is not None and size >= limits.max_ranks:
@@ -186,13 +191,18 @@ def negotiate(agenda: Agenda, view: View, proposals: Iterable[Sequence[Proposal]
         joins.append(join)
         start.append(join)
     settled = agenda.settled | {p.id for p in requests}
-    following = Agenda(tuple(joins), settled, replicating, bool(replicating) and (agenda.cut or cut))
+    following = replace(replicating, joins=tuple(joins), settled=settled)
     return Outcome(following, tuple(start), tuple(admit), leaving, cut, activate, refused)
 
 
 def orphaned(agenda: Agenda, view: View) -> bool:
     """Whether a join has lost its sponsor, so that the members should negotiate."""
     return any(join.sponsor not in view.members for join in agenda.joins)
+
+
+def cut_is_due(agenda: Agenda, view: View) -> bool:
+    """Whether the members should negotiate because all that are left are ready for the cut."""
+    return bool(agenda.replicating) and not agenda.cut and agenda.ready >= set(view.members)
 
 
 def restart(agenda: Agenda, view: View, failed: Iterable[Join]) -> tuple[Agenda, tuple[Join, ...], tuple[Join, ...]]:
@@ -225,12 +235,15 @@ def _leaving(requests: Sequence[Proposal], view: View, limits: Limits, refused: 
     return tuple(m for m in view.members if m in leaving)
 
 
-def _replication(agenda: Agenda, proposals: Sequence[Proposal]) -> tuple[tuple[Join, ...], bool, tuple[Join, ...]]:
-    """Those that go on replicating, whether the cut is now, and those to be activated."""
-    words = {p.kind for p in proposals if p.id in {join.id for join in agenda.replicating}}
-    if "caught_up" in words:
-        return (), False, agenda.replicating
-    return agenda.replicating, "ready" in words and not agenda.cut, ()
+def _replication(agenda: Agenda, staying: View, rows: Iterable[tuple[str, Sequence[Proposal]]]) -> Agenda:
+    """The agenda as to those that replicate; none do any more if they are to be activated."""
+    ids = {join.id for join in agenda.replicating}
+    words = [(member, p.kind) for member, row in rows for p in row if p.id in ids]
+    if any(kind == "caught_up" for _, kind in words):
+        return replace(agenda, replicating=(), ready=frozenset(), cut=False)
+    ready = agenda.ready | {member for member, kind in words if kind == "ready"}
+    following = replace(agenda, ready=ready)
+    return replace(following, cut=agenda.cut or cut_is_due(following, staying))
 
 
 def _progress(

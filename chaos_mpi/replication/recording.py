@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import sys
 import threading
 import time
 from collections import deque
@@ -48,6 +49,8 @@ LARGEST_PROBE_BYTES = 1 << 20
 KEPT_SHARE = 1.0
 KEPT_BYTES = 64 << 20
 _IDLE_S = 0.0005
+#: How long the training thread may keep the interpreter from the serving thread, seconds.
+SWITCH_INTERVAL_S = 0.001
 
 #: Slices that a newcomer may never have fetched, with their transfers; MPI may still read them.
 _abandoned: list[object] = []
@@ -244,6 +247,9 @@ class RecordingSource(StateSource):
         return busy | self._check_slices()
 
     def _run(self) -> None:
+        # The training thread would keep this one waiting for 5 ms at each call otherwise, and with it the newcomer.
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(min(before, SWITCH_INTERVAL_S))
         try:
             while not self._stop.is_set():
                 if self._new_cut is not None:
@@ -258,6 +264,7 @@ class RecordingSource(StateSource):
             self._speak_up()
         finally:
             self._copied.set()
+            sys.setswitchinterval(before)
 
     def _take(self, cut: Cut) -> None:
         self._snapshot = Snapshot(cut.ranges, cut.layout, cut.tensors)

@@ -20,7 +20,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from chaos_mpi.membership import Agenda, Join, Limits, Outcome, Proposal, View, negotiate, orphaned, restart
+from chaos_mpi.membership import Agenda, Join, Limits, Outcome, Proposal, View, cut_is_due, negotiate, orphaned, restart
 from chaos_mpi.membership.negotiation import MAX_ATTEMPTS
 
 ABC = View(0, ("a", "b", "c"))
@@ -301,7 +301,9 @@ def test_who_waits_starts_again_when_its_sponsor_dies() -> None:
 def test_there_is_one_cut_and_one_activation() -> None:
     replicating = (replace(started(ABC, "a").start[0], newcomer="x"),)
     going = Agenda((), frozenset("a"), replicating)
-    cut = settle(going, ABC, [Proposal("ready", "a")], [Proposal("ready", "a")])
+    some = settle(going, ABC, [Proposal("ready", "a")], [Proposal("ready", "a")])
+    assert not some.cut, "the third member does not know of the newcomer's links yet"
+    cut = settle(some.agenda, ABC, [], [], [Proposal("ready", "a")])
     assert cut.cut
     assert cut.agenda.cut
     late = settle(cut.agenda, ABC, [Proposal("ready", "a")])
@@ -311,6 +313,15 @@ def test_there_is_one_cut_and_one_activation() -> None:
     assert done.activate == replicating
     assert done.agenda == Agenda((), frozenset("a"))
     assert settle(done.agenda, ABC, [Proposal("caught_up", "a")]).activate == ()
+
+
+def test_the_cut_waits_for_no_member_that_is_gone() -> None:
+    going = Agenda((), frozenset("a"), (replace(started(ABC, "a").start[0], newcomer="x"),))
+    some = settle(going, ABC, [Proposal("ready", "a")], [Proposal("ready", "a")]).agenda
+    assert not cut_is_due(some, ABC)
+    left = ABC.next(ABC.members[:2])
+    assert cut_is_due(some, left)
+    assert settle(some, left).cut
 
 
 def test_those_that_replicate_count_for_max_ranks() -> None:
