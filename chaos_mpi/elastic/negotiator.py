@@ -87,10 +87,10 @@ class Negotiator:
         if not self.due:
             return
         self.due = False
-        begun = time.perf_counter()
         with self._lock:
             mine = list(self._inbox.values())
         rows, contributors = self._session.gather_with_contributors([p.to_json() for p in mine])
+        begun = time.perf_counter()  # until here a member has waited for slower ones, as it does in every step
         outcome = negotiate(
             self.agenda, View(0, contributors), [[Proposal.from_json(p) for p in row] for row in rows], self.limits
         )
