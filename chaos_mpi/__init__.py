@@ -87,6 +87,9 @@ def init(
     max_ranks: int | None = None,
     join_timeout_s: float | None = None,
     join_policy: str | None = None,
+    hosts_from: str | os.PathLike[str] | None = None,
+    scale_policy: str | None = None,
+    discovery_interval_s: float | None = None,
 ) -> Session:
     """Join the job and open this process's session; to be called once, before the model is wrapped.
 
@@ -104,6 +107,9 @@ def init(
         join_timeout_s: longest time from the start of a newcomer's process until it can take the state (default 120).
         join_policy: while a newcomer gets the state, train on (``overlap``), wait (``blocking``), or what fits the
             state and the optimizer (``auto``, the default).
+        hosts_from: file with lines ``host:slots``, or program that prints them, looked at again and again.
+        scale_policy: ``available`` (as many ranks as there are slots; default with ``hosts_from``) or ``manual``.
+        discovery_interval_s: time between two looks at ``hosts_from`` (default 1).
         event_log: append events as JSON lines to this path; ``%h`` and ``%m`` stand for host and member.
 
     Raises:
@@ -126,6 +132,9 @@ def init(
             max_ranks=max_ranks,
             join_timeout_s=join_timeout_s,
             join_policy=join_policy,
+            hosts_from=hosts_from,
+            scale_policy=scale_policy,
+            discovery_interval_s=discovery_interval_s,
         )
     )
 

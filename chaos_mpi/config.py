@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from chaos_mpi.autoscale.policy import POLICIES
 from chaos_mpi.errors import ConfigError
 
 JOIN_POLICIES = ("auto", "overlap", "blocking")
 BATCH_POLICIES = ("keep_global_batch", "linear", "sqrt", "none")
+SCALE_POLICIES = tuple(POLICIES)
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 T = TypeVar("T")
@@ -33,6 +35,11 @@ class Settings:
         max_ranks: most members that may be in the job, or None for no limit.
         join_policy: whether the members train on while a newcomer gets the state (``overlap``), wait for it
             (``blocking``), or do what fits the state (``auto``).
+        hosts_from: file with lines ``host:slots``, or program that prints them: the machines that there are, which may
+            change while the job runs. None for none.
+        scale_policy: what the size of the job follows (``available``, the slots that there are, or ``manual``, requests
+            only); None for ``available`` with ``hosts_from`` and ``manual`` without.
+        discovery_interval_s: time between two looks at ``hosts_from``, seconds.
         join_timeout_s: longest time from the start of a newcomer's process until it can take the state, seconds.
         run_dir: private directory that ``chaosrun`` made for this job, or None.
         log_level: level of this package's log (``debug`` to ``error``), or None to leave logging to the script.
@@ -48,6 +55,9 @@ class Settings:
     max_ranks: int | None = None
     join_timeout_s: float = 120.0
     join_policy: str = "auto"
+    hosts_from: Path | None = None
+    scale_policy: str | None = None
+    discovery_interval_s: float = 1.0
     run_dir: Path | None = None
     log_level: str | None = None
 
@@ -60,6 +70,12 @@ class Settings:
             raise ConfigError(f"join_timeout_s is {self.join_timeout_s}; it must be a positive number of seconds")
         if self.join_policy not in JOIN_POLICIES:
             raise ConfigError(f"join_policy is {self.join_policy!r}; choose one of {', '.join(JOIN_POLICIES)}")
+        if self.scale_policy is not None and self.scale_policy not in SCALE_POLICIES:
+            raise ConfigError(f"scale_policy is {self.scale_policy!r}; choose one of {', '.join(SCALE_POLICIES)}")
+        if self.scale_policy == "available" and self.hosts_from is None:
+            raise ConfigError("the scale policy available needs a list of hosts (hosts_from, or --hosts-from)")
+        if not 0 < self.discovery_interval_s < float("inf"):
+            raise ConfigError(f"discovery_interval_s is {self.discovery_interval_s}; it must be a positive number")
         if self.batch_policy not in BATCH_POLICIES:
             raise ConfigError(f"batch_policy is {self.batch_policy!r}; choose one of {', '.join(BATCH_POLICIES)}")
         if not 0 < self.timeout_s < float("inf"):
@@ -70,6 +86,11 @@ class Settings:
             raise ConfigError(f"the log level is {self.log_level!r}; choose one of {', '.join(LOG_LEVELS)}")
         if self.resume and self.checkpoint_dir is None:
             raise ConfigError("resume needs a checkpoint directory (checkpoint_dir, or --checkpoint-dir)")
+
+    @property
+    def policy_name(self) -> str:
+        """The scale policy in force."""
+        return self.scale_policy or ("available" if self.hosts_from is not None else "manual")
 
 
 def load_settings(
@@ -84,6 +105,9 @@ def load_settings(
     max_ranks: int | None = None,
     join_timeout_s: float | None = None,
     join_policy: str | None = None,
+    hosts_from: str | os.PathLike[str] | None = None,
+    scale_policy: str | None = None,
+    discovery_interval_s: float | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> Settings:
     """Settings from arguments; those that are None come from the environment, then from the defaults.
@@ -105,6 +129,7 @@ def load_settings(
 
     directory = checkpoint_dir if checkpoint_dir is not None else environ.get("CHAOS_CHECKPOINT_DIR") or None
     run_dir = environ.get("CHAOS_RUN_DIR") or None
+    hosts = hosts_from if hosts_from is not None else environ.get("CHAOS_HOSTS_FROM") or None
     return Settings(
         min_ranks=choose(min_ranks, "CHAOS_MIN_RANKS", int, 1),
         batch_policy=choose(batch_policy, "CHAOS_BATCH_POLICY", str, "keep_global_batch"),
@@ -116,6 +141,9 @@ def load_settings(
         max_ranks=choose(max_ranks, "CHAOS_MAX_RANKS", int, None),
         join_timeout_s=choose(join_timeout_s, "CHAOS_JOIN_TIMEOUT_S", float, 120.0),
         join_policy=choose(join_policy, "CHAOS_JOIN_POLICY", str, "auto"),
+        hosts_from=Path(hosts).absolute() if hosts is not None else None,
+        scale_policy=choose(scale_policy, "CHAOS_SCALE_POLICY", str, None),
+        discovery_interval_s=choose(discovery_interval_s, "CHAOS_DISCOVERY_INTERVAL_S", float, 1.0),
         run_dir=Path(run_dir) if run_dir is not None else None,
         log_level=environ.get("CHAOS_LOG_LEVEL") or None,
     )

@@ -14,10 +14,11 @@ import click
 
 from chaos_mpi import __version__
 from chaos_mpi.cli.doctor import report
+from chaos_mpi.cli.hosts import initial_ranks, slots_here
 from chaos_mpi.cli.outcome import EXIT_USAGE, judge, read_records
 from chaos_mpi.cli.process import MpirunJob
-from chaos_mpi.config import BATCH_POLICIES, JOIN_POLICIES, LOG_LEVELS
-from chaos_mpi.errors import EngineError
+from chaos_mpi.config import BATCH_POLICIES, JOIN_POLICIES, LOG_LEVELS, SCALE_POLICIES
+from chaos_mpi.errors import ConfigError, EngineError
 from chaos_mpi.mpi.launch import mpirun_command
 
 #: Exit status of mpirun when its own services did not come up; seen about once in a thousand starts on a busy machine.
@@ -37,10 +38,19 @@ class _Command(click.Command):
 
 
 @click.command(cls=_Command, context_settings=_SETTINGS)
-@click.option("-n", "--np", "ranks", type=click.IntRange(min=1), default=1, help="Number of ranks.", show_default=True)
+@click.option("-n", "--np", "ranks", type=click.IntRange(min=1), help="Ranks to start with; else 1, or --hosts-from.")
 @click.option("--min-ranks", type=click.IntRange(min=1), help="Stop, with the state saved, when fewer are left.")
 @click.option("--max-ranks", type=click.IntRange(min=1), help="Refuse joins that would make the job larger.")
 @click.option("--join-policy", type=click.Choice(JOIN_POLICIES), help="Train on while a newcomer gets the state?")
+@click.option(
+    "--hosts-from", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE|SCRIPT",
+    help="Lines host:slots, of a file or printed by a script; may change while the job runs.",
+)  # fmt: skip
+@click.option(
+    "--scale-policy", type=click.Choice(SCALE_POLICIES),
+    help="Size of the job: the slots that are there (default with --hosts-from), or changed by request only.",
+)  # fmt: skip
+@click.option("--discovery-interval", type=click.FloatRange(min=0, min_open=True), help="Seconds between two looks.")
 @click.option("--batch-policy", type=click.Choice(BATCH_POLICIES), help="Batch and learning rate on a change of size.")
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Longest wait for other ranks, seconds.")
 @click.option("--checkpoint-dir", type=click.Path(file_okay=False, path_type=Path), help="Write checkpoints there.")
@@ -55,10 +65,13 @@ class _Command(click.Command):
 @click.version_option(__version__)
 @click.argument("script", nargs=-1, type=click.UNPROCESSED)
 def main(
-    ranks: int,
+    ranks: int | None,
     min_ranks: int | None,
     max_ranks: int | None,
     join_policy: str | None,
+    hosts_from: Path | None,
+    scale_policy: str | None,
+    discovery_interval: float | None,
     batch_policy: str | None,
     timeout: float | None,
     checkpoint_dir: Path | None,
@@ -78,11 +91,8 @@ def main(
     ranks left); 2 for wrong arguments; 128 + signal when interrupted; 1 when it failed.
     """
     if doctor:
-        sys.exit(report(ranks, click.echo))
-    if min_ranks is not None and min_ranks > ranks:
-        _refuse(f"--min-ranks {min_ranks} is more than -n {ranks}")
-    if max_ranks is not None and max_ranks < ranks:
-        _refuse(f"--max-ranks {max_ranks} is less than -n {ranks}")
+        sys.exit(report(ranks or 1, click.echo))
+    ranks = _size(ranks, min_ranks, max_ranks, hosts_from, scale_policy)
     if resume and checkpoint_dir is None:
         _refuse("--resume needs --checkpoint-dir")
     if checkpoint_dir is not None:
@@ -91,6 +101,9 @@ def main(
         "CHAOS_MIN_RANKS": min_ranks,
         "CHAOS_MAX_RANKS": max_ranks,
         "CHAOS_JOIN_POLICY": join_policy,
+        "CHAOS_HOSTS_FROM": hosts_from.absolute() if hosts_from is not None else None,
+        "CHAOS_SCALE_POLICY": scale_policy,
+        "CHAOS_DISCOVERY_INTERVAL_S": discovery_interval,
         "CHAOS_BATCH_POLICY": batch_policy,
         "CHAOS_TIMEOUT_S": timeout,
         "CHAOS_CHECKPOINT_DIR": checkpoint_dir.absolute() if checkpoint_dir is not None else None,
@@ -113,6 +126,31 @@ def main(
         print(" ".join([*(f"{name}={shlex.quote(value)}" for name, value in chosen.items()), shlex.join(line)]))
         return
     sys.exit(_run(line, chosen, ranks, tag_output, drop_noise=log_level != "debug"))
+
+
+def _size(
+    ranks: int | None, min_ranks: int | None, max_ranks: int | None, hosts_from: Path | None, scale_policy: str | None
+) -> int:
+    """How many ranks to start, once all that speaks of sizes fits together."""
+    if min_ranks is not None and max_ranks is not None and min_ranks > max_ranks:
+        _refuse(f"--min-ranks {min_ranks} is more than --max-ranks {max_ranks}")
+    if hosts_from is None and scale_policy == "available":
+        _refuse("--scale-policy available needs --hosts-from")
+    if ranks is None and hosts_from is None:
+        ranks = 1
+    if ranks is not None and min_ranks is not None and min_ranks > ranks:
+        _refuse(f"--min-ranks {min_ranks} is more than -n {ranks}")
+    if ranks is not None and max_ranks is not None and max_ranks < ranks:
+        _refuse(f"--max-ranks {max_ranks} is less than -n {ranks}")
+    try:
+        if hosts_from is not None and ranks is None:
+            return initial_ranks(hosts_from, min_ranks, max_ranks)
+        if hosts_from is not None:
+            slots_here(hosts_from)  # so that an error shows before anything is started
+    except ConfigError as error:
+        _refuse(str(error))
+    assert ranks is not None
+    return ranks
 
 
 def _run(line: list[str], chosen: dict[str, str], ranks: int, tag_output: bool, drop_noise: bool) -> int:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from chaos_mpi.elastic import admission
+from chaos_mpi.elastic.autoscaler import Autoscaler
 from chaos_mpi.elastic.overlap import Overlap, overlaps
 from chaos_mpi.elastic.sponsor import Sponsorship
 from chaos_mpi.elastic.transitions import Admit, Leave
@@ -55,6 +56,7 @@ class Negotiator:
         self._numbers = itertools.count(1)
         self._sponsorships: dict[str, Sponsorship] = {}
         self._overlap: Overlap | None = None
+        self._autoscaler = Autoscaler(session, limits, lambda: self.agenda, self.propose)
 
     # -- proposing; from any thread --------------------------------------------------------------------
 
@@ -74,7 +76,8 @@ class Negotiator:
     def wants_to_talk(self) -> bool:
         """Whether this member has something to propose."""
         agenda, view = self.agenda, self._session.view
-        return bool(self._inbox) or orphaned(agenda, view) or cut_is_due(agenda, view)
+        agreed = orphaned(agenda, view) or cut_is_due(agenda, view) or self._autoscaler.wants_a_change()
+        return bool(self._inbox) or agreed
 
     # -- at a boundary ---------------------------------------------------------------------------------
 
@@ -84,6 +87,7 @@ class Negotiator:
         Raises:
             SystemExit: this member leaves.
         """
+        self._autoscaler.at_boundary()
         if not self.due:
             return
         self.due = False
@@ -91,13 +95,15 @@ class Negotiator:
             mine = list(self._inbox.values())
         rows, contributors = self._session.gather_with_contributors([p.to_json() for p in mine])
         begun = time.perf_counter()  # until here a member has waited for slower ones, as it does in every step
-        outcome = negotiate(
-            self.agenda, View(0, contributors), [[Proposal.from_json(p) for p in row] for row in rows], self.limits
-        )
+        view = View(0, contributors)
+        outcome = negotiate(self.agenda, view, [[Proposal.from_json(p) for p in row] for row in rows], self.limits)
+        outcome = self._autoscaler.settle(outcome, view)
         self.agenda = outcome.agenda
         with self._lock:
             for proposal in mine:
-                self._inbox.pop((proposal.kind, proposal.id, proposal.attempt), None)
+                key = proposal.kind, proposal.id, proposal.attempt
+                if self._inbox.get(key) is proposal:  # and not a newer one
+                    del self._inbox[key]
         self._tell(outcome)
         if outcome.leave:
             self._part(outcome.leave, begun)
@@ -118,6 +124,7 @@ class Negotiator:
 
     def close(self) -> None:
         """The job is over: newcomers that are still on their way are sent home."""
+        self._autoscaler.close()
         for sponsorship in self._sponsorships.values():
             sponsorship.give_up("the job ended")
         self._sponsorships.clear()
@@ -140,6 +147,7 @@ class Negotiator:
             session.emit("leave_committed", members=list(gone), milliseconds=milliseconds)
             if self._overlap is not None:
                 self._overlap.leave()
+            self._autoscaler.close()
             session.depart()
         assert operation.world is not None
         staying = [m for m in operation.view.members if m not in gone]
@@ -157,7 +165,8 @@ class Negotiator:
             if (bridge := bridges.get(join.id)) is not None:
                 later = [session.members.index(j.sponsor) for j in joins[index + 1 :] if j.sponsor in session.members]
                 timing = {"launch_s": mine[join.id].launch_s, "waited_s": time.monotonic() - mine[join.id].ready_at}
-                admission.invite(bridge, later, timing, join.asked_at)
+                asked_at = join.asked_at or time.time() - sum(timing.values())
+                admission.invite(bridge, later, timing, asked_at)
         operation = Admit(joins, bridges, session.sampler_reports, self._width(), session.settings.timeout_s)
         session.execute(operation)
         assert operation.view is not None

@@ -1,5 +1,6 @@
 """Who takes part, and how members decide what happens next. Pure: no I/O, no clock, no MPI."""
 
+from chaos_mpi.membership.hosts import HostList, HostSlots, host_of
 from chaos_mpi.membership.negotiation import (
     Agenda,
     Join,
@@ -17,6 +18,8 @@ from chaos_mpi.membership.view import View
 __all__ = [
     "Agenda",
     "Decision",
+    "HostList",
+    "HostSlots",
     "Join",
     "Limits",
     "Outcome",
@@ -25,6 +28,7 @@ __all__ = [
     "View",
     "cut_is_due",
     "decide",
+    "host_of",
     "negotiate",
     "orphaned",
     "restart",

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
+from chaos_mpi.membership.hosts import HostList, HostSlots, as_entries, newest
 from chaos_mpi.membership.view import View
 
 #: A join is given up after its process failed to start so often.
@@ -36,13 +37,15 @@ class Proposal:
         kind: ``join``; ``leave`` (``member`` is to go); ``arrived`` (the newcomer of join ``id`` is up, and is
             called ``member``); ``failed`` (attempt number ``attempt`` to start it came to nothing); ``misfit``
             (it is up and cannot be used, so it is not tried again); ``ready`` and ``caught_up`` (the newcomers that
-            are replicating, join ``id`` among them, are ready for the cut, or as far as they can get).
+            are replicating, join ``id`` among them, are ready for the cut, or as far as they can get);
+            ``hosts`` (the machines that there are now are ``hosts``).
         id: of the request; unique in the life of a job.
         member: see ``kind``; empty for a join.
         host: for a join, the machine it is to run on; empty for any.
         attempt: for ``arrived`` and ``failed``, the number of the attempt they speak of.
         reason: for a person to read.
-        asked_at: when the request was made, Unix seconds, by the clock of its origin.
+        asked_at: when the request was made, Unix seconds, by the clock of its origin; 0 if not known.
+        hosts: see ``kind``.
     """
 
     kind: str
@@ -52,6 +55,7 @@ class Proposal:
     attempt: int = 0
     reason: str = ""
     asked_at: float = 0.0
+    hosts: tuple[HostSlots, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON-able dict."""
@@ -60,7 +64,7 @@ class Proposal:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
         """The reverse of :meth:`to_json`."""
-        return cls(**fields)
+        return cls(**{**fields, "hosts": as_entries(fields["hosts"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +78,7 @@ class Join:
         sponsor: the member that starts it and is its first contact.
         attempt: 1 for the first start.
         newcomer: its member id once it is up, else empty.
-        asked_at: when it was asked for, Unix seconds.
+        asked_at: when it was asked for, Unix seconds; 0 if not known.
     """
 
     id: str
@@ -104,6 +108,7 @@ class Agenda:
         replicating: newcomers that are connected, and catch up while the members train.
         ready: members that know all they need to fix the cut for them.
         cut: whether it is fixed.
+        hosts: the machines that ranks may run on; None if nobody has looked.
     """
 
     joins: tuple[Join, ...] = ()
@@ -111,6 +116,7 @@ class Agenda:
     replicating: tuple[Join, ...] = ()
     ready: frozenset[str] = frozenset()
     cut: bool = False
+    hosts: HostList | None = None
 
     @property
     def expected(self) -> int:
@@ -124,12 +130,14 @@ class Agenda:
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON-able dict. Without those that replicate: it is for them, for when they do no more."""
-        return {"joins": [asdict(join) for join in self.joins], "settled": sorted(self.settled)}
+        hosts = self.hosts.to_json() if self.hosts is not None else None
+        return {"joins": [asdict(join) for join in self.joins], "settled": sorted(self.settled), "hosts": hosts}
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
         """The reverse of :meth:`to_json`."""
-        return cls(tuple(Join(**join) for join in fields["joins"]), frozenset(fields["settled"]))
+        hosts = HostList.from_json(fields["hosts"]) if fields["hosts"] is not None else None
+        return cls(tuple(Join(**join) for join in fields["joins"]), frozenset(fields["settled"]), hosts=hosts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +199,8 @@ def negotiate(agenda: Agenda, view: View, proposals: Iterable[Sequence[Proposal]
         joins.append(join)
         start.append(join)
     settled = agenda.settled | {p.id for p in requests}
-    following = replace(replicating, joins=tuple(joins), settled=settled)
+    hosts = newest(agenda.hosts, (p.hosts for p in everything if p.kind == "hosts"))
+    following = replace(replicating, joins=tuple(joins), settled=settled, hosts=hosts)
     return Outcome(following, tuple(start), tuple(admit), leaving, cut, activate, refused)
 
 

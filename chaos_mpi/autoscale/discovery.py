@@ -1,0 +1,138 @@
+"""Finding out which machines there are: a file is read, or a script is run, again and again."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from chaos_mpi.autoscale.hostlist import parse_hosts, split_usable
+from chaos_mpi.errors import ConfigError
+from chaos_mpi.membership import HostSlots
+
+log = logging.getLogger("chaos_mpi.autoscale")
+
+#: A script is ended, with all it has started, when it takes longer, seconds.
+SCRIPT_LIMIT_S = 10.0
+#: What ``timeout`` (coreutils) exits with when it had to end the program.
+_TIMED_OUT = (124, 137)
+
+
+def is_script(path: Path) -> bool:
+    """Whether the list is printed by this program, and not in this file."""
+    return path.is_file() and os.access(path, os.X_OK)
+
+
+def read_hosts(path: Path, limit_s: float = SCRIPT_LIMIT_S) -> tuple[HostSlots, ...]:
+    """The hosts in a file, or that an executable file prints.
+
+    Raises:
+        ConfigError: it cannot be read or run, fails, takes longer than ``limit_s`` seconds, or its list has an error.
+    """
+    if is_script(path):
+        return parse_hosts(_printed_by(path, limit_s), f"the output of {path}")
+    try:
+        return parse_hosts(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise ConfigError(f"the list of hosts {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the list of hosts {path} is not text in UTF-8: {error}") from error
+
+
+def usable_hosts(entries: tuple[HostSlots, ...]) -> tuple[tuple[HostSlots, ...], tuple[HostSlots, ...]]:
+    """Those on which this job can start ranks, and the others; see :func:`split_usable`."""
+    own = socket.gethostname()
+    addresses = {address.address for of_card in psutil.net_if_addrs().values() for address in of_card}
+    return split_usable(entries, {own, own.partition(".")[0], "localhost", *addresses}, own)
+
+
+class Discovery:
+    """Looks for hosts in a thread, and says what it finds.
+
+    A list is believed when two looks in a row find the same, because a file may be in the middle of being written.
+    While there is none, the last one holds; what is wrong is logged once.
+
+    Args:
+        path: of the file or script.
+        interval_s: time between two looks, seconds.
+        observe: is told every list that is believed; only hosts that can be used.
+        is_my_turn: whether it is for this member to look.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        interval_s: float,
+        observe: Callable[[tuple[HostSlots, ...]], None],
+        is_my_turn: Callable[[], bool],
+    ) -> None:
+        self._path, self._interval_s = path, interval_s
+        self._observe, self._is_my_turn = observe, is_my_turn
+        self._last: tuple[HostSlots, ...] | None = None
+        self._problem = ""
+        self._warned: set[str] = set()
+        self._stop = threading.Event()
+        threading.Thread(target=self._run, name="chaos_mpi-discovery", daemon=True).start()
+
+    def close(self) -> None:
+        """Look no more."""
+        self._stop.set()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._interval_s):
+            if self._is_my_turn():
+                self.look()
+
+    def look(self) -> None:
+        """Look once."""
+        try:
+            found = read_hosts(self._path)
+        except ConfigError as error:
+            if str(error) != self._problem:
+                self._problem = str(error)
+                log.warning("%s. The hosts that were known before hold on", error)
+            return
+        if self._problem:
+            log.warning("%s can be used again", self._path)
+            self._problem = ""
+        before, self._last = self._last, found
+        if found == before and not self._stop.is_set():
+            usable, others = usable_hosts(found)
+            self._warn(others)
+            self._observe(usable)
+
+    def _warn(self, others: tuple[HostSlots, ...]) -> None:
+        for host, slots in others:
+            if host not in self._warned:
+                self._warned.add(host)
+                log.warning(
+                    "host %s: starting ranks on other machines is not supported yet; its %d slots are not used",
+                    host, slots,
+                )  # fmt: skip
+
+
+def _printed_by(script: Path, limit_s: float) -> str:
+    # Into files: a pipe would stay open as long as anything that the script has left behind. And with coreutils'
+    # timeout, which ends the script in time also when this process is killed meanwhile.
+    command = ["timeout", "--kill-after=1", f"{limit_s}", str(script.absolute())]
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        try:
+            status = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, check=False)
+        except OSError as error:
+            raise ConfigError(f"the discovery script {script} cannot be run: {error.strerror}") from error
+        for file in (output, errors):
+            file.seek(0)
+        if status.returncode in _TIMED_OUT:
+            raise ConfigError(f"the discovery script {script} did not end within {limit_s:g} s")
+        if status.returncode != 0:
+            said = errors.read().decode(errors="replace").strip().splitlines()
+            why = f": {said[-1]}" if said else ""
+            raise ConfigError(f"the discovery script {script} failed with status {status.returncode}{why}")
+        return output.read().decode(errors="replace")
