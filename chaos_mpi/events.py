@@ -26,6 +26,8 @@ EVENTS = frozenset(
         "failure_detected",
         "view_committed",
         "recovered",
+        "hosts_changed",
+        "scaled",
         "join_requested",
         "join_spawned",
         "join_cut",
