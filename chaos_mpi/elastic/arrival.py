@@ -92,6 +92,7 @@ def restore(
         raise JoinError(f"the others have {len(handed)} samplers, this rank has {len(session.samplers)}")
     for sampler, part in zip(session.samplers, handed, strict=True):
         sampler.take_over(part)
+    session.take_rng(tree["rng"])
 
 
 def show_progress(names: Mapping[int, str]) -> Callable[[int, int, dict[int, float]], None]:

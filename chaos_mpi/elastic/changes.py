@@ -16,7 +16,7 @@ from chaos_mpi.errors import ConfigError
 from chaos_mpi.membership import Agenda, View
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import torch
 
@@ -141,6 +141,10 @@ class ChangingSession(CollectiveCalls):
     def pack_for_newcomers(self) -> Packed:
         """The training state and where the samplers are; its tensors are the live ones."""
         return self._persistence.pack_with([sampler.hand_over() for sampler in self._samplers])
+
+    def take_rng(self, state: Mapping[str, Any] | None) -> None:
+        """Go on from these random number generators, from the next boundary on; None to keep this rank's."""
+        self._persistence.take_rng(state)
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Those of the training state, in its order."""

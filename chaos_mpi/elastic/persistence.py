@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import torch
 
 from chaos_mpi.elastic import checkpoint
 from chaos_mpi.elastic.learning_rate import scale_learning_rate
+from chaos_mpi.elastic.rng import capture_rng, of_rank, restore_rng
 from chaos_mpi.elastic.scaling import lr_factor
 from chaos_mpi.elastic.state import TrainingState, first_difference
 from chaos_mpi.errors import ChaosError, CheckpointError, ConfigError, MismatchError
@@ -33,6 +35,11 @@ class Persistence:
         self._state: TrainingState | None = None
         self._writer: checkpoint.CheckpointWriter | None = None
         self._saved_step = -1
+        #: The random number generators: where they were at the last boundary, of every rank at the last checkpoint, and
+        #: where they are to go on from at the next boundary.
+        self._rng: dict[str, Any] | None = None
+        self._rng_of_ranks: list[dict[str, Any]] | None = None
+        self._rng_to_take: Mapping[str, Any] | None = None
         #: What the state is made of, as the script made it: hyper-parameters change in training.
         self.signature: dict[str, Any] = {}
 
@@ -76,14 +83,34 @@ class Persistence:
     def at_boundary(self, final: bool) -> None:
         """Between two steps: hand a copy of the state to the writer when a checkpoint is due."""
         directory, step = self._settings.checkpoint_dir, self._session.step
-        if directory is None or self._state is None or self._session.rank != 0 or step == self._saved_step:
+        if self._state is not None and self._state.keeps_rng:
+            self._rng = capture_rng()
+        if directory is None or self._state is None:
             return
         if not final and (step == 0 or step % self._settings.checkpoint_every):
+            return
+        if self._state.keeps_rng:
+            self._rng_of_ranks = self._session.gather(self._rng)
+        if self._session.rank != 0 or step == self._saved_step:
             return
         if self._writer is None:
             self._writer = checkpoint.CheckpointWriter(directory)
         self._saved_step = step
         self._writer.submit(step, self._packed(clone=not final))
+
+    def take_rng(self, state: Mapping[str, Any] | None) -> None:
+        """Go on from these states of the random number generators at the next boundary.
+
+        Not before: members were there when the states were captured, and what is drawn on the way there is drawn once
+        more by a rank that was started since, to load its first batch.
+        """
+        self._rng_to_take = state
+
+    def at_forward(self) -> None:
+        """Before the model is called, and before anything that :meth:`at_boundary` does."""
+        if self._rng_to_take is not None:
+            restore_rng(self._rng_to_take)
+            self._rng_to_take = None
 
     def close(self) -> None:
         """Wait for the checkpoint that is being written."""
@@ -102,6 +129,8 @@ class Persistence:
         try:
             if self._writer is not None:
                 self._writer.flush(FLUSH_LIMIT_S)
+            # The others cannot be asked any more.
+            self._rng_of_ranks = [self._rng] if self._rng is not None else None
             checkpoint.save_now(path, step, self._packed(clone=False))
         except (ChaosError, OSError) as error:
             return f"The state could NOT be saved to {path}: {error}."
@@ -110,11 +139,11 @@ class Persistence:
     def pack_with(self, samplers: list[dict[str, Any]]) -> Packed:
         """The state, with live tensors, and what the samplers hand over."""
         assert self._state is not None
-        return pack({"state": self._state.capture(), "samplers": samplers}, clone=False)
+        return pack({"state": self._state.capture(), "samplers": samplers, "rng": self._rng}, clone=False)
 
     def _packed(self, *, clone: bool) -> Packed:
         assert self._state is not None
-        tree = {"state": self._state.capture(), "session": self._progress()}
+        tree = {"state": self._state.capture(), "session": self._progress(), "rng": self._rng_of_ranks}
         return pack(tree, clone=clone)
 
     def _progress(self) -> dict[str, int]:
@@ -168,6 +197,10 @@ class Persistence:
         state.restore(tree["state"])
         session.resumed(tree["session"]["step"], tree["session"]["initial_size"])
         self._saved_step = session.step
+        if state.keeps_rng and tree.get("rng"):
+            self.take_rng(of_rank(tree["rng"], session.rank))
+        elif state.keeps_rng and session.rank == 0:
+            log.warning("the checkpoint holds no random number generators; they start anew")
         if session.rank == 0:
             log.warning("resumed from step %d in %s", session.step, directory)
 

@@ -214,6 +214,7 @@ class Session(ChangingSession):
 
     def boundary(self, *, final: bool = False) -> None:
         """Between two steps, when optimizer, scheduler and counters are all up to date."""
+        self._persistence.at_forward()
         if self.step != self._boundary_step:
             self.emit("step", **self._recorded)
             self._recorded = {}

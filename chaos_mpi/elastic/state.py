@@ -67,6 +67,10 @@ class TrainingState:
             left out of the names, so that a checkpoint can be loaded without it.
         optimizer: an optimizer, or several as a dict.
         scheduler, sampler: something with ``state_dict`` and ``load_state_dict``, or several as a dict.
+        rng: keep the random number generators of torch (CPU), numpy and Python with the state, too. A checkpoint holds
+            those of each rank; on resume a rank goes on from its own, one that is added from rank 0's. A rank that
+            joins goes on from those of rank 0: it draws what the others draw if all are seeded alike. This holds
+            from the first forward on; what is drawn before, for loading the first batch, is drawn anew.
         session: the session to attach the state to; default: the current one, if there is one.
         extras: further objects with ``state_dict`` and ``load_state_dict``, tensors, or JSON values. A tensor
             keeps its shape and dtype for ever; what grows is to be a list.
@@ -80,6 +84,7 @@ class TrainingState:
     _given: dict[str, Any]
     _objects: dict[Place, Any]
     _values: dict[str, Any]
+    _keeps_rng: bool
 
     def __init__(
         self,
@@ -88,6 +93,7 @@ class TrainingState:
         optimizer: torch.optim.Optimizer | Mapping[str, torch.optim.Optimizer],
         scheduler: Stateful | Mapping[str, Stateful] | None = None,
         sampler: Stateful | Mapping[str, Stateful] | None = None,
+        rng: bool = False,
         session: AttachesState | None = None,
         **extras: Any,
     ) -> None:
@@ -102,7 +108,7 @@ class TrainingState:
             else:
                 values[name] = _storable(name, value)
         # Past __setattr__, which is for the extras.
-        self.__dict__.update(_given=given, _objects=objects, _values=values)
+        self.__dict__.update(_given=given, _objects=objects, _values=values, _keeps_rng=rng)
         session = session if session is not None else _current_session()
         if session is not None:
             session.attach_state(self)
@@ -130,6 +136,11 @@ class TrainingState:
             raise AttributeError(f"the {name} of a TrainingState cannot be replaced; name it when making the state")
         else:
             raise AttributeError(_unknown(name))
+
+    @property
+    def keeps_rng(self) -> bool:
+        """Whether the random number generators are kept with the state."""
+        return self._keeps_rng
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """All optimizers, in the order in which they were named."""
@@ -210,6 +221,8 @@ class TrainingState:
         for name, value in self._values.items():
             # Not the type of a value: a newcomer's is still what it starts with, as None.
             signature["extras"][name] = _describe(value) if isinstance(value, torch.Tensor) else "value"
+        if self._keeps_rng:
+            signature["extras"]["rng"] = "set of random number generators"
         return signature
 
     def named_tensors(self) -> list[tuple[str, torch.Tensor]]:
