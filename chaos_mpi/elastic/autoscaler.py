@@ -38,6 +38,7 @@ class Autoscaler:
         self._policy = make_policy(session.settings.policy_name)
         self._discovery: Discovery | None = None
         self._decided: tuple[Agenda, View, Decision] | None = None
+        self._proposed: tuple[HostSlots, ...] | None = None
         self._exhausted: tuple[str, ...] = ()
 
     def at_boundary(self) -> None:
@@ -89,5 +90,8 @@ class Autoscaler:
 
     def _observe(self, entries: tuple[HostSlots, ...]) -> None:
         hosts = self._agenda().hosts
-        if hosts is None or hosts.entries != entries:
+        agreed = hosts is not None and hosts.entries == entries
+        # What is agreed on already is proposed if it is to replace another list that waits to be.
+        if not agreed or self._proposed not in (None, entries):
+            self._proposed = entries
             self._propose(Proposal("hosts", "hosts", hosts=entries))

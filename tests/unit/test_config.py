@@ -21,6 +21,8 @@ def test_environment_and_arguments() -> None:
         "CHAOS_TIMEOUT_S": "7.5",
         "CHAOS_CHECKPOINT_DIR": "/some/where",
         "CHAOS_RESUME": "1",
+        "CHAOS_HOSTS_FROM": "/some/hosts",
+        "CHAOS_DISCOVERY_INTERVAL_S": "0.5",
     }
     settings = load_settings(environ=environ, min_ranks=3)
     assert settings.min_ranks == 3
@@ -28,6 +30,14 @@ def test_environment_and_arguments() -> None:
     assert settings.timeout_s == 7.5
     assert settings.checkpoint_dir == Path("/some/where")
     assert settings.resume
+    assert settings.hosts_from == Path("/some/hosts")
+    assert settings.discovery_interval_s == 0.5
+
+
+def test_the_scale_policy_follows_from_whether_there_is_a_list_of_hosts() -> None:
+    assert load_settings(environ={}).policy_name == "manual"
+    assert load_settings(environ={}, hosts_from="hosts").policy_name == "available"
+    assert load_settings(environ={"CHAOS_SCALE_POLICY": "manual"}, hosts_from="hosts").policy_name == "manual"
 
 
 @pytest.mark.parametrize(
@@ -41,6 +51,9 @@ def test_environment_and_arguments() -> None:
         ({"CHAOS_CHECKPOINT_EVERY": "0"}, "at least 1 step"),
         ({"CHAOS_LOG_LEVEL": "loud"}, "debug, info, warning, error"),
         ({"CHAOS_RESUME": "maybe"}, "CHAOS_RESUME"),
+        ({"CHAOS_SCALE_POLICY": "larger"}, "available, manual"),
+        ({"CHAOS_SCALE_POLICY": "available"}, "needs a list of hosts"),
+        ({"CHAOS_DISCOVERY_INTERVAL_S": "0"}, "positive"),
         ({"CHAOS_RESUME": "1"}, "checkpoint directory"),
     ],
 )

@@ -48,9 +48,14 @@ def test_time_is_that_of_emit_not_of_writing(tmp_path: Path) -> None:
 
 def test_what_json_does_not_know_stays_valid_json(tmp_path: Path) -> None:
     fields: dict[str, Any] = {
-        "loss": float("nan"), "gain": np.float32("inf"), "nested": {"a": [float("-inf"), 1.5]},
+        "loss": float("nan"),
+        "gain": np.float32("inf"),
+        "nested": {"a": [float("-inf"), 1.5]},
         "odd_keys": {(1, 2): None},
-        "count": np.int64(3), "tensor": torch.tensor([1.0, float("nan")]), "file": Path("x"), "names": {"b", "a"},
+        "count": np.int64(3),
+        "tensor": torch.tensor([1.0, float("nan")]),
+        "file": Path("x"),
+        "names": {"b", "a"},
     }
     fields["itself"] = [fields]
     path = tmp_path / "e"
