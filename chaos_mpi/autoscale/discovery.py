@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,8 +23,11 @@ log = logging.getLogger("chaos_mpi.autoscale")
 
 #: A script is ended, with all it has started, when it takes longer, seconds.
 SCRIPT_LIMIT_S = 10.0
-#: What ``timeout`` (coreutils) exits with when it had to end the program.
-_TIMED_OUT = (124, 137)
+#: What ``timeout`` (coreutils) exits with when it had to end the program, and when it could not run it.
+_TIMED_OUT = (124, -signal.SIGKILL)
+_CANNOT_RUN = (126, 127)
+#: What mpirun tells its ranks is not for a script, which chaosrun has run without it.
+_LAUNCHER_VARIABLES = ("OMPI_", "PMIX_", "PRTE_")
 
 
 def is_script(path: Path) -> bool:
@@ -122,17 +127,28 @@ def _printed_by(script: Path, limit_s: float) -> str:
     # Into files: a pipe would stay open as long as anything that the script has left behind. And with coreutils'
     # timeout, which ends the script in time also when this process is killed meanwhile.
     command = ["timeout", "--kill-after=1", f"{limit_s}", str(script.absolute())]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHER_VARIABLES)}
+    begun = time.monotonic()
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         try:
-            status = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, check=False)
+            ended = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, env=environment, check=False
+            )
         except OSError as error:
-            raise ConfigError(f"the discovery script {script} cannot be run: {error.strerror}") from error
+            raise ConfigError(f"the discovery script {script} cannot be run by timeout: {error.strerror}") from error
         for file in (output, errors):
             file.seek(0)
-        if status.returncode in _TIMED_OUT:
+        if ended.returncode in _TIMED_OUT and time.monotonic() - begun >= limit_s:
             raise ConfigError(f"the discovery script {script} did not end within {limit_s:g} s")
-        if status.returncode != 0:
+        if ended.returncode != 0:
             said = errors.read().decode(errors="replace").strip().splitlines()
-            why = f": {said[-1]}" if said else ""
-            raise ConfigError(f"the discovery script {script} failed with status {status.returncode}{why}")
+            raise ConfigError(f"the discovery script {script} {_failure(ended.returncode, said)}")
         return output.read().decode(errors="replace")
+
+
+def _failure(status: int, said: list[str]) -> str:
+    """How a script ended, in words, with the last line of what it said."""
+    how = f"was ended by signal {-status}" if status < 0 else f"failed with status {status}"
+    why = f": {said[-1]}" if said else ""
+    hint = ". If it is a list and no program, take away its x permission" if status in _CANNOT_RUN else ""
+    return f"{how}{why}{hint}"

@@ -38,7 +38,9 @@ class _Command(click.Command):
 
 
 @click.command(cls=_Command, context_settings=_SETTINGS)
-@click.option("-n", "--np", "ranks", type=click.IntRange(min=1), help="Ranks to start with; else 1, or --hosts-from.")
+@click.option(
+    "-n", "--np", "ranks", type=click.IntRange(min=1), help="Ranks to start with. Default: the slots here, or 1."
+)
 @click.option("--min-ranks", type=click.IntRange(min=1), help="Stop, with the state saved, when fewer are left.")
 @click.option("--max-ranks", type=click.IntRange(min=1), help="Refuse joins that would make the job larger.")
 @click.option("--join-policy", type=click.Choice(JOIN_POLICIES), help="Train on while a newcomer gets the state?")

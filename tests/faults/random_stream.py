@@ -1,7 +1,7 @@
 """A model that draws random numbers, and logs what it drew: ``random_stream.py FOLDER RANKS SEEDS``.
 
-Trains until RANKS ranks take part, and ten steps more. With SEEDS ``alike`` all ranks have the same seed, and those that
-join another one; with ``own`` each has its own.
+Trains until RANKS ranks take part, and ten steps more. With SEEDS ``alike`` all ranks have the same seed, and those
+that join another one; with ``own`` each has its own.
 """
 
 from __future__ import annotations

@@ -86,6 +86,7 @@ def test_a_script_prints_the_list(tmp_path: Path) -> None:
     [
         ("echo first >&2; echo no such zone >&2; exit 3", "failed with status 3: no such zone"),
         ("exit 4", "failed with status 4"),
+        ("kill -KILL $$", "was ended by signal 9"),
         ("echo alpha", "the output of {path}, line 1: 'alpha' is not of the form"),
         ("sleep 1000 & sleep 1000", "{path} did not end within 0.3 s"),
     ],
@@ -95,6 +96,20 @@ def test_what_is_wrong_with_a_script(body: str, words: str, tmp_path: Path) -> N
     with pytest.raises(ConfigError) as caught:
         read_hosts(path, limit_s=0.3)
     assert words.format(path=path) in str(caught.value)
+
+
+def test_a_list_that_is_executable_by_mistake(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("localhost:2\n")
+    (tmp_path / "hosts").chmod(0o755)
+    with pytest.raises(ConfigError, match=r"status 127.* If it is a list and no program, take away its x permission"):
+        read_hosts(tmp_path / "hosts")
+
+
+def test_a_script_is_not_told_what_is_for_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
+    monkeypatch.setenv("ZONE", "north")
+    path = script(tmp_path / "discover", "echo $ZONE$OMPI_COMM_WORLD_RANK:2")
+    assert read_hosts(path) == (("north", 2),)
 
 
 def test_a_script_that_leaves_something_running_is_not_waited_for(tmp_path: Path) -> None:
