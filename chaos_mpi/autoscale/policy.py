@@ -12,9 +12,10 @@ from typing import Protocol
 
 from chaos_mpi.membership import HostList, Limits, host_of
 
-#: How often a slot is filled before its host is left alone until the list of hosts changes: what fails or dies so
-#: often would go on doing so.
-STARTS_PER_SLOT = 3
+#: A host on which so many joins were given up is left alone until the list of hosts changes.
+MAX_FAILED = 3
+#: So is one whose slots were filled so often, since ranks that die again and again would go on doing so.
+STARTS_PER_SLOT = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,7 @@ class Available:
         anywhere = taken.pop("", 0)
         limit = inputs.limits.max_ranks
         room = sum(slots.values()) if limit is None else max(0, limit - staying - len(inputs.joining))
-        started = dict(inputs.hosts.started)
+        started, failed = dict(inputs.hosts.started), dict(inputs.hosts.failed)
         joins: list[str] = []
         exhausted: list[str] = []
         for host, there in slots.items():
@@ -112,6 +113,8 @@ class Available:
             anywhere -= by_others
             wanted = min(free - by_others, room - len(joins))
             allowed = max(0, STARTS_PER_SLOT * there - started.get(host, 0))
+            if failed.get(host, 0) >= MAX_FAILED:
+                allowed = 0
             joins += [host] * min(wanted, allowed)
             if wanted > allowed:
                 exhausted.append(host)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from chaos_mpi.autoscale.policy import Decision, ScaleInputs, ScalePolicy
-from chaos_mpi.membership import Agenda, Limits, Outcome, Proposal, View, negotiate
+from chaos_mpi.membership import Agenda, Join, Limits, Outcome, Proposal, View, negotiate
 
 
 def decide(policy: ScalePolicy, agenda: Agenda, view: View, limits: Limits) -> Decision:
@@ -16,17 +17,28 @@ def decide(policy: ScalePolicy, agenda: Agenda, view: View, limits: Limits) -> D
     return policy.decide(ScaleInputs(view.members, joining, agenda.hosts, limits))
 
 
-def settle(policy: ScalePolicy, outcome: Outcome, view: View, limits: Limits) -> tuple[Outcome, Decision]:
+def with_failed(agenda: Agenda, joins: Iterable[Join]) -> Agenda:
+    """The agenda after these joins were given up."""
+    hosts = [join.host for join in joins if join.host]
+    return replace(agenda, hosts=agenda.hosts.with_failed(hosts)) if agenda.hosts is not None and hosts else agenda
+
+
+def settle(
+    policy: ScalePolicy, before: Agenda, outcome: Outcome, view: View, limits: Limits
+) -> tuple[Outcome, Decision]:
     """The outcome of a negotiation with what the policy wants now, and that.
 
     The policy has its turn when the members have nothing else to do at this boundary; else it has it at the next one.
 
     Args:
         policy: the rule for the size.
+        before: the agenda that the members negotiated on.
         outcome: of the members' proposals.
         view: the members that took part.
         limits: as in the negotiation.
     """
+    given_up = [join for join in before.joins if join.id in outcome.refused]
+    outcome = replace(outcome, agenda=with_failed(outcome.agenda, given_up))
     if outcome.start or outcome.admit or outcome.leave or outcome.cut or outcome.activate:
         return outcome, Decision()
     agenda = outcome.agenda

@@ -63,9 +63,9 @@ class Autoscaler:
 
     def settle(self, outcome: Outcome, view: View) -> Outcome:
         """The outcome of a negotiation among ``view``, with what the policy adds to it."""
-        session, before = self._session, self._agenda().hosts
-        outcome, decision = settle(self._policy, outcome, view, self._limits)
-        after = outcome.agenda.hosts
+        session, agenda = self._session, self._agenda()
+        outcome, decision = settle(self._policy, agenda, outcome, view, self._limits)
+        before, after = agenda.hosts, outcome.agenda.hosts
         if after is not None and (before is None or after.entries != before.entries):
             session.emit("hosts_changed", hosts=dict(after.entries))
         if decision.changes_something:

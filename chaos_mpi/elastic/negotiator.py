@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from chaos_mpi.autoscale.settling import with_failed
 from chaos_mpi.elastic import admission
 from chaos_mpi.elastic.autoscaler import Autoscaler
 from chaos_mpi.elastic.overlap import Overlap, overlaps
@@ -194,7 +195,8 @@ class Negotiator:
             self._answer(join.id, "active", {"member": join.newcomer})
 
     def _start_again(self, joins: tuple[Join, ...], view: View) -> None:
-        self.agenda, again, given_up = restart(self.agenda, view, joins)
+        agenda, again, given_up = restart(self.agenda, view, joins)
+        self.agenda = with_failed(agenda, given_up)
         for join in given_up:
             self._answer(join.id, "refused", {"reason": f"it failed {join.attempt} times"})
         for join in again:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
 
@@ -14,6 +15,10 @@ class HostSlots(NamedTuple):
     slots: int
 
 
+#: A number for each of some machines, by name.
+Counts = tuple[tuple[str, int], ...]
+
+
 @dataclass(frozen=True, slots=True)
 class HostList:
     """The machines that ranks may run on.
@@ -21,26 +26,30 @@ class HostList:
     Attributes:
         entries: each machine once, in the order in which they are filled.
         started: how many joins a scaling policy has started on each machine since the entries last changed.
+        failed: how many joins on each machine were given up since then.
     """
 
     entries: tuple[HostSlots, ...] = ()
-    started: tuple[HostSlots, ...] = ()
+    started: Counts = ()
+    failed: Counts = ()
 
     def with_started(self, hosts: Iterable[str]) -> Self:
         """The same after one more join was started on each of these."""
-        counts = dict(self.started)
-        for host in hosts:
-            counts[host] = counts.get(host, 0) + 1
-        return type(self)(self.entries, tuple(HostSlots(*item) for item in sorted(counts.items())))
+        return replace(self, started=_counted(self.started, hosts))
+
+    def with_failed(self, hosts: Iterable[str]) -> Self:
+        """The same after one more join was given up on each of these."""
+        return replace(self, failed=_counted(self.failed, hosts))
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON-able dict."""
-        return {"entries": [list(entry) for entry in self.entries], "started": [list(entry) for entry in self.started]}
+        return {name: [list(pair) for pair in getattr(self, name)] for name in ("entries", "started", "failed")}
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
         """The reverse of :meth:`to_json`."""
-        return cls(as_entries(fields["entries"]), as_entries(fields["started"]))
+        started, failed = (tuple((host, number) for host, number in fields[name]) for name in ("started", "failed"))
+        return cls(as_entries(fields["entries"]), started, failed)
 
 
 def as_entries(pairs: Iterable[Sequence[Any]]) -> tuple[HostSlots, ...]:
@@ -61,3 +70,9 @@ def newest(agreed: HostList | None, observed: Iterable[tuple[HostSlots, ...]]) -
 def host_of(member: str) -> str:
     """The machine in a member id (``host:pid``)."""
     return member.rpartition(":")[0]
+
+
+def _counted(counts: Counts, hosts: Iterable[str]) -> Counts:
+    new = Counter(dict(counts))
+    new.update(hosts)
+    return tuple(sorted(new.items()))
