@@ -296,6 +296,7 @@ def summarise(cells: Sequence[Cell], records: Sequence[dict[str, Any]]) -> list[
                 systems[system] = {
                     **{name: report.quantile([j[name] for j in joins], 0.5) for name in numbers},
                     "parts": {part: report.quantile([j["parts"][part] for j in joins], 0.5) for part in PARTS},
+                    **_median_events(joins),
                     "steps_meanwhile": min(j["steps_meanwhile"] for j in joins),
                     "n": len(joins),
                 }
@@ -307,6 +308,13 @@ def summarise(cells: Sequence[Cell], records: Sequence[dict[str, Any]]) -> list[
             }
         )  # fmt: skip
     return rows
+
+
+def _median_events(joins: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The product's own split of the delay, where there is one."""
+    told = [join["events"] for join in joins if "events" in join]
+    names = [name for name in told[0] if name != "total_s"] if told else []
+    return {"events": {n: report.quantile([t.get(n, 0.0) for t in told], 0.5) for n in names}} if told else {}
 
 
 def targets(rows: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
@@ -354,6 +362,10 @@ def table(result: dict[str, Any]) -> None:
                 f"{1e3 * found['slowed_max_s']:.0f}",
             )  # fmt: skip
         console.print(shown)
+        for system, found in row["systems"].items():
+            if "events" in found:
+                split = ", ".join(f"{part.removesuffix('_s')} {s:.2f}" for part, s in found["events"].items())
+                console.print(f"{SYSTEMS[system]}: {split}")
         console.print(f"bound {row['bound_s']:.2f} s; EDL's move for an average draw: {row['random_s']:.2f} s\n")
     console.print(
         "delay: s from the request to the end of the newcomer's first step: start its process, wait for the members "
