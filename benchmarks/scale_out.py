@@ -205,7 +205,7 @@ def _evaluated(cell: Cell, contender: str, requested: float, first: Path, second
     found: dict[str, Any] = {}
     if restarted:
         parts = restarted_parts(requested, before["rank0"], restarted)
-        ready = contributed["at"]
+        ready = requested
     else:
         ready = noted(newcomer, "ready")["at"]
         if contender.startswith("chaos_"):
