@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-NAMES = ("jobs", "report", "scale_out", "scale_out_times", "synthetic", "testbed", "baselines")
+NAMES = ("report", "scale_out_cells", "scale_out_table", "scale_out_times", "synthetic", "baselines")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,14 @@ def bench() -> Iterator[SimpleNamespace]:
     others = {name: sys.modules.pop(name) for name in ours()}
     path = list(sys.path)
     sys.path.insert(0, str(BENCHMARKS))
-    names = ("scale_out", "scale_out_times", "synthetic", "baselines.storage", "baselines.strategies")
+    names = (
+        "scale_out_cells",
+        "scale_out_table",
+        "scale_out_times",
+        "synthetic",
+        "baselines.storage",
+        "baselines.strategies",
+    )
     yield SimpleNamespace(**{name.rpartition(".")[2]: importlib.import_module(name) for name in names})
     sys.path[:] = path
     for name in ours():
@@ -110,7 +117,7 @@ def test_a_restart_waits_for_the_slowest_reader(bench: SimpleNamespace) -> None:
 def test_uplinks_add_up_to_the_same_whatever_their_shares(
     bench: SimpleNamespace, state_mb: int, sources: int, links: str
 ) -> None:
-    cell = bench.scale_out.Cell(state_mb, sources, links)
+    cell = bench.scale_out_cells.Cell(state_mb, sources, links)
     assert sum(cell.rates_mbit) == pytest.approx(sources * cell.mean_mbit)
     assert cell.bound_s == pytest.approx(cell.state_bytes / (sum(cell.rates_mbit) * 125_000))
     assert cell.bound_s <= min(cell.state_bytes / (rate * 125_000) for rate in cell.rates_mbit)
@@ -131,9 +138,9 @@ def test_targets_name_the_cells_that_miss_them(bench: SimpleNamespace) -> None:
 
     row = {"state_mb": 10, "sources": 4, "links": "equal"}
     good = {**row, "systems": {"chaos_overlap": found(3.0, 1.1, 0.05), "nearest": found(4.0, 4.0, 1.0)}}
-    assert not any(bench.scale_out.targets([good]).values())
+    assert not any(bench.scale_out_table.targets([good]).values())
     bad = {**row, "systems": {"chaos_overlap": found(5.0, 1.2, 0.15), "nearest": found(4.0, 4.0, 1.0)}}
-    assert all(len(missed) == 1 for missed in bench.scale_out.targets([bad]).values())
+    assert all(len(missed) == 1 for missed in bench.scale_out_table.targets([bad]).values())
 
 
 @pytest.mark.parametrize("blank", [True, False])
