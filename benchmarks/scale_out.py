@@ -245,8 +245,14 @@ def main() -> None:
         cells = [Cell(10, 4, "unequal")]
     jobs.prepare_driver()
     head = {"benchmark": "scale_out", **report.started()}
-    records = list(sweep(cells, given.systems, given.repeats, given.seed))
-    rows = summarise(cells, records)
+    records: list[dict[str, Any]] = []
+    try:
+        records.extend(sweep(cells, given.systems, given.repeats, given.seed))
+    except (KeyboardInterrupt, SystemExit):
+        print("stopped; what has been measured by now follows", file=sys.stderr)
+    rows = [row for row in summarise(cells, records) if row["systems"]]
+    if not rows:
+        parser.exit(1, "scale_out.py: nothing was measured\n")
     result = {**head, "missed": targets(rows), "rows": rows, "records": records}
     table(result)
     for file in report.write(given.out, "scale_out", result, plot):
@@ -254,5 +260,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        main()
+    main()
