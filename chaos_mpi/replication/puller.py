@@ -139,6 +139,8 @@ class StatePuller:
         own = {rank: (min(r)[0], max(r)[1]) for rank, r in shards.items() if r}
         self._held = {self._sources[rank].neighbour.name: span for rank, span in (held or own).items()}
         self._fixed = held is None
+        if held:
+            self._plan([])
         try:
             self._drain(received, wanted)
         finally:

@@ -50,6 +50,9 @@ def share_held(
 ) -> dict[str, list[Range]]:
     """Share out ranges so that the last byte comes as early as it can, if shards cost nothing.
 
+    Each gets its ranges in the order in which they are to be asked for: those that nobody else holds come first, so
+    that the others can still be given to somebody else for as long as possible.
+
     Args:
         remaining: disjoint byte ranges in any order.
         neighbours: those left; ``ready_s`` covers what they still send.
@@ -76,7 +79,11 @@ def share_held(
             high = middle
     dealt = _deal(pieces, holders, high, whole=True)
     assert dealt is not None
-    return {name: list(joined(ranges)) for name, ranges in dealt.items()}
+    alone = {span for span, able in zip(pieces, holders, strict=True) if len(able) == 1}
+    return {
+        name: [*joined(s for s in spans if s in alone), *joined(s for s in spans if s not in alone)]
+        for name, spans in dealt.items()
+    }
 
 
 def _pieces(runs: Sequence[Range], held: Sequence[Range]) -> list[Range]:
