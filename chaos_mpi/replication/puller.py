@@ -139,9 +139,9 @@ class StatePuller:
         own = {rank: (min(r)[0], max(r)[1]) for rank, r in shards.items() if r}
         self._held = {self._sources[rank].neighbour.name: span for rank, span in (held or own).items()}
         self._fixed = held is None
-        if held:
-            self._plan([])
         try:
+            if held:
+                self._plan([])
             self._drain(received, wanted)
         finally:
             self._held, self._fixed = {}, False
@@ -223,9 +223,7 @@ class StatePuller:
             return max(source.rate.bytes_per_s(now, source.next_bytes, prior), 1.0)
 
         known = [s for s in self._sources.values() if s.rate.known]
-        scale = statistics.median(
-            [rate(s, 1.0) / s.neighbour.bandwidth_bytes_per_s for s in known] or [1.0],
-        )
+        scale = statistics.median([rate(s, 1.0) / s.neighbour.bandwidth_bytes_per_s for s in known] or [1.0])
         return {rank: rate(s, scale * s.neighbour.bandwidth_bytes_per_s) for rank, s in self._sources.items()}
 
     def _drain(self, received: dict[int, int], wanted: int) -> None:
