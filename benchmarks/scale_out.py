@@ -20,97 +20,34 @@ import argparse
 import contextlib
 import os
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jobs
 import report
 from jobs import Job, JobError
-from scale_out_times import PARTS, cost, joined_parts, noted, restarted_parts, steps_of
+from scale_out_cells import SYSTEMS, UNEQUAL, Cell
+from scale_out_table import plot, summarise, table, targets
+from scale_out_times import cost, joined_parts, noted, restarted_parts, steps_of
 from synthetic import read_journal
 
 from chaos_mpi.events import read_events
 from chaos_mpi.mpi.launch import mpirun_command
-from chaos_mpi.sharding import Neighbour, fluid_bound_s
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch" / "testbed"))
 from testbed import TestBed, TestBedError, check_platform, mpirun_options
 
 _HERE = Path(__file__).resolve().parent
 _SCRIPT = _HERE / "scale_out_rank.py"
-SYSTEMS = {
-    "chaos_overlap": "chaos_mpi overlap",
-    "chaos_blocking": "chaos_mpi blocking",
-    "random": "EDL",
-    "nearest": "Elan",
-    "all_gather": "Autoscaling",
-    "checkpoint": "Pollux/AdaptDL",
-}
-#: Uplinks of the sources relative to their mean.
-UNEQUAL = {2: (1.5, 0.5), 4: (1.8, 1.2, 0.6, 0.4), 6: (1.9, 1.5, 1.0, 0.8, 0.4, 0.4)}
-#: Mean uplink at which four sources need a second for a state, but not more than this machine can move for six.
-MEAN_MBIT_PER_MB, MOST_MBIT = 2.0, 400.0
-TARGET_RATIO, TARGET_IDLE_S = 1.15, 0.1
 #: Training before the request, seconds and steps at least.
 _BEFORE_S, _BEFORE_STEPS = 2.0, 20
 _LOOK_S = 0.02
 _NEWCOMER, _STORAGE = "newcomer", "storage"
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One setting in which all systems are compared.
-
-    Attributes:
-        state_mb: size of the training state, millions of bytes.
-        sources: members before the join.
-        links: ``equal`` or ``unequal``.
-    """
-
-    state_mb: int
-    sources: int
-    links: str
-
-    @property
-    def state_bytes(self) -> int:
-        """Size of the training state."""
-        return self.state_mb * 1_000_000
-
-    @property
-    def mean_mbit(self) -> float:
-        """Mean uplink of the sources."""
-        return min(MEAN_MBIT_PER_MB * self.state_mb, MOST_MBIT)
-
-    @property
-    def rates_mbit(self) -> list[float]:
-        """Uplinks of the sources, in rank order; the fastest is not rank 0, which starts the newcomer."""
-        shares = UNEQUAL[self.sources] if self.links == "unequal" else (1.0,) * self.sources
-        rates = [round(self.mean_mbit * share, 3) for share in shares]
-        return rates[1:] + rates[:1]
-
-    @property
-    def bound_s(self) -> float:
-        """The time in which no schedule can move the state over these uplinks."""
-        links = [Neighbour(f"h{i}", rate * 125_000) for i, rate in enumerate(self.rates_mbit)]
-        return fluid_bound_s(self.state_bytes, links)
-
-    @property
-    def random_s(self) -> float:
-        """How long one link takes for the state, on average over all links."""
-        return statistics.mean([self.state_bytes / (rate * 125_000) for rate in self.rates_mbit])
-
-    @property
-    def title(self) -> str:
-        """For people."""
-        rates = ", ".join(f"{rate:g}" for rate in self.rates_mbit)
-        return f"{self.state_mb} MB from {self.sources} sources, uplinks {rates} Mbit/s"
 
 
 class Site:
@@ -205,7 +142,7 @@ def _evaluated(cell: Cell, contender: str, requested: float, first: Path, second
     found: dict[str, Any] = {}
     if restarted:
         parts = restarted_parts(requested, before["rank0"], restarted)
-        ready = contributed["at"]
+        ready = requested
     else:
         ready = noted(newcomer, "ready")["at"]
         if contender.startswith("chaos_"):
@@ -214,6 +151,7 @@ def _evaluated(cell: Cell, contender: str, requested: float, first: Path, second
             found["events"] = {key: value for key, value in active.items() if key.endswith("_s")}
             received = noted(events, "shards_received")
             found["sent_bytes"], found["moved_shards"] = received["sources"], received["moved"]
+            found["planned_bound_s"] = float(noted(events, "shard_plan")["bound_s"])
             parts = joined_parts(total, active)
         else:
             parts = joined_parts(total, noted(newcomer, "parts"))
@@ -282,126 +220,6 @@ def sweep(cells: Sequence[Cell], systems: Sequence[str], repeats: int, seed: int
                             yield {**record, "error": str(error).splitlines()[0]}
 
 
-def summarise(cells: Sequence[Cell], records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each cell its rates and bound, and the medians of every system."""
-    rows = []
-    for cell in cells:
-        key = (cell.state_mb, cell.sources, cell.links)
-        mine = [r for r in records if (r["state_mb"], r["sources"], r["links"]) == key and "error" not in r]
-        systems = {}
-        for system in SYSTEMS:
-            joins = [r for r in mine if r["system"] == system]
-            if joins:
-                numbers = [name for name, value in joins[0].items() if isinstance(value, float)]
-                systems[system] = {
-                    **{name: report.quantile([j[name] for j in joins], 0.5) for name in numbers},
-                    "parts": {part: report.quantile([j["parts"][part] for j in joins], 0.5) for part in PARTS},
-                    "steps_meanwhile": min(j["steps_meanwhile"] for j in joins),
-                    "n": len(joins),
-                }
-        rows.append(
-            {
-                "state_mb": cell.state_mb, "sources": cell.sources, "links": cell.links, "title": cell.title,
-                "rates_mbit": cell.rates_mbit, "bound_s": cell.bound_s, "random_s": cell.random_s,
-                "systems": systems,
-            }
-        )  # fmt: skip
-    return rows
-
-
-def targets(rows: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
-    """The cells in which a target is missed, for each target."""
-    missed: dict[str, list[str]] = {"transfer": [], "idle": [], "delay": [], "after_start": []}
-    for row in rows:
-        ours = {name: found for name, found in row["systems"].items() if name.startswith("chaos_")}
-        others = {name: found for name, found in row["systems"].items() if not name.startswith("chaos_")}
-        best = min((found["delay_s"] for found in others.values()), default=float("inf"))
-        best_after = min((_after_start_s(found) for found in others.values()), default=float("inf"))
-        for name, found in ours.items():
-            label = f"{SYSTEMS[name]}, {row['state_mb']} MB, {row['sources']} sources, {row['links']}"
-            if found["ratio"] > TARGET_RATIO:
-                missed["transfer"].append(f"{label}: {found['ratio']:.2f}")
-            if name == "chaos_overlap" and found["idle_max_s"] > TARGET_IDLE_S:
-                missed["idle"].append(f"{label}: {1e3 * found['idle_max_s']:.0f} ms")
-            if found["delay_s"] > best:
-                missed["delay"].append(f"{label}: {found['delay_s']:.1f} s, best other {best:.1f} s")
-            if _after_start_s(found) > best_after:
-                missed["after_start"].append(f"{label}: {_after_start_s(found):.2f} s, best other {best_after:.2f} s")
-    return missed
-
-
-def _after_start_s(found: dict[str, Any]) -> float:
-    """The delay without the start of processes, which takes as long as else is going on on the machine."""
-    delay_s: float = found["delay_s"] - found["parts"]["launch_s"]
-    return delay_s
-
-
-def table(result: dict[str, Any]) -> None:
-    """Print what was found; one table for each cell."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=80)
-    for row in result["rows"]:
-        shown = Table(title=row["title"], title_style="bold", box=None, padding=(0, 1), pad_edge=False)
-        shown.add_column("", no_wrap=True)
-        for name in ("delay", "start", "wait", "move", "rest", "/bound", "idle", "all", "slow"):
-            shown.add_column(name, justify="right", no_wrap=True)
-        for system, found in row["systems"].items():
-            shown.add_row(
-                SYSTEMS[system], f"{found['delay_s']:.1f}", *[f"{found['parts'][part]:.2f}" for part in PARTS],
-                f"{found['ratio']:.2f}", f"{1e3 * found['idle_max_s']:.0f}", f"{1e3 * found['idle_sum_s']:.0f}",
-                f"{1e3 * found['slowed_max_s']:.0f}",
-            )  # fmt: skip
-        console.print(shown)
-        console.print(f"bound {row['bound_s']:.2f} s; EDL's move for an average draw: {row['random_s']:.2f} s\n")
-    console.print(
-        "delay: s from the request to the end of the newcomer's first step: start its process, wait for the members "
-        "to stop, move the state, rest. /bound: move by the least time any schedule needs. "
-        "idle: ms lost by the member that lost most; all: by all members together. "
-        "slow: ms that the steps of a member took longer while it went on."
-    )
-    words = {
-        "transfer": f"transfer within {TARGET_RATIO} of the bound",
-        "idle": f"members idle for less than {1e3 * TARGET_IDLE_S:.0f} ms with overlap",
-        "delay": "delay below every other system's",
-        "after_start": "the same without the start of processes",
-    }
-    for target, missed in result["missed"].items():
-        console.print(f"target: {words[target]}: {'met' if not missed else 'MISSED in ' + str(len(missed))}")
-        for cell in missed:
-            console.print(f"  {cell}")
-    for record in result["records"]:
-        if "error" in record:
-            console.print(f"failed: {SYSTEMS[record['system']]}: {record['error']}")
-
-
-def plot(result: dict[str, Any], path: Path) -> None:
-    """Above: the delay, its launch pale. Below: idle time of all members together."""
-    import matplotlib.pyplot as plt
-
-    rows = result["rows"]
-    figure, (delays, idles) = plt.subplots(2, 1, figsize=(3 + 1.5 * len(rows), 8), layout="constrained", sharex=True)
-    width = 0.8 / len(SYSTEMS)
-    for index, (system, name) in enumerate(SYSTEMS.items()):
-        found = [(x, row["systems"][system]) for x, row in enumerate(rows) if system in row["systems"]]
-        places = [x + (index - len(SYSTEMS) / 2 + 0.5) * width for x, _ in found]
-        launch = [one["parts"]["launch_s"] for _, one in found]
-        rest = [one["delay_s"] - one["parts"]["launch_s"] for _, one in found]
-        delays.bar(places, launch, width, color=f"C{index}", alpha=0.35)
-        delays.bar(places, rest, width, bottom=launch, color=f"C{index}", label=name)
-        idles.bar(places, [1e3 * max(one["idle_sum_s"], 1e-4) for _, one in found], width, color=f"C{index}")
-    labels = [f"{row['state_mb']} MB\n{row['sources']} sources\n{row['links']}" for row in rows]
-    delays.set(ylabel="s", title="join request to the newcomer's first step (pale: starting processes)")
-    delays.legend(fontsize=8)
-    idles.set(ylabel="ms", yscale="log", title="idle time, all members together", xticks=range(len(rows)))
-    idles.set_xticklabels(labels)
-    for axis in (delays, idles):
-        axis.grid(axis="y", alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 def main() -> None:
     """Measure, print, write."""
     form = argparse.RawDescriptionHelpFormatter
@@ -427,8 +245,14 @@ def main() -> None:
         cells = [Cell(10, 4, "unequal")]
     jobs.prepare_driver()
     head = {"benchmark": "scale_out", **report.started()}
-    records = list(sweep(cells, given.systems, given.repeats, given.seed))
-    rows = summarise(cells, records)
+    records: list[dict[str, Any]] = []
+    try:
+        records.extend(sweep(cells, given.systems, given.repeats, given.seed))
+    except (KeyboardInterrupt, SystemExit):
+        print("stopped; what has been measured by now follows", file=sys.stderr)
+    rows = [row for row in summarise(cells, records) if row["systems"]]
+    if not rows:
+        parser.exit(1, "scale_out.py: nothing was measured\n")
     result = {**head, "missed": targets(rows), "rows": rows, "records": records}
     table(result)
     for file in report.write(given.out, "scale_out", result, plot):
@@ -436,5 +260,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        main()
+    main()

@@ -36,8 +36,9 @@ class Cost:
 def cost(steps: Sequence[Step], requested: float, ready: float, ended: float) -> Cost:
     """What an event cost one member.
 
-    What is usual is taken from the steps before the request. A pause counts as idle if it is longer than 99 % of the
-    pauses before; so the noise of a busy machine does not add up over many steps.
+    While the newcomer's process starts, on the same processors, some pauses between steps are a little longer. That is
+    the machine's doing: until the newcomer is ready, only the longest 1 % of the pauses count, as the one for agreeing
+    on the event does; from then on all do, less what is usual until then.
 
     Args:
         steps: of the member, in order.
@@ -46,13 +47,14 @@ def cost(steps: Sequence[Step], requested: float, ready: float, ended: float) ->
         ended: when the newcomer had made its first step.
     """
     pauses = [(after[0], after[0] - before[1]) for before, after in itertools.pairwise(steps)]
-    usual = [length for until, length in pauses if until <= requested]
-    long, middle = report.quantile(usual, 0.99), statistics.median(usual)
-    idle = [length - middle for until, length in pauses if requested < until <= ended and length > long]
-    usual_step = statistics.mean([end - begun for begun, end in steps if end <= requested])
+    early = [length for until, length in pauses if until <= ready]
+    usual, longest = statistics.mean(early), report.quantile(early, 0.99)
+    agreeing = [length - usual for until, length in pauses if requested < until <= ready and length > longest]
+    stopped = [length - usual for until, length in pauses if ready < until <= ended]
+    usual_step = statistics.mean([end - begun for begun, end in steps if end <= ready])
     slowed = [end - begun - usual_step for begun, end in steps if begun >= ready and end <= ended]
     made = sum(1 for begun, end in steps if begun > requested and end <= ended)
-    return Cost(sum(idle), max(0.0, sum(slowed)), made)
+    return Cost(sum(agreeing) + max(0.0, sum(stopped)), max(0.0, sum(slowed)), made)
 
 
 def steps_of(journal: Sequence[Mapping[str, Any]]) -> list[Step]:

@@ -25,11 +25,11 @@ BATCH_SIZE = 8
 #: A step's computation on an accelerator, for which the processor waits; the ranks here share few cores.
 DEVICE_S = 0.02
 SAMPLES = 4096
-_WIDTHS = (64, 96, 64, 10)
+_WIDTHS = (64, 32, 10)
 
 
 class SyntheticModel(nn.Module):
-    """A perceptron of 13,000 parameters, and frozen parameters that make the state ``state_bytes`` large.
+    """A perceptron of 2,400 parameters, and frozen parameters that make the state ``state_bytes`` large.
 
     Args:
         state_bytes: size of all parameters together; a multiple of four.

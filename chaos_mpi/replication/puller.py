@@ -15,14 +15,15 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from chaos_mpi.errors import JoinError, PeerFailedError, WaitTimeoutError
-from chaos_mpi.replication.layout import DataTransfer, Layout, Range, Transport, checksum
-from chaos_mpi.replication.rate import MeasuredRate
-from chaos_mpi.sharding import Neighbour, replan
+from chaos_mpi.replication.asking import FLIGHT_S, LEAST_IN_FLIGHT, Source
+from chaos_mpi.replication.layout import Layout, Range, Transport, checksum
+from chaos_mpi.sharding import Neighbour, ShardingError, replan
+from chaos_mpi.sharding.held import share_held
 from chaos_mpi.sharding.plan import joined, size
 
 log = logging.getLogger("chaos_mpi.replication")
@@ -31,71 +32,16 @@ log = logging.getLogger("chaos_mpi.replication")
 SHARD_SIZES = tuple(1 << power for power in range(15, 23))
 #: No more shards than this are planned at once, about: planning is to take no time that counts.
 MOST_SHARDS = 2000
-#: Asked for from one source at a time: this part of what it is still to send, ...
-FLIGHT_SHARE = 0.25
-#: ... or what it sends in this time, if that is more, so that requests are never waited for, seconds; ...
-FLIGHT_S = 0.05
-#: ... at least this many of the smallest shards and at most this many of the largest.
-LEAST_IN_FLIGHT, MOST_IN_FLIGHT = 2, 4
 #: What has not been asked for is planned again after this time, and this soon when a source runs dry, seconds.
 REPLAN_S, REPLAN_DRY_S = 0.1, 0.005
+#: The same where a source does not have everything, and it may be that nothing can be done about it.
+REPLAN_HELD_S = 0.02
 #: Checksums asked for from one member at a time.
 WINDOW = 3
 #: Bytes compared by one checksum.
 CHECK_BYTES = 16 << 20
 _SPIN_S = 0.02
 _IDLE_S = 0.0005
-
-
-@dataclass(slots=True)
-class Source:
-    """A member that serves, and how fast it has been.
-
-    Attributes:
-        neighbour: what is known of it and of the link to it.
-        queue: ranges that it is to be asked for.
-        shard_bytes: in pieces of this size.
-        under_way: ranges it was asked for and has not sent yet.
-        received_bytes: what it has sent.
-        rate: how fast it sends.
-    """
-
-    neighbour: Neighbour
-    queue: deque[Range] = field(default_factory=deque)
-    shard_bytes: int = 0
-    under_way: list[tuple[Range, DataTransfer]] = field(default_factory=list)
-    received_bytes: int = 0
-    rate: MeasuredRate = field(default_factory=MeasuredRate)
-
-    @property
-    def due_bytes(self) -> int:
-        """What it was asked for and has not sent yet."""
-        return size(span for span, _ in self.under_way)
-
-    @property
-    def next_bytes(self) -> int:
-        """The part of it that is to come first."""
-        return self.under_way[0][0][1] - self.under_way[0][0][0] if self.under_way else 0
-
-    def room_bytes(self, bytes_per_s: float) -> int:
-        """How much more it may be asked for now."""
-        due, limit = self.due_bytes, 0.0
-        if self.rate.known:
-            limit = max(FLIGHT_SHARE * (due + size(self.queue)), FLIGHT_S * bytes_per_s)
-        return int(max(LEAST_IN_FLIGHT * SHARD_SIZES[0], min(limit, MOST_IN_FLIGHT * SHARD_SIZES[-1]))) - due
-
-    def next_span(self, most_bytes: int) -> Range:
-        """What to ask for next; it stays in the queue until it is under way, so that it cannot get lost."""
-        start, stop = self.queue[0]
-        return start, min(stop, start + min(self.shard_bytes, most_bytes))
-
-    def asked(self, span: Range, transfer: DataTransfer, now: float) -> None:
-        """The next range is under way."""
-        _, stop = self.queue.popleft()
-        if stop > span[1]:
-            self.queue.appendleft((span[1], stop))
-        self.under_way.append((span, transfer))
-        self.rate.asked(now)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +89,8 @@ class StatePuller:
         self._number = 0
         self._begun = self._active = self._told = self._planned = 0.0
         self._moved = 0
-        self._planned_only = self._learned = False
+        self._fixed = self._learned = False
+        self._held: dict[str, Range] = {}  # by name; empty: everybody has everything
         self._first_plan: list[tuple[int, int, int]] = []
         self._senders: list[tuple[Range, int]] = []
 
@@ -169,14 +116,19 @@ class StatePuller:
         self._drain(received, size(ranges))
         return Fetched(received, time.monotonic() - self._begun, self._moved)
 
-    def fetch_planned(self, shards: Mapping[int, Sequence[Range]]) -> Fetched:
-        """Fetch from each source exactly what it is said to have.
+    def fetch_planned(self, shards: Mapping[int, Sequence[Range]], held: Mapping[int, Range] | None = None) -> Fetched:
+        """Fetch from sources that do not have everything.
+
+        Args:
+            shards: what each source is planned to send, by rank.
+            held: what each of them has, where that is more; shares are corrected within it. None: no more than that.
 
         Raises:
-            PeerFailedError: a source died; nothing is under way from the others any more.
+            PeerFailedError: a source died that alone had some of it; nothing is under way from the others any more.
             WaitTimeoutError: nothing came for ``limit_s`` seconds.
         """
-        self._begun = self._active = self._told = time.monotonic()
+        self._begun = self._active = self._told = self._planned = time.monotonic()
+        self._moved = 0
         received: dict[int, int] = {}
         wanted = sum(size(ranges) for ranges in shards.values())
         for rank, ranges in shards.items():
@@ -184,14 +136,18 @@ class StatePuller:
             source.queue.extend(joined(ranges))
             source.shard_bytes = max((stop - start for start, stop in ranges), default=0)
         self._remember_plan()
-        self._planned_only = True
+        own = {rank: (min(r)[0], max(r)[1]) for rank, r in shards.items() if r}
+        self._held = {self._sources[rank].neighbour.name: span for rank, span in (held or own).items()}
+        self._fixed = held is None
         try:
+            if held:
+                self._plan([])
             self._drain(received, wanted)
         finally:
-            self._planned_only = False
+            self._held, self._fixed = {}, False
         if sum(received.values()) < wanted:
             raise PeerFailedError("a member died that had a part of the cut")
-        return Fetched(received, time.monotonic() - self._begun)
+        return Fetched(received, time.monotonic() - self._begun, self._moved)
 
     def differing(self, ranges: Sequence[Range]) -> list[Range]:
         """The parts, of at most :data:`CHECK_BYTES`, whose checksum at a member is another than here.
@@ -234,15 +190,29 @@ class StatePuller:
         for source in self._sources.values():
             left += source.queue
             source.queue.clear()
-        sizes = [s for s in SHARD_SIZES if s * MOST_SHARDS >= size(left)] or SHARD_SIZES[-1:]
         neighbours = [
             replace(source.neighbour, bandwidth_bytes_per_s=rates[rank], ready_s=source.due_bytes / rates[rank])
             for rank, source in self._sources.items()
         ]
-        by_name = {source.neighbour.name: source for source in self._sources.values()}
-        for name, shards in replan(left, neighbours, shard_sizes=sizes).items():
-            by_name[name].queue.extend(joined(shards))
-            by_name[name].shard_bytes = max(stop - start for start, stop in shards)
+        for name, (runs, shard_bytes) in self._shares(left, neighbours).items():
+            source = next(s for s in self._sources.values() if s.neighbour.name == name)
+            source.queue.extend(runs)
+            source.shard_bytes = shard_bytes
+
+    def _shares(self, left: Sequence[Range], neighbours: Sequence[Neighbour]) -> dict[str, tuple[Sequence[Range], int]]:
+        """The runs that each neighbour is to send, and the size of their shards."""
+        if self._held:
+            holders = [n for n in neighbours if n.name in self._held]
+            size_of = {n.name: int(n.bandwidth_bytes_per_s * FLIGHT_S / LEAST_IN_FLIGHT) for n in holders}
+            return {
+                name: (runs, min(max(size_of[name], SHARD_SIZES[0]), SHARD_SIZES[-1]))
+                for name, runs in share_held(left, holders, self._held).items()
+            }
+        sizes = [s for s in SHARD_SIZES if s * MOST_SHARDS >= size(left)] or SHARD_SIZES[-1:]
+        return {
+            name: (joined(shards), max(stop - start for start, stop in shards))
+            for name, shards in replan(left, neighbours, shard_sizes=sizes).items()
+        }
 
     def _rates(self) -> dict[int, float]:
         """Bytes per second of each source; as long as one has sent nothing, as much faster or slower than the others
@@ -253,9 +223,7 @@ class StatePuller:
             return max(source.rate.bytes_per_s(now, source.next_bytes, prior), 1.0)
 
         known = [s for s in self._sources.values() if s.rate.known]
-        scale = statistics.median(
-            [rate(s, 1.0) / s.neighbour.bandwidth_bytes_per_s for s in known] or [1.0],
-        )
+        scale = statistics.median([rate(s, 1.0) / s.neighbour.bandwidth_bytes_per_s for s in known] or [1.0])
         return {rank: rate(s, scale * s.neighbour.bandwidth_bytes_per_s) for rank, s in self._sources.items()}
 
     def _drain(self, received: dict[int, int], wanted: int) -> None:
@@ -270,10 +238,10 @@ class StatePuller:
         self._first_plan = sorted((*span, rank) for rank, source in self._sources.items() for span in source.queue)
 
     def _plan_again(self) -> None:
-        if self._planned_only or not any(source.queue for source in self._sources.values()):
+        if self._fixed or not any(source.queue for source in self._sources.values()):
             return
         dry = any(not source.queue for source in self._sources.values())
-        period = REPLAN_DRY_S if dry or self._learned else REPLAN_S
+        period = REPLAN_S if not (dry or self._learned) else REPLAN_HELD_S if self._held else REPLAN_DRY_S
         if time.monotonic() - self._planned > period:
             self._learned = False
             self._plan([])
@@ -282,7 +250,7 @@ class StatePuller:
         rates = self._rates()
         for rank, source in list(self._sources.items()):
             try:
-                while source.queue and (room := source.room_bytes(rates[rank])) > 0:
+                while source.queue and (room := source.room_bytes(rates[rank], SHARD_SIZES)) > 0:
                     self._number += 1
                     span = source.next_span(max(room, SHARD_SIZES[0]))
                     pieces = self._layout.pieces(self._tensors, *span)
@@ -334,14 +302,22 @@ class StatePuller:
 
     def _lose(self, rank: int) -> None:
         source = self._sources.pop(rank)
-        if self._planned_only:
-            for other in self._sources.values():
-                other.queue.clear()  # what is under way is awaited: it must not arrive over something newer
-            return
         missing = [*(span for span, _ in source.under_way), *source.queue]
+        if self._fixed:
+            self._stop_asking()
+            return
         log.warning("%s died; %d bytes are fetched from others", source.neighbour.name, size(missing))
-        if missing:
+        if not missing:
+            return
+        try:
             self._plan(missing)
+        except ShardingError:
+            self._stop_asking()
+
+    def _stop_asking(self) -> None:
+        """What is under way is awaited: it must not arrive over something newer."""
+        for source in self._sources.values():
+            source.queue.clear()
 
     # -- checking --------------------------------------------------------------------------------------
 

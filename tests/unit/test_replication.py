@@ -25,7 +25,9 @@ from chaos_mpi.replication import puller, source
 from chaos_mpi.replication.layout import Layout, Piece, Range, checksum, dense
 from chaos_mpi.replication.puller import StatePuller
 from chaos_mpi.replication.source import StateSource
-from chaos_mpi.sharding import Neighbour, fluid_bound_s
+from chaos_mpi.sharding import Neighbour, fluid_bound_s, plan
+from chaos_mpi.sharding.held import share_held, widened
+from chaos_mpi.sharding.plan import size
 
 # -- a network in one process ------------------------------------------------------------------------------
 
@@ -523,7 +525,7 @@ def test_shards_move_from_a_slow_member_to_others() -> None:
     assert fetched.sources[1] < min(fetched.sources[0], fetched.sources[2])
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(rates=st.lists(st.integers(1, 10), min_size=2, max_size=4))
 def test_unequal_links_of_which_nothing_is_known_are_all_used_to_the_end(rates: list[int]) -> None:
     network = Network(slow={rank: rate * 4e3 for rank, rate in enumerate(rates)})
@@ -543,6 +545,61 @@ def test_the_plan_follows_what_is_known_of_the_links() -> None:
         fetched = guest.puller.fetch(guest.everything)
     assert guest.has_it_all()
     assert 2 < fetched.sources[0] / fetched.sources[1] < 4
+
+
+def planned_by(guest: Newcomer, rates: Sequence[float]) -> tuple[dict[int, list[Range]], dict[int, Range]]:
+    """What each member is to send if its link is as fast as that, and what it holds; it refuses everything else."""
+    neighbours = [Neighbour(f"{rank}", rate) for rank, rate in enumerate(rates)]
+    assignment = plan(guest.layout.total_bytes, neighbours, shard_sizes=[64]).assignment
+    held = {int(name): span for name, span in widened(assignment).items()}
+    for rank, member in guest.network.members.items():
+        pieces = member._pieces
+
+        def checked(span: Sequence[int], rank: int = rank, pieces: Callable[..., list[Piece]] = pieces) -> list[Piece]:
+            assert held[rank][0] <= span[0]
+            assert span[1] <= held[rank][1]
+            return pieces(span)
+
+        member._pieces = checked
+    return {int(name): list(runs) for name, runs in assignment.items()}, held
+
+
+@settings(max_examples=6, deadline=None)
+@given(links=st.lists(st.tuples(st.integers(1, 10), st.floats(0.6, 1.0)), min_size=2, max_size=4))
+def test_members_are_asked_only_for_what_they_hold_and_help_each_other_out(links: list[tuple[int, float]]) -> None:
+    """Links are up to 40 % slower than they seemed."""
+    assumed = {rank: seemed * 4e3 for rank, (seemed, _) in enumerate(links)}
+    real = {rank: seemed * 4e3 * factor for rank, (seemed, factor) in enumerate(links)}
+    guest = Newcomer(Network(slow=real), {"all": noise(16_000)}, len(links), bandwidths=assumed)
+    shards, held = planned_by(guest, list(assumed.values()))
+    with simulated(guest.network, shards=[64 << power for power in range(8)]):
+        fetched = guest.puller.fetch_planned(shards, held)
+    assert guest.has_it_all()
+    neighbours = [Neighbour(f"{rank}", rate) for rank, rate in real.items() if rank in held]
+    best = share_held(guest.everything, neighbours, {str(rank): span for rank, span in held.items()})
+    best_s = max(n.finish_s(size(best[n.name]), 0) for n in neighbours if n.name in best)
+    assert fetched.seconds < 1.1 * best_s + 50 * TICK_S
+
+
+def test_a_link_that_is_half_as_fast_as_it_seemed_delays_nothing() -> None:
+    real = {0: 2e4, 1: 1e4, 2: 2e4, 3: 2e4}
+    guest = Newcomer(Network(slow=real), {"all": noise(40_000)}, 4)
+    shards, held = planned_by(guest, [2e4] * 4)
+    with simulated(guest.network, shards=[64 << power for power in range(8)]):
+        fetched = guest.puller.fetch_planned(shards, held)
+    assert guest.has_it_all()
+    assert fetched.moved_shards > 0
+    # By the plan alone it would be 1.75 times as long as possible.
+    assert fetched.seconds < 1.15 * 40_000 / sum(real.values())
+
+
+@pytest.mark.parametrize("moment", [1, 40, 200])
+def test_what_a_member_alone_held_is_lost_with_it(moment: int) -> None:
+    guest = Newcomer(Network(2e4, dies_at={moment: 1}), {"all": noise(16_000)}, 3)
+    shards, held = planned_by(guest, [2e4] * 3)
+    with simulated(guest.network), pytest.raises(PeerFailedError, match="had a part of the cut"):
+        guest.puller.fetch_planned(shards, held)
+    assert guest.puller.alive == [0, 2]
 
 
 def test_progress_is_told_about_twice_a_second() -> None:
