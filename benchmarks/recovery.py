@@ -250,21 +250,22 @@ def table(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table(title="From SIGKILL to the next finished step, ms; parts are medians")
-    shown.add_column("system")
-    for name in ("ranks", "kills", "total", *PARTS, "net median", "net p90", "net max", "net less redo"):
-        shown.add_column(name, justify="right")
+    shown = Table(title="From SIGKILL to the next finished step, ms; parts are medians", box=None, pad_edge=False)
+    parts = [part for part in PARTS if part != "revoke"]  # always a fraction of a millisecond
+    for name in ("ranks", "n", "total", *(part[:6] for part in parts), "net", "p90", "-redo"):
+        shown.add_column(name, justify="right", no_wrap=True)
     for row in result["rows"]:
-        net = row["net"]
+        net, floor = row["net"], "floor " if row["system"] == "floor" else ""
         shown.add_row(
-            SYSTEMS[row["system"]], str(row["size"]), str(net["n"]), f"{row['total']['median']:.1f}",
-            *[f"{row[part]['median']:.1f}" for part in PARTS],
-            f"{net['median']:.1f}", f"{net['p90']:.1f}", f"{net['max']:.1f}", f"{row['without_redo']['median']:.1f}",
+            f"{floor}{row['size']}", str(net["n"]), f"{row['total']['median']:.0f}",
+            *[f"{row[part]['median']:.1f}" for part in parts],
+            f"{net['median']:.1f}", f"{net['p90']:.0f}", f"{row['without_redo']['median']:.1f}",
         )  # fmt: skip
     console = Console()
     console.print(shown)
     console.print(
-        "net: total less compute that the survivors had to do anyway; the slowest survivor of each kill counts"
+        "net: total less compute that the survivors had to do anyway; -redo: net less redo; the slowest survivor of "
+        "each kill counts; floor: a bare ULFM loop"
     )
     target = result["target"]
     if target["median_ms"] is not None:

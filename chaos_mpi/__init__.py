@@ -117,6 +117,9 @@ def init(
         EngineError: MPI is missing or was started without fault tolerance.
         WaitTimeoutError: the other ranks did not start in time.
     """
+    from chaos_mpi.elastic.lifecycle import tidy_uncaught
+
+    tidy_uncaught()  # before anything that can fail
     from chaos_mpi.config import load_settings
     from chaos_mpi.elastic.session import open_session
 

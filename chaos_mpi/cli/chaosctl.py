@@ -11,6 +11,7 @@ import click
 
 from chaos_mpi import __version__
 from chaos_mpi.cli.control import ask, find_job
+from chaos_mpi.cli.outcome import EXIT_USAGE
 from chaos_mpi.cli.timeline import draw, rows
 from chaos_mpi.events import read_events
 
@@ -34,13 +35,22 @@ def main() -> None:
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Also draw a picture (PNG).")
 def timeline(events: str, plot: Path | None) -> None:
     """Print what happened to a job, from its event log EVENTS (a file, or a glob pattern in quotes)."""
-    found = read_events(events)
+    try:
+        found = [event for event in read_events(events) if {"t", "event", "step"} <= set(event)]
+    except (OSError, UnicodeDecodeError) as error:
+        raise _UsageError(f"{events} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not found:
-        raise click.ClickException(f"there are no events in {events}")
+        raise _UsageError(f"there are no events of chaos_mpi in {events}")
     for when, step, text in rows(found):
         click.echo(f"{when:8.2f} s  step {step:6d}  {text}")
     if plot is not None:
-        draw(found, plot)
+        try:
+            draw(found, plot)
+        except ImportError:
+            raise _UsageError("a picture needs matplotlib: pip install 'chaos-mpi[plot]'") from None
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise _UsageError(f"the picture cannot be written to {plot}: {reason}") from None
 
 
 @main.command()
@@ -88,6 +98,12 @@ def remove(job: Path | None, limit_s: float, member: str) -> None:
         member = answer["members"][int(member)]
     if reason := _follow(where, {"do": "remove", "member": member}, limit_s):
         raise click.ClickException(reason)
+
+
+class _UsageError(click.ClickException):
+    """An error that is the caller's, with the exit status for those."""
+
+    exit_code = EXIT_USAGE
 
 
 def _follow(job: Path, request: dict[str, Any], limit_s: float) -> str:

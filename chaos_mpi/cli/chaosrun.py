@@ -159,7 +159,8 @@ def _run(line: list[str], chosen: dict[str, str], ranks: int, tag_output: bool, 
     """Run the job and return chaosrun's exit status."""
     run_dir = Path(tempfile.mkdtemp(prefix="chaosrun-"))  # made with mode 0700
     try:
-        environment = {**os.environ, **chosen, "CHAOS_RUN_DIR": str(run_dir)}
+        # What mpirun keeps on disk goes into the private directory, because a killed rank cannot tidy up after itself.
+        environment = {"PRTE_MCA_prte_tmpdir_base": str(run_dir), **os.environ, **chosen, "CHAOS_RUN_DIR": str(run_dir)}
         for attempt in range(1, START_ATTEMPTS + 1):
             job = MpirunJob(line, environment, run_dir, ranks=ranks, tagged=tag_output, drop_noise=drop_noise)
             status = job.wait()

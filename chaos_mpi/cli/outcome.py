@@ -69,12 +69,14 @@ def judge(records: Records, mpirun_status: int) -> Verdict:
     outcomes = list(records.outcomes.values())
     by_kind = {
         kind: [record for record in outcomes if record.get("outcome") == kind]
-        for kind in ("finished", "stopped", "failed", "crashed")
+        for kind in ("finished", "stopped", "failed", "failed afterwards", "crashed")
     }
     if by_kind["stopped"]:
         return Verdict(EXIT_STOPPED, _first_message(by_kind["stopped"]) or "the job stopped before the end")
     if by_kind["failed"]:
         return Verdict(EXIT_FAILED, _first_message(by_kind["failed"]) or "the job failed")
+    if by_kind["failed afterwards"]:
+        return Verdict(EXIT_FAILED, _first_message(by_kind["failed afterwards"]))
     crashed = by_kind["crashed"]
     if by_kind["finished"]:
         if not crashed:

@@ -8,7 +8,19 @@ from typing import Any
 Event = dict[str, Any]
 
 #: How the time from a join request to the first contribution is split.
-JOIN_PARTS = ("launch_s", "waited_s", "grow_s", "scheduling_s", "transfer_s", "restore_s", "first_step_s")
+JOIN_PARTS = {
+    "launch_s": "start",
+    "waited_s": "wait for the members",
+    "grow_s": "connect",
+    "probe_s": "measure links",
+    "cut_wait_s": "wait for the cut",
+    "scheduling_s": "plan",
+    "transfer_s": "transfer",
+    "catch_up_s": "catch up",
+    "restore_s": "take over",
+    "regroup_s": "regroup",
+    "first_step_s": "first step",
+}
 
 
 def rows(events: list[Event]) -> list[tuple[float, int, str]]:
@@ -38,7 +50,7 @@ def rows(events: list[Event]) -> list[tuple[float, int, str]]:
             text = f"went on after {worst['total_ms']:.0f} ms ({parts})"
             story.append((worst["t"] - start, worst["step"], text))
     for active in (e for e in events if e["event"] == "join_active"):
-        parts = ", ".join(f"{name.removesuffix('_s')} {active[name] * 1e3:.0f}" for name in JOIN_PARTS)
+        parts = ", ".join(f"{word} {active[name] * 1e3:.0f}" for name, word in JOIN_PARTS.items() if name in active)
         text = f"{active['member']} contributes, {active['total_s'] * 1e3:.0f} ms after the request ({parts})"
         story.append((active["t"] - start, active["step"], text))
     ended = [e for e in events if e["event"] == "session_ended" and e["outcome"] != "left"]

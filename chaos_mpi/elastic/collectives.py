@@ -48,10 +48,12 @@ class CollectiveCalls(ABC):
             op: ``sum``, ``max`` or ``min``.
 
         Raises:
-            ConfigError: unknown ``op``, or the tensor is not on the CPU.
+            ConfigError: unknown ``op``, or the tensor is not on the CPU, or complex, sparse or quantised.
         """
         if op not in ("sum", "max", "min"):
             raise ConfigError(f"all_reduce knows sum, max and min, not {op!r}")
+        if tensor.is_complex() or tensor.is_quantized or tensor.layout != torch.strided:
+            raise ConfigError(f"all_reduce cannot reduce a tensor of {tensor.dtype} and layout {tensor.layout}")
         if tensor.device.type != "cpu":
             raise ConfigError(f"all_reduce takes CPU tensors; this one is on {tensor.device}")
         operation = Reduce("all_reduce", tensor, op)

@@ -9,9 +9,11 @@ process that was killed, but not of one that exits with a status above zero. A s
 from __future__ import annotations
 
 import atexit
+import hashlib
 import json
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -52,6 +54,43 @@ def set_log_level(level: str | None) -> None:
         logger.addHandler(handler)
 
 
+def say_once(run_dir: Path | None, error: BaseException) -> None:
+    """Print an error of this package, without a traceback through the engine, which would add nothing.
+
+    What several ranks of a job have to say alike, apart from numbers such as their rank, only the first one says.
+    """
+    text = str(error)
+    if not text:
+        return
+    if run_dir is not None:
+        alike = hashlib.sha256(re.sub(r"\d+", "", f"{type(error).__name__} {text}").encode()).hexdigest()[:16]
+        try:
+            os.close(os.open(run_dir / f"said.{alike}", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        except FileExistsError:
+            return
+        except OSError:
+            pass  # better twice than never
+    print(f"chaos_mpi: {text}", file=sys.stderr)
+
+
+def tidy_uncaught() -> None:
+    """From here on an error of this package that nobody catches ends the process with one line."""
+    previous = sys.excepthook
+    run_dir = Path(os.environ["CHAOS_RUN_DIR"]) if os.environ.get("CHAOS_RUN_DIR") else None
+
+    def on_exception(kind: type[BaseException], value: BaseException, traceback: TracebackType | None) -> None:
+        if not isinstance(value, ChaosError):
+            previous(kind, value, traceback)
+            return
+        say_once(run_dir, value)
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(STOPPED_STATUS)  # what else holds the process, as MPI half started, is not waited for
+
+    sys.excepthook = on_exception
+
+
 class ExitGuard:
     """Ends the process the right way, whichever way it ends.
 
@@ -59,12 +98,17 @@ class ExitGuard:
         close: ends the session in good order.
         crashed: records that this rank ends by an exception, given as text.
         watched: whether other members are to see the end of this process.
+        run_dir: the job's private directory, if it has one.
     """
 
     def __init__(
-        self, close: Callable[[], object], crashed: Callable[[str], None], watched: Callable[[], bool]
+        self,
+        close: Callable[[], object],
+        crashed: Callable[[str], None],
+        watched: Callable[[], bool],
+        run_dir: Path | None,
     ) -> None:
-        self._close, self._crashed, self._watched = close, crashed, watched
+        self._close, self._crashed, self._watched, self._run_dir = close, crashed, watched, run_dir
         self._previous, self._exit = sys.excepthook, sys.exit
         self._status: object = None
         sys.excepthook = self._on_exception
@@ -75,6 +119,21 @@ class ExitGuard:
         """The session is over; the process may end as any other."""
         sys.excepthook, sys.exit = self._previous, self._exit
         atexit.unregister(self._at_exit)
+
+    def release_finished(self, failed: Callable[[str], None]) -> None:
+        """Training is finished; ``failed`` is told, as text, if the script fails in what it does after it."""
+        self.release()
+
+        def on_exception(kind: type[BaseException], value: BaseException, traceback: TracebackType | None) -> None:
+            failed(f"{kind.__name__}: {value}")
+            self._previous(kind, value, traceback)
+
+        def noting_exit(status: str | int | None = None) -> NoReturn:
+            if status not in (None, 0):
+                failed(f"it called sys.exit({status!r})")
+            self._exit(status)
+
+        sys.excepthook, sys.exit = on_exception, noting_exit
 
     def _noting_exit(self, status: str | int | None = None) -> NoReturn:
         # The exit status is not to be had when the process ends, and it tells an end from a failure.
@@ -95,9 +154,7 @@ class ExitGuard:
     def _on_exception(self, kind: type[BaseException], value: BaseException, traceback: TracebackType | None) -> None:
         stopped = isinstance(value, ChaosError)
         if stopped:
-            # Written for the person who reads it; a traceback through the engine adds nothing.
-            if str(value):
-                print(f"chaos_mpi: {value}", file=sys.stderr)
+            say_once(self._run_dir, value)
         else:
             self._previous(kind, value, traceback)
         message = str(value) if stopped else f"{kind.__name__}: {value}"

@@ -7,14 +7,15 @@ that has the result can hand it to one that has not.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from chaos_mpi.errors import EngineError, PeerFailedError, RecoveryError
+from chaos_mpi.errors import EngineError, MismatchError, PeerFailedError, RecoveryError
 from chaos_mpi.membership import View
 from chaos_mpi.mpi.world import Pending, World, transportable
 
@@ -31,12 +32,16 @@ class Operation(ABC):
 
     #: Whether this member's input counts for something.
     contributes = True
+    #: Whether to find out that members are in different calls which MPI cannot tell apart, because they have one size.
+    checks_label = True
 
     def __init__(self, label: str) -> None:
         self.label = label
         self.contributors: tuple[str, ...] = ()
         self.failure: PeerFailedError | None = None
         self._pending: Pending | None = None
+        self._world: World | None = None
+        self._label_bounds = torch.empty(0, dtype=torch.int64)
 
     @abstractmethod
     def start(self, pending: Pending, view: View, rank: int) -> None:
@@ -66,17 +71,41 @@ class Operation(ABC):
             PeerFailedError: the communicator is broken.
         """
         self.failure = None
-        self._pending = world.pending()
+        self._pending, self._world = world.pending(), world
         self.start(self._pending, view, world.rank)
+        if self.checks_label:
+            # After it, because calls of different sizes fail by themselves, and then the recovery names them.
+            number = int.from_bytes(hashlib.blake2b(self.label.encode(), digest_size=7).digest())
+            self._label_bounds = torch.tensor([number, -number])
+            self._pending.reduce(self._label_bounds, "max")
 
     def wait(self, what: Callable[[], str], limit_s: float) -> None:
-        """Wait until the result is there; raises as :meth:`chaos_mpi.mpi.world.Pending.wait` does."""
+        """Wait until the result is there.
+
+        Raises:
+            MismatchError: other members are in another call.
+            PeerFailedError, WaitTimeoutError: as :meth:`chaos_mpi.mpi.world.Pending.wait`.
+        """
         if self.failure is not None:
             raise self.failure
         if self._pending is None:
             raise EngineError(f"'{self.label}' was awaited before it was launched")
         self._pending.wait(what, limit_s)
         self._pending = None
+        if self.checks_label and int(self._label_bounds[0]) != -int(self._label_bounds[1]):
+            self._refuse_mismatch(what, limit_s)
+
+    def _refuse_mismatch(self, what: Callable[[], str], limit_s: float) -> NoReturn:
+        assert self._world is not None
+        labels = [row.decode() for row in self._world.all_gather(self.label.encode(), what, limit_s)]
+        calls = "; ".join(
+            f"{', '.join(str(rank) for rank, other in enumerate(labels) if other == label)}: {label}"
+            for label in dict.fromkeys(labels)
+        )
+        raise MismatchError(
+            f"ranks make different collective calls, which all of them have to make alike and in the same order (rank: "
+            f"call): {calls}"
+        )
 
     def withdraw(self) -> None:
         """Leave a revoked communicator, keeping the input; :meth:`launch` starts again on another one."""

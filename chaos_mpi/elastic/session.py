@@ -47,14 +47,14 @@ class SessionResult:
     Attributes:
         outcome: ``finished``.
         params_digest: digest over the training state of this member, or an empty string without one.
-        replicas_identical: whether all members ended with the same bits.
+        replicas_identical: whether all members ended with the same bits; None without a TrainingState to compare.
         steps: gradient steps finished.
         size: members at the end.
     """
 
     outcome: str
     params_digest: str
-    replicas_identical: bool
+    replicas_identical: bool | None
     steps: int
     size: int
 
@@ -99,7 +99,7 @@ class Session(ChangingSession):
         self._negotiator = Negotiator(self, Limits(settings.min_ranks, settings.max_ranks))
         self._arrival: Arrival | None = None
         self._control: ControlSocket | None = None
-        self._guard = ExitGuard(self.close, self._crashed, lambda: self.size > 1)
+        self._guard = ExitGuard(self.close, self._crashed, lambda: self.size > 1, settings.run_dir)
         if self._bridge is None:
             self._write_identity()
         self._control = open_control(self, settings.run_dir)
@@ -163,12 +163,12 @@ class Session(ChangingSession):
         mine = self._persistence.digest()
         digests = self.gather(mine)
         self._sequence.close()
-        identical = len(set(digests)) == 1
-        if not identical and self.rank == 0:
+        identical = len(set(digests)) == 1 if self.has_state else None
+        if identical is False and self.rank == 0:
             log.error("the replicas differ at the end of training; digests in rank order: %s", ", ".join(digests))
         self._result = SessionResult("finished", mine, identical, self.step, self.size)
         self._end("finished", "", mine)
-        self._guard.release()
+        self._guard.release_finished(self._failed_afterwards)
         self._sequence.free()
         _forget(self)
         runtime.stop()
@@ -317,12 +317,19 @@ class Session(ChangingSession):
         if not self._ended:
             self._end("crashed", f"{message} (host {self.host}, rank {self.rank}, step {self.step})", "")
 
+    def _failed_afterwards(self, message: str) -> None:
+        where = f"host {self.host}, rank {self.rank}"
+        self._record("failed afterwards", f"training finished, but the script failed after it: {message} ({where})", "")
+
     def _end(self, outcome: str, message: str, digest: str) -> None:
         self._ended = True
         if self._control is not None:
             self._control.close()
         self.emit("session_ended", outcome=outcome, params_digest=digest, message=message)
         self._events.close(5.0)
+        self._record(outcome, message, digest)
+
+    def _record(self, outcome: str, message: str, digest: str) -> None:
         record = {
             "member": self.member, "rank": self.rank, "outcome": outcome, "message": message,
             "params_digest": digest, "step": self.step, "size": self.size,

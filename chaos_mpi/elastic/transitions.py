@@ -36,6 +36,8 @@ class Transition(Operation):
         world: the new communicator, or None.
     """
 
+    checks_label = False  # that all come to it together follows from what they have agreed on
+
     def __init__(self, label: str, report: Callable[[], Any], width: int, limit_s: float) -> None:
         super().__init__(label)
         self._report, self._width, self._limit_s = report, width, limit_s

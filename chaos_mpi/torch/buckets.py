@@ -110,6 +110,8 @@ class GradientStep(Operation):
         proposes: asked at the end of backward whether this member has something to propose to the others.
     """
 
+    checks_label = False  # nothing more than has to be in a step
+
     def __init__(
         self,
         params: Sequence[torch.nn.Parameter],

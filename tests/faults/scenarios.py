@@ -35,6 +35,25 @@ def call_differs(session: chaos_mpi.Session) -> None:
         model(torch.ones(2, 4)).sum().backward()
 
 
+def call_of_equal_size_differs(session: chaos_mpi.Session) -> None:
+    """Rank 1 wants something else than the others, of the same size."""
+    session.all_reduce(torch.ones(3), "max" if session.rank == 1 else "sum")
+
+
+def setting_is_wrong(session: chaos_mpi.Session) -> None:
+    """Never gets here: CHAOS_MIN_RANKS is no number."""
+
+
+def fails_afterwards(session: chaos_mpi.Session) -> None:
+    """Training is over, and then one rank fails."""
+    session.barrier()
+    rank = session.rank
+    chaos_mpi.finalize()
+    if rank == 1:
+        raise OSError("no room for the results")
+    sys.exit(0)
+
+
 def forgets_to_close(session: chaos_mpi.Session) -> None:
     """Ends without chaos_mpi.finalize()."""
     model = chaos_mpi.DistributedDataParallel(nn.Linear(4, 6))

@@ -112,6 +112,7 @@ def test_an_exception_on_one_rank(tmp_path: Path) -> None:
     [
         ("model_differs", ["model differs", "'1.weight' of shape (6, 6)", "rank 2", "(7, 6)"]),
         ("optimizer_differs", ["rank 1", "lr", "0.1", "0.2"]),
+        ("call_of_equal_size_differs", ["0, 2: all_reduce[sum", "1: all_reduce[max"]),
         ("call_differs", ["gradient step", "all_reduce", "every rank must make the same calls"]),
     ],
 )
@@ -123,6 +124,22 @@ def test_ranks_that_differ_are_refused(scenario: str, parts: list[str], tmp_path
     assert "Traceback" not in finished.output
     lines = [line for line in finished.output.splitlines() if all(part in line for part in parts)]
     assert lines, "no line says what differs"
+
+
+def test_a_wrong_setting_is_said_once_in_a_line(tmp_path: Path) -> None:
+    with start("scenarios.py", tmp_path, "setting_is_wrong", ranks=3, environment={"CHAOS_MIN_RANKS": "many"}) as job:
+        finished = job.finish()
+    assert finished.status != 0
+    assert "Traceback" not in finished.output
+    (line,) = [line for line in finished.output.splitlines() if "CHAOS_MIN_RANKS" in line]
+    assert "'many'" in line
+
+
+def test_a_script_that_fails_after_training(tmp_path: Path) -> None:
+    with start("scenarios.py", tmp_path, "fails_afterwards", ranks=2) as job:
+        finished = job.finish()
+    assert finished.status == 1
+    assert "training finished, but the script failed after it: OSError: no room for the results" in finished.output
 
 
 # -- when the job cannot go on --------------------------------------------------------------------------

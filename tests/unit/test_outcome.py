@@ -33,6 +33,10 @@ CASES: dict[str, tuple[Records, int, Verdict]] = {
         records(CRASHED, FINISHED, FINISHED), 1,
         Verdict(0, "training finished, but 1 of 3 ranks crashed on the way: ValueError: oh"),
     ),
+    "the script failed after training": (
+        records(FINISHED, {"outcome": "failed afterwards", "message": "it called sys.exit(5)"}), 5,
+        Verdict(1, "it called sys.exit(5)"),
+    ),
     "all crashed": (records(CRASHED, CRASHED), 1, Verdict(1, "training did not finish: ValueError: oh")),
     "one crashed, the rest died": (
         records(CRASHED, members=3), 137, Verdict(1, "training did not finish: ValueError: oh"),

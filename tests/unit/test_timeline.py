@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from chaos_mpi.cli.chaosctl import main
 from chaos_mpi.cli.timeline import Event, draw, rows
 
 
@@ -81,6 +84,32 @@ def test_a_log_that_breaks_off() -> None:
 def test_a_change_in_which_nobody_dies_is_no_death(cause: str) -> None:
     changed = event("view_committed", 2.0, 5, 1, 0, 4, cause=cause, members=[], lost=[])
     assert "died" not in texts([*STARTED, changed])[-1]
+
+
+def test_the_way_of_a_newcomer_is_told_with_the_parts_that_it_had() -> None:
+    active = event("join_active", 5.0, 8, 1, 2, 3, total_s=2.0, launch_s=1.2, catch_up_s=0.3, repeated_steps=4)
+    assert texts([*STARTED, active])[-1] == (
+        f"{active['member']} contributes, 2000 ms after the request (start 1200, catch up 300)"
+    )
+
+
+@pytest.mark.parametrize("name", ["nothing", ".", "text", "binary"])
+def test_a_log_that_is_none_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("no events here\n")
+    (tmp_path / "binary").write_bytes(bytes(range(256)))
+    result = CliRunner().invoke(main, ["timeline", str(tmp_path / name)])
+    assert result.exit_code == 2
+    assert result.output.startswith("Error: ")
+    assert len(result.output.splitlines()) == 1
+
+
+def test_a_picture_that_cannot_be_written_is_refused_in_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    log = tmp_path / "events.jsonl"
+    log.write_text("".join(json.dumps(e) + "\n" for e in STARTED))
+    result = CliRunner().invoke(main, ["timeline", str(log), "--plot", str(log / "x.png")])
+    assert result.exit_code == 2
+    assert result.output.splitlines()[-1].startswith("Error: the picture cannot be written")
 
 
 def test_a_picture_is_drawn(tmp_path: Path) -> None:
