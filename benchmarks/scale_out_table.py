@@ -127,7 +127,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows = result["rows"]
-    figure, (delays, idles) = plt.subplots(2, 1, figsize=(3 + 1.5 * len(rows), 8), layout="constrained", sharex=True)
+    figure, (delays, idles) = plt.subplots(
+        2, 1, figsize=(max(8, 3 + 1.5 * len(rows)), 8), layout="constrained", sharex=True
+    )
     width = 0.8 / len(SYSTEMS)
     for index, (system, name) in enumerate(SYSTEMS.items()):
         found = [(x, row["systems"][system]) for x, row in enumerate(rows) if system in row["systems"]]
