@@ -127,20 +127,25 @@ def plot(result: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows = result["rows"]
-    figure, (delays, idles) = plt.subplots(2, 1, figsize=(3 + 1.5 * len(rows), 8), layout="constrained", sharex=True)
+    figure, (delays, idles) = plt.subplots(
+        2, 1, figsize=(max(8, 3 + 1.5 * len(rows)), 8), layout="constrained", sharex=True
+    )
     width = 0.8 / len(SYSTEMS)
     for index, (system, name) in enumerate(SYSTEMS.items()):
         found = [(x, row["systems"][system]) for x, row in enumerate(rows) if system in row["systems"]]
+        if not found:
+            continue
         places = [x + (index - len(SYSTEMS) / 2 + 0.5) * width for x, _ in found]
         launch = [one["parts"]["launch_s"] for _, one in found]
         rest = [one["delay_s"] - one["parts"]["launch_s"] for _, one in found]
         delays.bar(places, launch, width, color=f"C{index}", alpha=0.35)
         delays.bar(places, rest, width, bottom=launch, color=f"C{index}", label=name)
-        idles.bar(places, [1e3 * max(one["idle_sum_s"], 1e-4) for _, one in found], width, color=f"C{index}")
+        idles.bar(places, [1e3 * one["idle_sum_s"] for _, one in found], width, color=f"C{index}")
     labels = [f"{row['state_mb']} MB\n{row['sources']} sources\n{row['links']}" for row in rows]
     delays.set(ylabel="s", title="join request to the newcomer's first step (pale: starting processes)")
-    delays.legend(fontsize=8)
+    figure.legend(loc="outside upper center", ncols=3, fontsize=8)
     idles.set(ylabel="ms", yscale="log", title="idle time, all members together", xticks=range(len(rows)))
+    idles.set_ylim(bottom=10)
     idles.set_xticklabels(labels)
     for axis in (delays, idles):
         axis.grid(axis="y", alpha=0.3)
