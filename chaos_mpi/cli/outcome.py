@@ -78,12 +78,13 @@ def judge(records: Records, mpirun_status: int) -> Verdict:
     if by_kind["failed afterwards"]:
         return Verdict(EXIT_FAILED, _first_message(by_kind["failed afterwards"]))
     crashed = by_kind["crashed"]
+    everyone = len({*records.members, *records.outcomes})  # those that were refused never became members
     if by_kind["finished"]:
         if not crashed:
             return Verdict(EXIT_FINISHED)
         return Verdict(
             EXIT_FINISHED,
-            f"training finished, but {len(crashed)} of {len(records.members)} ranks crashed on the way: "
+            f"training finished, but {len(crashed)} of {everyone} ranks crashed on the way: "
             f"{_first_message(crashed)}",
         )
     if crashed:

@@ -7,7 +7,6 @@ import logging
 import os
 import struct
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -198,17 +197,15 @@ def test_submit_never_waits_and_the_newest_replaces_a_waiting_one(
 
     def slow(path: Path, step: int, packed: Packed) -> None:
         started.set()
-        go_on.wait(5)
+        go_on.wait(30)
         save(path, step, packed)
 
     monkeypatch.setattr(checkpoint, "save_now", slow)
     writer = CheckpointWriter(tmp_path, keep=9)
     writer.submit(1, small())
     assert started.wait(5)
-    start = time.perf_counter()
     for step in (2, 3, 4):
-        writer.submit(step, small())
-    assert time.perf_counter() - start < 0.5
+        writer.submit(step, small())  # it would wait for what only the end of this test lets go on
     assert not writer.flush(0.02)
     assert not writer.close(0.02)
     go_on.set()

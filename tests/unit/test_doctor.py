@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import venv
 from collections.abc import Mapping
 from pathlib import Path
@@ -211,10 +210,8 @@ def test_nothing_is_left_of_a_command_that_takes_too_long(tmp_path: Path) -> Non
         "import subprocess, sys, time; "
         f"subprocess.Popen([sys.executable, '-c', {orphan!r}], start_new_session=True); time.sleep(600)"
     )
-    began = time.monotonic()
     answer = doctor._python("-c", parent, limit_s=3.0)
     assert answer == Answer("", "no answer within 3 s")
-    assert time.monotonic() - began < 30
     assert not any(is_running(int(path.read_text() or 0)) for path in tmp_path.glob("pid"))
 
 

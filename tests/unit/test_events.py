@@ -6,6 +6,7 @@ import json
 import logging
 import multiprocessing
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -102,10 +103,9 @@ def test_reserved_field_names_are_refused(tmp_path: Path) -> None:
 
 def test_no_log_costs_nothing() -> None:
     log = EventLog(None, "h:1", "h")
-    start = time.perf_counter()
-    for _ in range(1000):
-        log.emit("step", **WHERE, loss=1.0)
-    assert time.perf_counter() - start < 0.1
+    threads = threading.active_count()
+    log.emit("step", **WHERE, loss=object())  # it is not even looked at
+    assert threading.active_count() == threads
     assert log.flush(0)
     assert log.close(0)
 
@@ -145,9 +145,7 @@ def test_emit_does_not_wait_for_a_disk_that_hangs(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)  # opening it for writing blocks until somebody reads
     log = EventLog(str(fifo), "h:1", "h")
-    start = time.perf_counter()
-    log.emit("step", **WHERE)
-    assert time.perf_counter() - start < 0.1
+    log.emit("step", **WHERE)  # it would wait until somebody reads, which happens only below
     assert not log.flush(0.05)
     assert not log.close(0.05)
     with fifo.open("rb") as reader:
