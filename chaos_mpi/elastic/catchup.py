@@ -23,6 +23,7 @@ from chaos_mpi.replication.puller import SHARD_SIZES, StatePuller
 from chaos_mpi.replication.replaying import Follower, FollowError, measure_links
 from chaos_mpi.replication.tree import pack
 from chaos_mpi.sharding import plan
+from chaos_mpi.sharding.held import widened
 from chaos_mpi.sharding.plan import Plan
 
 if TYPE_CHECKING:
@@ -161,10 +162,15 @@ def _take_cut(
     )
     ranks = {name: rank for rank, name in names.items()}
     try:
-        fetched = puller.fetch_planned({ranks[name]: shards for name, shards in wanted.shards().items()})
+        fetched = puller.fetch_planned(
+            {ranks[name]: shards for name, shards in wanted.shards().items()},
+            {ranks[name]: span for name, span in widened(wanted.assignment).items()},
+        )
     except PeerFailedError as error:
         raise FollowError(f"{error}") from error
     arrival.parts["transfer_s"] = fetched.seconds
     sources = {names[rank]: nbytes for rank, nbytes in fetched.sources.items()}
-    session.emit("shards_received", sources=sources, seconds=round(fetched.seconds, 6), moved=0, again=0)
+    session.emit(
+        "shards_received", sources=sources, seconds=round(fetched.seconds, 6), moved=fetched.moved_shards, again=0
+    )
     restore(session, state, cut, tensors)

@@ -19,6 +19,7 @@ from chaos_mpi.membership import Join, Proposal
 from chaos_mpi.mpi.channel import Channel
 from chaos_mpi.replication.layout import Layout, Range, dense
 from chaos_mpi.replication.recording import Cut, RecordingSource, can_follow
+from chaos_mpi.sharding.held import widened
 
 if TYPE_CHECKING:
     import torch
@@ -95,7 +96,9 @@ class Overlap:
         names = {rank: self._members[rank] for rank in sources}
         ranges: list[Range] = []
         for rates in self._source.rates.values():
-            ranges += planned(layout.total_bytes, names, rates).assignment.get(session.member, ())
+            # More than its share: links may turn out to be slower than they seemed.
+            held = widened(planned(layout.total_bytes, names, rates).assignment)
+            ranges += [held[session.member]] if session.member in held else []
         invitation = {
             "layout": layout.to_json(), "skeleton": skeleton,
             "sources": sources, "members": [self._members[rank] for rank in sources],
