@@ -84,8 +84,7 @@ def judge(records: Records, mpirun_status: int) -> Verdict:
             return Verdict(EXIT_FINISHED)
         return Verdict(
             EXIT_FINISHED,
-            f"training finished, but {len(crashed)} of {everyone} ranks crashed on the way: "
-            f"{_first_message(crashed)}",
+            f"training finished, but {len(crashed)} of {everyone} ranks crashed on the way: {_first_message(crashed)}",
         )
     if crashed:
         return Verdict(EXIT_FAILED, f"training did not finish: {_first_message(crashed)}")

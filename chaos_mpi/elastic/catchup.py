@@ -44,12 +44,12 @@ class CaughtUp:
     """Where a newcomer is once the members have stopped for it.
 
     Attributes:
-        sources: ranks of the members that are alive.
+        invitation: what they say of the job now.
         rates: of their links, bytes per second.
         repeated: whether it has made all steps that they have.
     """
 
-    sources: list[int]
+    invitation: dict[str, Any]
     rates: dict[int, float]
     repeated: bool
 
@@ -84,10 +84,10 @@ def catch_up(
     except FollowError as error:
         log.warning("the members have to wait for this rank (%s) after all: %s", session.member, error)
     follower.say_near()
-    living = follower.await_stop()
-    if not living:
+    final = follower.await_stop()
+    if final is None:
         raise JoinError(f"this rank ({session.member}) was to join a job that ended, or has no use for it any more")
-    return CaughtUp(living, rates, repeated)
+    return CaughtUp(final, rates, repeated)
 
 
 def planned(total_bytes: int, names: dict[int, str], rates: dict[int, float]) -> Plan:

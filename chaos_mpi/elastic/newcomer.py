@@ -81,8 +81,8 @@ def _take_state(session: Session, world: World, state: TrainingState, arrival: A
     caught_up = None
     if invitation["policy"] == "overlap":
         caught_up = catch_up(session, channel, state, invitation, arrival)
-        invitation = ask_invitation(channel, caught_up.sources, limit_s)
-    begun = time.monotonic()
+        invitation = caught_up.invitation
+    begun, before = time.monotonic(), arrival.parts.get("transfer_s", 0.0)
     sources = _pull(session, channel, state, invitation, caught_up, arrival)
     for rank in sources:
         with contextlib.suppress(PeerFailedError):
@@ -96,7 +96,8 @@ def _take_state(session: Session, world: World, state: TrainingState, arrival: A
     )
     if not agreed:
         raise JoinError(f"the members did not take this rank ({session.member}) in; see their log")
-    arrival.parts["regroup_s" if caught_up else "restore_s"] = time.monotonic() - begun
+    elsewhere = arrival.parts["transfer_s"] - before
+    arrival.parts["regroup_s" if caught_up else "restore_s"] = time.monotonic() - begun - elsewhere
     session.enter_view(world, invitation)
 
 

@@ -18,7 +18,8 @@ from chaos_mpi.errors import WaitTimeoutError
 from chaos_mpi.membership import Join, Proposal
 from chaos_mpi.mpi.channel import Channel
 from chaos_mpi.replication.layout import Layout, Range, dense
-from chaos_mpi.replication.recording import Cut, RecordingSource, can_follow
+from chaos_mpi.replication.recording import Cut, RecordingSource
+from chaos_mpi.replication.steps import can_follow
 from chaos_mpi.sharding.held import widened
 
 if TYPE_CHECKING:

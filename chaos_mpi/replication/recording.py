@@ -15,13 +15,12 @@ keeps only its slice of each gradient, until the newcomers have it.
 ====================================== ===========================================================================
 
 Unasked, a member says ``{"cut": invitation}`` at the cut, ``{"level": steps}`` when steps that are asked for are not
-made yet, ``{"lost_track": reason}`` when it will not be kept, and ``{"final": steps}`` once this member has stopped.
-The rest is as in :mod:`chaos_mpi.replication.source`.
+made yet, ``{"lost_track": reason}`` when it will not be kept, and ``{"final": steps, "invitation": ...}`` once this
+member has stopped. The rest is as in :mod:`chaos_mpi.replication.source`.
 """
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import sys
 import threading
@@ -34,15 +33,12 @@ from typing import Any
 import torch
 
 from chaos_mpi.errors import CheckpointError, PeerFailedError
-from chaos_mpi.replication.layout import DataTransfer, Layout, Piece, Range, Transport, dense
+from chaos_mpi.replication.layout import DataTransfer, Layout, Piece, Range, Transport
 from chaos_mpi.replication.source import StateSource
-from chaos_mpi.replication.tree import pack
-from chaos_mpi.sharding.plan import joined
+from chaos_mpi.replication.steps import Snapshot, Step, copy_pieces, gradients_of, hyper_parameters, slice_of
 
 log = logging.getLogger("chaos_mpi.replication")
 
-#: Keys of a parameter group that are no hyper-parameters.
-_NOT_HYPER = frozenset({"params", "param_names"})
 #: No probe is larger.
 LARGEST_PROBE_BYTES = 1 << 20
 #: Slices of gradients that a member keeps at most, as a multiple of the whole state, or so many bytes.
@@ -54,19 +50,6 @@ SWITCH_INTERVAL_S = 0.001
 
 #: Slices that a newcomer may never have fetched, with their transfers; MPI may still read them.
 _abandoned: list[object] = []
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One call of ``optimizer.step()``, as one member keeps it.
-
-    Attributes:
-        meta: which optimizer, which parameters had a gradient, the hyper-parameters, and what the gradients look like.
-        part: this member's slice of the gradients, one after the other.
-    """
-
-    meta: dict[str, Any]
-    part: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,23 +69,6 @@ class Cut:
     index: int
     count: int
     invitation: dict[str, Any]
-
-
-class Snapshot:
-    """A copy of some byte ranges of a state."""
-
-    def __init__(self, ranges: Sequence[Range], layout: Layout, tensors: Mapping[str, torch.Tensor]) -> None:
-        self._ranges = joined(ranges)
-        self._memory = [torch.empty(stop - start, dtype=torch.uint8) for start, stop in self._ranges]
-        for (start, stop), memory in zip(self._ranges, self._memory, strict=True):
-            copy_pieces(layout.pieces(tensors, start, stop), memory)
-
-    def pieces(self, start: int, stop: int) -> list[Piece]:
-        """Where bytes ``start`` to ``stop`` are in the copy; ValueError when they are not in it."""
-        for (low, high), memory in zip(self._ranges, self._memory, strict=True):
-            if low <= start and stop <= high:
-                return [(memory.data_ptr() + start - low, stop - start)]
-        raise ValueError(f"bytes {start} to {stop} are not in this member's copy")
 
 
 class RecordingSource(StateSource):
@@ -195,7 +161,7 @@ class RecordingSource(StateSource):
         self._release_parked()
         for guest in self.waiting:
             try:
-                self._transport.send(guest, {"final": len(self._steps)})
+                self._transport.send(guest, {"final": len(self._steps), "invitation": invitation})
             except PeerFailedError:
                 self._lose(guest)
 
@@ -205,7 +171,7 @@ class RecordingSource(StateSource):
         self._end_thread()
 
     def _keep(self, number: int, optimizer: torch.optim.Optimizer) -> None:
-        gradients, mask = _gradients(optimizer)
+        gradients, mask = gradients_of(optimizer)
         layout, digest = self._layout_of(gradients)
         start, stop = slice_of(layout.total_bytes, self._index, self._count)
         kept = self._kept_bytes - self._dropped_bytes
@@ -364,57 +330,3 @@ class RecordingSource(StateSource):
         if self._snapshot is not None:
             return self._snapshot.pieces(span[0], span[1])
         return super()._pieces(span)
-
-
-def can_follow(optimizers: Sequence[torch.optim.Optimizer]) -> bool:
-    """Whether steps of these optimizers can be repeated from their gradients and hyper-parameters alone."""
-    for optimizer in optimizers:
-        if isinstance(optimizer, torch.optim.LBFGS):
-            return False  # it evaluates the model inside its step
-        try:
-            hyper_parameters(optimizer)
-        except CheckpointError:
-            return False
-    return True
-
-
-def hyper_parameters(optimizer: torch.optim.Optimizer) -> str:
-    """Those of all parameter groups, packed.
-
-    Raises:
-        CheckpointError: one is a tensor, or of a kind that cannot be packed.
-    """
-    groups = [{k: v for k, v in group.items() if k not in _NOT_HYPER} for group in optimizer.param_groups]
-    packed = pack(groups, clone=False)
-    if packed.tensors:
-        raise CheckpointError(f"{next(iter(packed.tensors))} is a tensor")
-    return packed.skeleton
-
-
-def slice_of(total_bytes: int, index: int, count: int) -> Range:
-    """Slice ``index`` of ``count`` equal ones."""
-    return total_bytes * index // count, total_bytes * (index + 1) // count
-
-
-def gradient_name(index: int) -> str:
-    """The name of a gradient in the layout of all gradients of an optimizer; their order is that of their numbers."""
-    return f"{index:08d}"
-
-
-def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """All parameters of an optimizer, group by group."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def copy_pieces(pieces: Sequence[Piece], memory: torch.Tensor) -> None:
-    """Copy pieces of memory one after the other into ``memory`` (uint8). Other threads run meanwhile."""
-    target = memory.data_ptr()
-    for address, nbytes in pieces:
-        ctypes.memmove(target, address, nbytes)
-        target += nbytes
-
-
-def _gradients(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], list[int]]:
-    parameters = parameters_of(optimizer)
-    gradients = {gradient_name(i): dense(p.grad) for i, p in enumerate(parameters) if p.grad is not None}
-    return gradients, [int(p.grad is not None) for p in parameters]

@@ -15,7 +15,8 @@ import torch
 
 from chaos_mpi.errors import PeerFailedError, WaitTimeoutError
 from chaos_mpi.replication.layout import DataTransfer, Layout, Piece, Transport
-from chaos_mpi.replication.recording import LARGEST_PROBE_BYTES, gradient_name, parameters_of, slice_of
+from chaos_mpi.replication.recording import LARGEST_PROBE_BYTES
+from chaos_mpi.replication.steps import gradient_name, parameters_of, slice_of
 from chaos_mpi.replication.tree import Packed, unpack
 
 #: A newcomer that is no nearer after so many repeated steps is too slow to ever catch up.
@@ -30,7 +31,7 @@ _FIRST_NUMBER = 1 << 14
 _IDLE_S = 0.0005
 #: Probes under way from one member at a time, and how long they are sent.
 _PROBES = 3
-PROBE_S = 0.2
+PROBE_S, SLOW_PROBE_S, ENOUGH_PROBES = 0.2, 0.8, 8
 
 #: Memory that a transfer which nobody waits for any more may still write to; it is never given back.
 _abandoned: list[object] = []
@@ -43,7 +44,7 @@ class FollowError(Exception):
 def measure_links(transport: Transport, sources: Sequence[int], probe_bytes: int, limit_s: float) -> dict[int, float]:
     """Bytes per second of the link from each source, all used at the same time for :data:`PROBE_S` seconds.
 
-    Sources whose first probe has not come by then are waited for, but not for their second one.
+    It takes up to :data:`SLOW_PROBE_S` where few probes come, and longer only until one has come from each source.
 
     Args:
         transport: reaches the sources.
@@ -64,7 +65,8 @@ def measure_links(transport: Transport, sources: Sequence[int], probe_bytes: int
     try:
         while True:
             now = time.monotonic()
-            over = now - begun > PROBE_S and all(arrivals.values())
+            spent, fewest = now - begun, min(len(times) for times in arrivals.values())
+            over = fewest > 0 and (spent > SLOW_PROBE_S or (spent > PROBE_S and fewest >= ENOUGH_PROBES))
             for rank, transfers in under_way.items():
                 while transfers and transfers[0].done():
                     transfers.popleft()
@@ -99,7 +101,7 @@ class Batch:
     Attributes:
         first, stop: their numbers since the cut.
         number: of the transfers that bring their gradients.
-        metas: of each step, see :class:`chaos_mpi.replication.recording.Step`; empty until all members have told.
+        metas: of each step, see :class:`chaos_mpi.replication.steps.Step`; empty until all members have told.
         gradients: memory for them, by name, for each step.
         transfers: one for each member that sends a part.
     """
@@ -136,6 +138,7 @@ class Follower:
         self._optimizers, self._limit_s = optimizers, limit_s
         self._made = dict.fromkeys(self._sources, 0)
         self._ends: dict[int, int] = {}
+        self._invitation: dict[str, Any] | None = None
         self._answers: dict[int, deque[dict[str, Any]]] = {rank: deque() for rank in self._sources}
         self._batches: deque[Batch] = deque()
         self._dead: set[int] = set()
@@ -180,8 +183,11 @@ class Follower:
             except PeerFailedError:
                 self._dead.add(rank)
 
-    def await_stop(self) -> list[int]:
-        """Wait until the living members have stopped, and return them. What else they say is dropped.
+    def await_stop(self) -> dict[str, Any] | None:
+        """Wait until the living members have stopped. What else they say is dropped.
+
+        Returns:
+            What they say of the job then; None if none is left.
 
         Raises:
             WaitTimeoutError: one has not within the limit.
@@ -190,7 +196,7 @@ class Follower:
         while any(rank not in self._ends for rank in self._living()):
             self._hear_all()
             self._check(limit)
-        return self._living()
+        return self._invitation if self._living() else None
 
     def _lag(self) -> int:
         """How many steps the members are ahead, as far as is known."""
@@ -284,7 +290,7 @@ class Follower:
 
     def _hear(self, rank: int, message: Mapping[str, Any]) -> None:
         if "final" in message:
-            self._ends[rank] = message["final"]
+            self._ends[rank], self._invitation = message["final"], message["invitation"]
             self._made[rank] = message["final"]
         elif "steps" in message:
             self._answers[rank].append(dict(message))
