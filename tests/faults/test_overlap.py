@@ -10,15 +10,15 @@ from jobs import Finished, Job, start_training
 from problem import Problem
 from test_membership_changes import FIRST, SECOND, check_changes, rule, until_ready
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(100, method="signal")]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(150, method="signal")]
 
 #: Steps enough for a newcomer to measure its links, get the cut and catch up while the others train.
-LONG = Problem(ranks=3, epochs=200)
+LONG = Problem(ranks=3, epochs=110)
 JOIN = [rule(1, "boundary", "join", step=3), *until_ready()]
 #: It gets behind on purpose, so that there is something to repeat.
-BEHIND = rule(FIRST, "newcomer:follow", None, "done 700.0")
+BEHIND = rule(FIRST, "newcomer:follow", None, "done 300.0")
 #: The second newcomer is the one that is started in place of the first; rank 1 waits for it.
-RETRY = [rule(SECOND, "newcomer:register"), rule(1, "boundary", None, f"newcomer:register.{SECOND}", step=1100)]
+RETRY = [rule(SECOND, "newcomer:register"), rule(1, "boundary", None, f"newcomer:register.{SECOND}", step=450)]
 WAITED = "have to wait for this rank"
 
 
@@ -32,7 +32,7 @@ def repeated(finished: Finished) -> int:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_rank_joins_while_the_others_train(optimizer: str, tmp_path: Path) -> None:
-    problem = Problem(ranks=3, epochs=200, optimizer=optimizer, clip=1.0)
+    problem = Problem(ranks=3, epochs=110, optimizer=optimizer, clip=1.0)
     with start(tmp_path, problem, [*JOIN, BEHIND]) as job:
         finished = job.finish()
         steps = check_changes(finished, problem, joined=[FIRST])
@@ -55,8 +55,8 @@ def test_ranks_join_together_while_the_others_train(tmp_path: Path) -> None:
 
 
 def test_learning_rates_follow_the_size(tmp_path: Path) -> None:
-    problem = Problem(ranks=2, epochs=150, policy="linear")
-    with start(tmp_path, problem, [*JOIN, rule(FIRST, "newcomer:follow", None, "done 500.0")]) as job:
+    problem = Problem(ranks=2, epochs=90, policy="linear")
+    with start(tmp_path, problem, [*JOIN, rule(FIRST, "newcomer:follow", None, "done 300.0")]) as job:
         finished = job.finish()
         check_changes(finished, problem, joined=[FIRST])
     assert repeated(finished) > 0
@@ -76,11 +76,11 @@ DEATHS: dict[str, tuple[list[Rule], set[int], set[int]]] = {
     "a member when it is to cut": ([*JOIN, rule(2, "members:cut", "die")], {2}, {FIRST}),
     "a member before the cut is fetched": (
         [*JOIN, rule(FIRST, "newcomer:fetch_planned", None, "dead:2"),
-         rule(2, "forward", "die", "newcomer:fetch_planned.100", step=700)], {2}, {FIRST},
+         rule(2, "forward", "die", "newcomer:fetch_planned.100", step=300)], {2}, {FIRST},
     ),
     "rank 0 while the newcomer follows": (
         [*JOIN, rule(FIRST, "newcomer:follow", None, "dead:0"),
-         rule(0, "forward", "die", "newcomer:follow.100", step=700)], {0}, {FIRST},
+         rule(0, "forward", "die", "newcomer:follow.100", step=300)], {0}, {FIRST},
     ),
     "a member when it is to stop": ([*JOIN, rule(1, "members:activate", "die")], {1}, {FIRST}),
     "a member when it is to serve": ([*JOIN, rule(2, "members:serve", "die")], {2}, {FIRST}),
@@ -104,7 +104,7 @@ def test_a_death_while_a_newcomer_catches_up(case: str, tmp_path: Path) -> None:
 def test_a_member_leaves_while_a_newcomer_catches_up(tmp_path: Path) -> None:
     rules = [
         *JOIN, rule(FIRST, "newcomer:follow", None, "dead:2"),
-        rule(2, "boundary", "leave", "newcomer:follow.100", step=700),
+        rule(2, "boundary", "leave", "newcomer:follow.100", step=300),
     ]  # fmt: skip
     with start(tmp_path, LONG, rules) as job:
         finished = job.finish()
