@@ -30,6 +30,8 @@ STALL_LIMIT_S = 25.0
 #: What a newcomer has until it is ready, and three of them, and a request all in all.
 JOIN_TIMEOUT_S = 30.0
 JOIN_LIMIT_S = 3 * JOIN_TIMEOUT_S + 30.0
+#: So many newcomers at most die before MPI knows them, since nobody notices before :data:`JOIN_TIMEOUT_S`.
+EARLY_DEATHS = 2
 #: Longest pause between two events.
 PAUSE_S = 1.0
 
@@ -144,6 +146,7 @@ class Churn:
         self._overlap = overlap
         self._armed: dict[Path, str] = {}  # and what they are called
         self._joins: list[tuple[Request, float]] = []
+        self._early_deaths = 0
         self._moved = time.monotonic(), -1
 
     def run(self, events: int) -> None:
@@ -184,14 +187,16 @@ class Churn:
             kinds["death, and one in the recovery"] = 10, lambda: self._kill_with_a_death(staying)
         if pending and spare > 0 and (sponsors := self._sponsors() & set(staying)):
             kinds["death of a sponsor"] = 20, lambda: self._kill(self._rng.choice(sorted(sponsors)))
-        for up, weight, what in ((True, 20, "death of a newcomer"), (False, 2, "death of a newcomer without MPI")):
-            if pending and (newcomers := self._newcomers(up=up)):
-                kinds[what] = weight, lambda pids=newcomers: self._kill_pid(self._rng.choice(pids))  # type: ignore[misc]
+        if pending and (newcomers := self._newcomers(up=True)):
+            kinds["death of a newcomer"] = 20, lambda: self._kill_pid(self._rng.choice(newcomers))
+        if pending and self._early_deaths < EARLY_DEATHS and (early := self._newcomers(up=False)):
+            kinds["death of a newcomer without MPI"] = 2, lambda: self._kill_early(early)
         if pending and not self._armed:
             points = OF_NEWCOMERS + OF_FOLLOWERS if self._overlap else OF_NEWCOMERS
             kinds[f"{IN_JOIN} is armed"] = 10, lambda: self._arm(IN_JOIN, points)
         if not kinds:
-            self._disarm()
+            if not pending:
+                self._disarm()
             return
         kind = self._rng.choices(list(kinds), [weight for weight, _ in kinds.values()])[0]
         print(f"{time.monotonic():.3f} {kind}: {len(staying)} staying, {pending} on their way", flush=True)
@@ -220,6 +225,10 @@ class Churn:
         with contextlib.suppress(ProcessLookupError):
             self._job.kill(pid)
         self.done["death"] += 1
+
+    def _kill_early(self, pids: list[int]) -> None:
+        self._early_deaths += 1
+        self._kill_pid(self._rng.choice(pids))
 
     def _join_with_a_death(self) -> None:
         self._arm("death of a member in a join", IN_OVERLAPS if self._overlap else IN_JOINS)
@@ -260,7 +269,7 @@ class Churn:
         return {join["sponsor"] for join in self._status_joins()}
 
     def _newcomers(self, *, up: bool) -> list[int]:
-        """Process ids of those that were spawned and are in no view yet; ``up`` are those that have opened a session."""
+        """Process ids of those that are in no view yet; ``up`` are those that have opened a session."""
         pids = [int(path.read_text()) for path in self._job.folder.glob("mark-pid.*00")]
         known = {_pid(member) for member in (*self._logs.members, *self._logs.active)}
         return sorted(p for p in pids if p not in known and _lives(p) and (p in self._logs.started) == up)
