@@ -63,11 +63,14 @@ def check_churn(job: Finished, churn: Churn) -> None:
     assert max(map(len, views.values())) <= MOST
     assert len([v for v in views.values() if len(v) == MOST]) + len([v for v in views.values() if len(v) == LEAST])
 
+    members = {member for view in views.values() for member in view}
     for event in job.events("session_ended"):
         if event["outcome"] == "left":
             assert event["member"] in churn.told_to_leave
-        else:
+        elif event["member"] in members:
             assert event["outcome"] == "finished", event
+        else:
+            assert event["outcome"] == "crashed", event  # a newcomer that lost the member which had started it
     active = job.events("join_active")
     assert active, "nobody joined, so this run has tested little"
     for event in active:
