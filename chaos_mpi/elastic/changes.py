@@ -132,7 +132,8 @@ class ChangingSession(CollectiveCalls):
 
     def pending_joins(self) -> list[dict[str, Any]]:
         """Newcomers on their way, for people to read."""
-        return [asdict(join) for join in self._negotiator.agenda.joins]
+        agenda = self._negotiator.agenda
+        return [asdict(join) for join in (*agenda.replicating, *agenda.joins)]
 
     def requirements(self) -> dict[str, Any]:
         """What a newcomer has to be like."""

@@ -69,6 +69,8 @@ class Transition(Operation):
             self.world = self.act(self._old, self.view)
             succeeded = True
         except PeerFailedError:
+            # Others may be waiting, inside their call, for what this member was to send them.
+            self._old.revoke()
             succeeded = False
         if not self._old.agree(succeeded, limit_s, what):
             raise PeerFailedError("a member failed while the communicator was changed", met=True)
@@ -131,5 +133,9 @@ class Admit(Transition):
         for join in self._joins:
             if join.sponsor not in view.members:
                 raise PeerFailedError(f"the sponsor {join.sponsor} is gone")
-            grown = growth.grow(grown, self._bridges.get(join.id), view.rank_of(join.sponsor), self._limit_s)
+            try:
+                grown = growth.grow(grown, self._bridges.get(join.id), view.rank_of(join.sponsor), self._limit_s)
+            except PeerFailedError:
+                grown.revoke()  # for the newcomers that are in it already
+                raise
         return grown

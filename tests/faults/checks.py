@@ -62,6 +62,36 @@ def check_survival(
     return steps
 
 
+def check_history(job: Finished, problem: Problem, finals: Collection[str]) -> dict[int, list[str]]:
+    """Assert all that is promised of the training in a run in which members came and went.
+
+    Args:
+        finals: the members that must have come to the end.
+
+    Returns:
+        The members whose gradients are in each step.
+    """
+    assert job.status == 0, f"the launcher returned {job.status}"
+    traces = read_traces(job.folder)
+    results = job.results()
+    assert set(results) == set(finals)
+    steps: dict[int, list[str]] = {}
+    for member, trace in traces.items():
+        for step, contributors in trace.steps.items():
+            assert steps.setdefault(step, contributors) == contributors, f"{member} has step {step} differently"
+    assert sorted(steps) == list(range(1, len(steps) + 1))
+    check_exactly_once(problem, steps, traces)
+    for member, result in results.items():
+        assert result["steps"] == result["scheduler"] == len(steps), (member, result)
+        assert result["identical"], f"{member} saw replicas that differ"
+    assert len({result["digest"] for result in results.values()}) == 1, results
+    reference = replay(problem, steps, traces)
+    for member in finals:
+        final = torch.load(job.folder / f"final-{member}.pt", weights_only=True)
+        assert largest_difference(reference, final) < TOLERANCE
+    return steps
+
+
 def _check_events(job: Finished, alive: list[str], gone: set[str], noticed: set[str], steps: int) -> None:
     finals = {e["member"]: e for e in job.events("session_ended")}
     assert set(alive) <= set(finals), "a survivor has no session_ended in its event log"

@@ -15,6 +15,8 @@ gradients are on their way), ``before optimizer``, ``boundary``, ``evaluate``, `
 hosts with N slots), ``newcomer:X`` (a newcomer is about to),
 ``phase:X`` (about to begin part X of a recovery), and ``inside:X``: X is what ``session.phase`` begins with, and the
 main thread is inside a call to MPI; such rules act from a thread of their own.
+
+While a job runs, :func:`arm` has the next process that reaches a point kill itself there, whichever it is.
 """
 
 from __future__ import annotations
@@ -46,15 +48,24 @@ def own_label() -> int:
     return 100 * started + int(os.environ["OMPI_COMM_WORLD_RANK"])
 
 
+def arm(folder: Path, point: str) -> Path:
+    """Have the first process that reaches ``point`` die there; the file returned is gone once one has."""
+    path = folder / f"armed-{point}"
+    path.touch()
+    return path
+
+
 class FaultPoints:
     """The rules of this process.
 
     Args:
         rules: those of all ranks.
         folder: where ranks leave marks for each other.
+        may_be_armed: whether to look for what :func:`arm` leaves there.
     """
 
-    def __init__(self, rules: list[Rule], folder: Path) -> None:
+    def __init__(self, rules: list[Rule], folder: Path, *, may_be_armed: bool = False) -> None:
+        self._may_be_armed = may_be_armed
         self._rank = own_label()
         self._folder = folder
         self._rules = [rule for rule in rules if rule["rank"] == self._rank]
@@ -72,6 +83,8 @@ class FaultPoints:
         for rule in [r for r in self._rules if r["at"] == point and r.get("step", self._moment) == self._moment]:
             self._rules.remove(rule)
             self._act(rule)
+        if self._may_be_armed:
+            self._die_if_armed(point)
 
     def enter(self, moment: int | str) -> None:
         """A step begins (its number is that of the steps finished), or ``close``."""
@@ -175,6 +188,13 @@ class FaultPoints:
             self._session.request_leave()
         elif deed == "raise":
             raise InjectedError(f"injected into rank {self._rank}")
+
+    def _die_if_armed(self, point: str) -> None:
+        try:
+            (self._folder / f"armed-{point}").rename(self._folder / f"died-{os.getpid()}")  # one process succeeds
+        except FileNotFoundError:
+            return
+        self._do("die")
 
     def mark(self, name: str) -> None:
         """Leave the mark ``name.<rank>``, if any rule asks for it."""

@@ -243,11 +243,14 @@ def start(
     return Job([*command, str(HERE / script), *arguments], folder, env, limit_s)
 
 
-def start_training(folder: Path, problem: Problem, faults: Sequence[Rule] = (), **how: Any) -> Job:
+def start_training(
+    folder: Path, problem: Problem, faults: Sequence[Rule] = (), *, may_be_armed: bool = False, **how: Any
+) -> Job:
     """Start ``train.py`` with these rules; ``how`` as for :func:`start`."""
     folder.mkdir(exist_ok=True)
     job = folder / "job.json"
-    job.write_text(json.dumps({"folder": str(folder), "problem": dataclasses.asdict(problem), "faults": list(faults)}))
+    told = {"problem": dataclasses.asdict(problem), "faults": list(faults), "may_be_armed": may_be_armed}
+    job.write_text(json.dumps({"folder": str(folder), **told}))
     environment = {"CHAOS_BATCH_POLICY": problem.policy, **how.pop("environment", {})}
     return start("train.py", folder, str(job), ranks=problem.ranks, environment=environment, **how)
 

@@ -33,6 +33,7 @@ class Problem:
     workers: int = 0
     clip: float | None = None
     ballast_bytes: int = 0  # more training state, so that moving it takes a while
+    pause_s: float = 0.0  # in every step, as if there was more to compute
 
 
 class Samples(Dataset[tuple[int, torch.Tensor, torch.Tensor]]):

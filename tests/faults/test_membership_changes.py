@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from checks import TOLERANCE
+from checks import check_history
 from fault_points import Rule
 from jobs import Finished, start_training
-from problem import Problem, check_exactly_once, largest_difference, read_traces, replay
+from problem import Problem
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(100, method="signal")]
 
@@ -44,25 +43,8 @@ def check_changes(
     joined: Collection[int] = (),
 ) -> dict[int, list[str]]:
     """Assert all that is promised, whoever came and went; returns the members whose gradients are in each step."""
-    assert job.status == 0, f"the launcher returned {job.status}"
-    traces = read_traces(job.folder)
     finals = {job.member(r) for r in [*range(problem.ranks), *joined] if r not in dead and r not in left}
-    results = job.results()
-    assert set(results) == finals
-    steps: dict[int, list[str]] = {}
-    for member, trace in traces.items():
-        for step, contributors in trace.steps.items():
-            assert steps.setdefault(step, contributors) == contributors, f"{member} has step {step} differently"
-    assert sorted(steps) == list(range(1, len(steps) + 1))
-    check_exactly_once(problem, steps, traces)
-    for member, result in results.items():
-        assert result["steps"] == result["scheduler"] == len(steps), (member, result)
-        assert result["identical"], f"{member} saw replicas that differ"
-    assert len({result["digest"] for result in results.values()}) == 1, results
-    reference = replay(problem, steps, traces)
-    for member in finals:
-        final = torch.load(job.folder / f"final-{member}.pt", weights_only=True)
-        assert largest_difference(reference, final) < TOLERANCE
+    steps = check_history(job, problem, finals)
     for label in joined:
         if label in dead:
             continue
@@ -148,6 +130,7 @@ DEATHS: dict[str, tuple[list[Rule], set[int], set[int]]] = {
     "rank 0 when it is to serve": ([*JOIN, rule(0, "members:serve", "die")], {0}, {FIRST}),
     "a member after it served": ([*JOIN, rule(1, "members:change_view", "die")], {1}, {FIRST}),
     "the newcomer before it is ready": ([*JOIN, rule(FIRST, "newcomer:register", "die"), *RETRY], {FIRST}, {SECOND}),
+    "the newcomer when it is called in": ([*JOIN, rule(FIRST, "newcomer:enter", "die"), *RETRY], {FIRST}, {SECOND}),
     "the newcomer when it fetches": ([*JOIN, rule(FIRST, "newcomer:fetch", "die")], {FIRST}, set()),
     "the newcomer when it has all": ([*JOIN, rule(FIRST, "newcomer:enter_view", "die")], {FIRST}, set()),
     "the newcomer in its first step": ([*JOIN, rule(FIRST, "forward", "die")], {FIRST}, set()),

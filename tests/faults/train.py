@@ -1,13 +1,17 @@
 """The training script of the fault tests: ``train.py JOB.json``.
 
 Before it trains on a batch it logs the batch's samples, after each step whose gradients the step contains; both flushed
-at once, so that also a killed process leaves its log. At the end it saves the parameters it has.
+at once, so that also a killed process leaves its log. At the end it saves the parameters it has. The end is after the
+last epoch, or after the one in which the file ``stop`` appears in the job's folder. SIGUSR1 makes it print its stacks.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +28,10 @@ EVALUATED = 50
 
 def main() -> None:
     """Train as the job file says."""
+    faulthandler.register(signal.SIGUSR1)
     job: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
     folder, problem = Path(job["folder"]), Problem(**job["problem"])
-    faults = FaultPoints(job["faults"], folder)
+    faults = FaultPoints(job["faults"], folder, may_be_armed=job["may_be_armed"])
     faults.reach("start")
     session = chaos_mpi.init()
     faults.reach("opened")
@@ -51,6 +56,7 @@ def main() -> None:
                     "ghost": sampler.ghost_round(),
                 }  # fmt: skip
                 trace.write(json.dumps(batch) + "\n")
+                time.sleep(problem.pause_s)
                 optimizer.zero_grad()
                 loss = nn.functional.mse_loss(model(inputs), targets)
                 loss.backward()
@@ -67,10 +73,12 @@ def main() -> None:
 
             def count(part: range) -> torch.Tensor:
                 faults.reach("evaluate")
-                return torch.tensor([float(len(part)), float(sum(part))])
+                return torch.tensor([float(len(part)), float(sum(part)), float((folder / "stop").exists())])
 
-            total = session.evaluate(EVALUATED, count).tolist()
+            *total, stops = session.evaluate(EVALUATED, count).tolist()
             assert total == [EVALUATED, EVALUATED * (EVALUATED - 1) / 2], total
+            if stops:
+                break
     torch.save(module.state_dict(), folder / f"final-{session.member}.pt")
     faults.enter("close")
     faults.reach("close")
