@@ -21,7 +21,7 @@ from chaos_mpi.events import read_events
 
 ROOT = Path(__file__).resolve().parent
 #: The job is over long before; one that is not is ended.
-TIME_LIMIT_S = 170.0
+TIME_LIMIT_S = 600.0
 #: Steps that the newcomer and all others make together.
 SHARED_STEPS = 150
 WANTED_ACCURACY_PERCENT = 95.0
