@@ -1,7 +1,7 @@
 """One rank of a job that ``events.py`` lets ranks leave: it trains until it leaves or the driver hangs up.
 
-``chaos`` is an ordinary elastic training script. ``floor`` is the least that a leave takes in MPI: a flag that is summed
-in each step says who goes, the communicator is split, and all agree that it is.
+``chaos`` is an ordinary elastic training script. ``floor`` is the least that a leave takes in MPI: a flag that is
+summed in each step says who goes, the communicator is split, and all agree that it is.
 """
 
 from __future__ import annotations

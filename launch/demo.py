@@ -27,6 +27,12 @@ SHARED_STEPS = 150
 WANTED_ACCURACY_PERCENT = 95.0
 
 
+def out_of_time(job: subprocess.Popen[str]) -> None:
+    """End a job that takes too long."""
+    print(f"The demonstration ends its job after {TIME_LIMIT_S:.0f} s: is the machine very busy?", file=sys.stderr)
+    job.terminate()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=4)
@@ -47,7 +53,7 @@ def main() -> int:
     # One thread for each rank: more would only be in each other's way on a small machine.
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "TMPDIR": tempfile.mkdtemp(prefix="chaos-demo-")}
     job = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    limit = threading.Timer(TIME_LIMIT_S, job.terminate)
+    limit = threading.Timer(TIME_LIMIT_S, out_of_time, [job])
     limit.start()
     try:
         accuracy = follow(job, Script(log, environment, args.kill_rank, args.kill_at_step))

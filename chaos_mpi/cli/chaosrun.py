@@ -13,6 +13,7 @@ from typing import NoReturn
 import click
 
 from chaos_mpi import __version__
+from chaos_mpi.cli.control import LAUNCHER_FILE, remove_left_over
 from chaos_mpi.cli.doctor import report
 from chaos_mpi.cli.hosts import initial_ranks, slots_here
 from chaos_mpi.cli.outcome import EXIT_USAGE, judge, read_records
@@ -157,8 +158,10 @@ def _size(
 
 def _run(line: list[str], chosen: dict[str, str], ranks: int, tag_output: bool, drop_noise: bool) -> int:
     """Run the job and return chaosrun's exit status."""
+    remove_left_over()
     run_dir = Path(tempfile.mkdtemp(prefix="chaosrun-"))  # made with mode 0700
     try:
+        (run_dir / LAUNCHER_FILE).write_text(str(os.getpid()))
         # What mpirun keeps on disk goes into the private directory, because a killed rank cannot tidy up after itself.
         environment = {"PRTE_MCA_prte_tmpdir_base": str(run_dir), **os.environ, **chosen, "CHAOS_RUN_DIR": str(run_dir)}
         for attempt in range(1, START_ATTEMPTS + 1):

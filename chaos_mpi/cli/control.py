@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -11,16 +13,42 @@ from pathlib import Path
 from typing import Any
 
 import click
+import psutil
 
 #: A member that does not take a connection within this time is passed over.
 CONNECT_LIMIT_S = 2.0
+#: Holds the process id of the launcher, in a job's private directory.
+LAUNCHER_FILE = "launcher"
 
 
 def running_jobs() -> list[Path]:
     """The private directories of this user's jobs that have a member to talk to."""
-    root = Path(tempfile.gettempdir())
-    own = (path for path in root.glob("chaosrun-*") if path.is_dir() and path.stat().st_uid == os.getuid())
-    return sorted(path for path in own if any(path.glob("control-*.sock")))
+    running = []
+    for job in own_directories():
+        if (connection := _first_member(job)) is not None:
+            connection.close()
+            running.append(job)
+    return running
+
+
+def own_directories() -> list[Path]:
+    """The private directories of all jobs of this user, also of those that were killed and could not tidy up."""
+    found = []
+    for path in Path(tempfile.gettempdir()).glob("chaosrun-*"):
+        with contextlib.suppress(OSError):  # it may go away meanwhile
+            if path.is_dir() and path.stat().st_uid == os.getuid():
+                found.append(path)
+    return sorted(found)
+
+
+def remove_left_over() -> None:
+    """Remove the private directories of jobs whose launcher is gone, and all of whose ranks are."""
+    for job in own_directories():
+        pids = [path.stem.rpartition("-")[2] for path in job.glob("*-*.json")]
+        with contextlib.suppress(OSError):
+            pids.append((job / LAUNCHER_FILE).read_text())
+        if pids and not any(pid.isdigit() and psutil.pid_exists(int(pid)) for pid in pids):
+            shutil.rmtree(job, ignore_errors=True)
 
 
 def find_job(job: Path | None) -> Path:
@@ -67,6 +95,13 @@ def ask(job: Path, request: dict[str, Any], limit_s: float) -> Iterator[dict[str
 
 
 def _connect(job: Path) -> socket.socket:
+    connection = _first_member(job)
+    if connection is None:
+        raise click.ClickException(f"no member of the job in {job} answers")
+    return connection
+
+
+def _first_member(job: Path) -> socket.socket | None:
     for path in sorted(job.glob("control-*.sock")):
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.settimeout(CONNECT_LIMIT_S)
@@ -76,4 +111,4 @@ def _connect(job: Path) -> socket.socket:
             connection.close()  # a member that was killed leaves its socket behind
             continue
         return connection
-    raise click.ClickException(f"no member of the job in {job} answers")
+    return None

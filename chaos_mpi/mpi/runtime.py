@@ -53,6 +53,11 @@ def start(limit_s: float) -> World:
             "call chaos_mpi.init() before anything else imports mpi4py.MPI."
         )
     world = World(MPI.COMM_WORLD)
+    if world.size == 1 and (others := _started_by_another_launcher()):
+        raise EngineError(
+            f"this process was started by {others}, of which MPI knows nothing, so each rank would train alone: "
+            "start the script with 'chaosrun -n N script.py' or 'mpirun --with-ft ulfm -n N python script.py'."
+        )
     if world.size > 1 and not _fault_tolerant():
         raise EngineError(
             f"this job of {world.size} ranks was started without fault tolerance: "
@@ -95,6 +100,15 @@ def bound_threads() -> None:
     ranks = int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1"))
     if ranks > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+
+
+def _started_by_another_launcher() -> str:
+    """What started several ranks that do not form one MPI job; empty if nothing did."""
+    if "OMPI_COMM_WORLD_SIZE" in os.environ:
+        return ""  # mpirun, with one rank
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+        return "torchrun"
+    return ""
 
 
 def _fault_tolerant() -> bool:
