@@ -23,7 +23,7 @@ from chaos_mpi.elastic.lifecycle import write_record
 
 #: After a signal, ``mpirun`` gets this long to end its ranks before everything is killed.
 GRACE_S = 10.0
-#: Ranks that have all recorded their end may hold ``mpirun`` up for so long.
+#: When a job is over, what is left of it may hold ``mpirun`` up for so long.
 LINGER_S = 15.0
 #: Ranks that are still starting so long after another one died wait for it, and would for ever.
 START_GRACE_S = 5.0
@@ -76,7 +76,7 @@ class MpirunJob:
     def wait(self) -> int:
         """Wait for the end, end what does not end by itself, and return ``mpirun``'s exit status."""
         assert self._process is not None
-        all_ended_at: float | None = None
+        over_at: float | None = None
         while self._process.poll() is None:
             now = time.monotonic()
             if self._deadline is not None and now > self._deadline:
@@ -84,9 +84,9 @@ class MpirunJob:
             if (loss := self._start.loss(read_records(self._run_dir), now)) is not None:
                 write_record(self._run_dir, "outcome", {"outcome": "failed", "message": loss})
                 self._kill_everything()
-            if self._all_ended():
-                all_ended_at = all_ended_at or now
-                if now - all_ended_at > LINGER_S:
+            if self._is_over():
+                over_at = over_at or now
+                if now - over_at > LINGER_S:
                     self._kill_everything()
             try:
                 self._process.wait(_POLL_S)
@@ -122,8 +122,11 @@ class MpirunJob:
             # mpirun ends its ranks on SIGTERM; SIGHUP it would ignore.
             self._process.send_signal(signal.SIGTERM if number is signal.SIGHUP else number)
 
-    def _all_ended(self) -> bool:
+    def _is_over(self) -> bool:
+        """Whether all ranks have ended, or one has ended the whole job: mpirun waits for ever for a stopped process."""
         records = read_records(self._run_dir)
+        if any(record.get("outcome") == "failed" for record in records.outcomes.values()):
+            return True
         return bool(records.members) and all(
             pid in records.outcomes or not psutil.pid_exists(pid) for pid in records.members
         )

@@ -198,7 +198,9 @@ def test_everything_is_killed_and_resumed(tmp_path: Path) -> None:
     hold = [rule(0, "boundary", None, 8, "never")]
     with start_training(tmp_path / "a", problem, hold, options=options) as job:
         job.wait_until(lambda: job.steps_finished() == 9, "step 9")
-        job.wait_until((saved / "step-000000006.safetensors").exists, "the checkpoint of step 6")
+        # The writer leaves one out when it is behind.
+        late = [saved / f"step-00000000{step}.safetensors" for step in (6, 8)]
+        job.wait_until(lambda: any(path.exists() for path in late), "the checkpoint of step 6 or 8")
         job.kill_all()
     first = Finished(-9, "", tmp_path / "a", 0.0)
     second = run_again(first, tmp_path / "b", problem, *options, "--resume")
