@@ -137,18 +137,29 @@ def enter(bridge: Bridge, limit_s: float) -> World:
     return _merged(lambda: MPI.COMM_SELF.Create_intercomm(0, bridge.comm, 0, _GROW_TAG), True, limit_s)
 
 
-def part(world: World, stays: bool, limit_s: float) -> World | None:
-    """The communicator of the members that stay; None at one that goes. Called by all, in the same order of ranks.
+def part(world: World, going: Sequence[int], limit_s: float) -> World | None:
+    """The communicator of the members that stay, in the same order; None at one that goes. Called by all.
+
+    ``MPI_Comm_create_group``, which those that go need not call, would be faster; but neither a death nor a revoke ends
+    it (Open MPI 5.0).
+
+    Args:
+        going: ranks of those that go.
+        limit_s: the process ends when MPI has not done it by then.
 
     Raises:
         PeerFailedError: a member died meanwhile; it may have worked at other members.
     """
     try:
-        with Watchdog("MPI_Comm_split for the members that stay", limit_s):
-            comm = world.comm.Split(0 if stays else MPI.UNDEFINED, world.rank)
+        everyone = world.comm.Get_group()
+        staying = everyone.Excl(going)
+        with Watchdog("MPI_Comm_create for the members that stay", limit_s):
+            comm = world.comm.Create(staying)
+        staying.Free()
+        everyone.Free()
     except MPI.Exception as error:
         raise PeerFailedError(f"{error}") from error
-    return World(cast("MPI.Intracomm", comm)) if stays else None
+    return World(cast("MPI.Intracomm", comm)) if world.rank not in going else None
 
 
 def _merged(connect: Callable[[], MPI.Intercomm], newcomer: bool, limit_s: float) -> World:
