@@ -255,7 +255,7 @@ class Churn:
 
     def _living(self) -> list[str]:
         """Members of the newest view that live."""
-        return [member for member in self._logs.members if _lives(_pid(member))]
+        return [member for member in self._logs.members if self._lives(_pid(member))]
 
     def _staying(self) -> list[str]:
         """Those of them that were not told to go."""
@@ -265,6 +265,14 @@ class Churn:
         """How many newcomers may be on their way."""
         return max(len(self._status_joins()), sum(not ({"active", "refused"} & set(r.words)) for r, _ in self._joins))
 
+    def _lives(self, pid: int) -> bool:
+        if (self._job.folder / f"died-{pid}").exists():
+            return False
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+        except OSError:
+            return False
+
     def _sponsors(self) -> set[str]:
         return {join["sponsor"] for join in self._status_joins()}
 
@@ -272,7 +280,7 @@ class Churn:
         """Process ids of those that are in no view yet; ``up`` are those that have opened a session."""
         pids = [int(path.read_text()) for path in self._job.folder.glob("mark-pid.*00")]
         known = {_pid(member) for member in (*self._logs.members, *self._logs.active)}
-        return sorted(p for p in pids if p not in known and _lives(p) and (p in self._logs.started) == up)
+        return sorted(p for p in pids if p not in known and self._lives(p) and (p in self._logs.started) == up)
 
     def _status_joins(self) -> list[dict[str, Any]]:
         for member in self._living():
@@ -326,10 +334,3 @@ class Churn:
 
 def _pid(member: str) -> int:
     return int(member.rpartition(":")[2])
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except OSError:
-        return False
