@@ -32,6 +32,8 @@ JOIN_TIMEOUT_S = 30.0
 JOIN_LIMIT_S = 3 * JOIN_TIMEOUT_S + 30.0
 #: So many newcomers at most die before MPI knows them, since nobody notices before :data:`JOIN_TIMEOUT_S`.
 EARLY_DEATHS = 2
+#: How long after an armed point a process dies, in the mean, if not at once.
+DELAY_S = 0.01
 #: Longest pause between two events.
 PAUSE_S = 1.0
 
@@ -244,7 +246,8 @@ class Churn:
         self._kill(self._rng.choice(staying))
 
     def _arm(self, what: str, points: tuple[str, ...]) -> None:
-        self._armed[arm(self._job.folder, self._rng.choice(points))] = what
+        delay_s = self._rng.choice((0.0, self._rng.expovariate(1 / DELAY_S)))
+        self._armed[arm(self._job.folder, self._rng.choice(points), delay_s)] = what
 
     def _disarm(self) -> None:
         for path in self._armed:
