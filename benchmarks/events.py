@@ -1,21 +1,31 @@
-"""How long it takes to let a rank go, at 2 to 8 ranks: from the request to the smaller job.
+"""Time in which a job handles the leave of a rank, at 2 to 8 ranks, and where it goes.
 
-A job of 8 ranks trains the digits net through the whole elastic loop. A random rank is asked to leave, then another,
-until one is left. In between, in shuffled order, the same is done to the floor: a bare MPI loop in which a leave is a
-flag in the sum of a step, a split of the communicator, and one agreement.
+A job of 8 ranks trains for real. A random member is asked, at a random moment, to let a random member leave; then the
+next, until one is left. In between, in shuffled order, the same is done to the floor: a bare mpi4py loop in which all
+ranks, once they know who goes, create the smaller communicator and agree that all have it.
 
-    wait      from the request until all members know of it: the rest of the step, and the negotiation after it
-    handling  from there until the new view is committed at all of them
+All times are from the last rank that has come to a point to the last rank that has come to the next:
 
-    python benchmarks/events.py            # about five minutes on two cores
+    wait       from the request until all are at the boundary: the end of the step under way, and what is left of it
+    negotiate  until all know what all want (the floor: until all know who goes, by one reduction)
+    decide     until each has worked out what follows
+    create     until all have the new communicator
+    commit     until all know that all have it: from here on the new view counts
+    adopt      until the samples are shared out anew (at those that stay); the old communicator is freed at the end
+
+*Handling* is decide, create and commit: from "known at all members" to "committed at all members".
+
+    python benchmarks/events.py            # about ten minutes on two cores
     python benchmarks/events.py --quick    # a look, not a result
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
+import json
 import random
-import selectors
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -25,15 +35,23 @@ from typing import Any
 import jobs
 import report
 from jobs import Job, JobError
+from models import WORKLOADS
 from recovery import EventLogs
 
 _SCRIPT = Path(__file__).resolve().with_name("events_rank.py")
 _JOB_LIMIT_S = 300
+#: Longest wait for all members of one leave.
 _LEAVE_LIMIT_S = 30.0
 #: Training between two leaves, at least; a random part of as much again is added.
-_BETWEEN_S = 0.3
-SYSTEMS = {"chaos": "chaos_mpi", "floor": "floor (split, agree)"}
+_BETWEEN_S = 0.4
+#: The points that every rank passes, and the parts between them.
+POINTS = ("arrived", "known", "decided", "changed", "committed", "adopted")
+PARTS = ("wait", "negotiate", "decide", "create", "commit", "adopt")
+SYSTEMS = {"chaos": "chaos_mpi", "floor": "floor (bare ULFM)"}
 TARGET_MS = 1.0
+
+#: When one rank passed the points, seconds of the monotonic clock. One that goes does not adopt.
+Passage = dict[str, float]
 
 
 class Shrinking:
@@ -41,97 +59,133 @@ class Shrinking:
 
     Args:
         system: ``chaos`` or ``floor``.
+        model: what it trains.
         ranks: how many it starts with.
     """
 
-    def __init__(self, system: str, ranks: int, rng: random.Random) -> None:
+    def __init__(self, system: str, model: str, ranks: int, rng: random.Random) -> None:
         self._system, self._rng = system, rng
 
         def commands(directory: Path) -> list[tuple[list[str], dict[str, str]]]:
             command, environ = jobs.mpirun(_SCRIPT, ranks, fault_tolerant=True)
             return [(command, {**environ, "CHAOS_EVENT_LOG": str(directory / "%m.jsonl")})]
 
-        spec = {"system": system, "model": "digits", "limit_s": _JOB_LIMIT_S}
+        spec = {"system": system, "model": model, "limit_s": _JOB_LIMIT_S}
         self._job = Job(f"{SYSTEMS[system]}, {ranks} ranks", commands, ranks, spec)
         self._logs = EventLogs(self._job.directory)
-        self._ranks: list[int] = []
+        self._members: list[int] = []  # by their ranks at the start
 
     def __enter__(self) -> Shrinking:
         self._job.__enter__()
-        self._ranks = sorted(self._job.links)
+        self._members = sorted(self._job.links)
+        for link in self._job.links.values():
+            link.send({"go": True})
         time.sleep(1.0)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._job.end()
 
-    def let_one_go(self) -> dict[str, Any]:
-        """A random rank leaves at a random moment; how long it took.
+    def one_leaves(self) -> dict[str, float]:
+        """Let a random member leave and return what it cost.
 
         Raises:
-            JobError: the leave was not committed everywhere in time.
+            JobError: not all members came to know of it in time.
         """
-        size = len(self._ranks)
+        members = list(self._members)
         time.sleep(_BETWEEN_S * (1 + self._rng.random()))
-        rank = self._rng.choice(self._ranks)
-        pids = [self._job.hellos[r]["pid"] for r in self._ranks]
-        before = {pid: len(self._logs.events().get(pid, [])) for pid in pids}
-        asked = time.monotonic()
-        self._job.links[rank].send({"do": "leave"})
-        sights = self._from_logs(before) if self._system == "chaos" else self._from_links()
-        self._ranks.remove(rank)
-        known, committed = max(s[0] for s in sights), max(s[1] for s in sights)
-        return {"size": size, "wait": 1e3 * (known - asked), "handling": 1e3 * (committed - known)}
+        asked, goes = self._rng.choice(members), self._rng.choice(members)
+        self._members.remove(goes)
+        try:
+            self._job.links[asked].send({"leave": self._job.hellos[goes]["member"]})
+            passages = self._passages(members)
+        except (TimeoutError, EOFError, ConnectionError) as error:
+            raise JobError(f"a leave at {len(members)} ranks was not handled in time; {self._job.output()}") from error
+        requested = passages.pop(-1)["requested"]
+        return {"size": len(members), **split(requested, list(passages.values()))}
 
-    def _from_logs(self, before: dict[int, int]) -> list[tuple[float, float]]:
+    def _passages(self, members: Sequence[int]) -> dict[int, Passage]:
+        """Those of the members, and at -1 when the request was accepted."""
+        found: dict[int, Passage] = {}
+        heard: list[dict[str, Any]] = []
+        wanted = 1 if self._system == "chaos" else 1 + len(members)
         limit = time.monotonic() + _LEAVE_LIMIT_S
-        while time.monotonic() < limit:
-            time.sleep(0.1)  # seldom, because the cores are the job's
+        for rank in itertools.cycle(members):
+            # A short look at each, since nobody knows who speaks next.
+            with contextlib.suppress(TimeoutError):
+                heard.append({"rank": rank, **self._job.links[rank].receive(0.02)})
+            if len(heard) == wanted:
+                break
+            if time.monotonic() > limit:
+                raise TimeoutError
+        for told in heard:
+            found[-1 if "requested" in told else told["rank"]] = told
+        while len(found) < 1 + len(members):
+            if time.monotonic() > limit:
+                raise TimeoutError
+            time.sleep(0.1)  # seldom, because the cores are the members'
             events = self._logs.events()
-            found = [
-                event
-                for pid, n in before.items()
-                for event in events.get(pid, [])[n:]
-                if event["event"] == "leave_committed"
-            ]
-            if len(found) == len(before):
-                return [(e["mono"] - e["milliseconds"] / 1e3, e["mono"]) for e in found]
-        raise JobError(f"{len(found)} of {len(before)} ranks committed the leave in time; {self._job.output()}")
-
-    def _from_links(self) -> list[tuple[float, float]]:
-        limit = time.monotonic() + _LEAVE_LIMIT_S
-        sights: list[tuple[float, float]] = []
-        with selectors.DefaultSelector() as selector:
-            for rank in self._ranks:
-                selector.register(self._job.links[rank], selectors.EVENT_READ, self._job.links[rank])
-            while len(sights) < len(self._ranks):
-                if time.monotonic() > limit:
-                    raise JobError(f"{len(sights)} of {len(self._ranks)} ranks parted in time; {self._job.output()}")
-                for key, _ in selector.select(0.5):
-                    told = key.data.receive(1.0)
-                    selector.unregister(key.fileobj)
-                    sights.append((told["known"], told["committed"]))
-        return sights
+            for rank in members:
+                own = [e for e in events.get(self._job.hellos[rank]["pid"], []) if e["event"] == "leave_committed"]
+                # A member that stays has logged one for each that has left so far.
+                if len(own) == len(self._job.hellos) - len(members) + 1:
+                    found[rank] = passage(own[-1])
+        return found
 
 
-def measure(most: int, repeats: int, rng: random.Random) -> Iterator[dict[str, Any]]:
-    """Every leave as one record."""
+def passage(event: dict[str, Any]) -> Passage:
+    """When a member passed the points, from its ``leave_committed``."""
+    names = ("adopt", "commit", "communicator", "negotiate", "gather")
+    at, times = event["mono"], {}
+    for point, name in zip(reversed(POINTS), names, strict=False):
+        if f"{name}_ms" in event:
+            times[point] = at
+            at -= event[f"{name}_ms"] / 1e3
+    return {**times, "arrived": at}
+
+
+def split(requested: float, passages: Sequence[Passage]) -> dict[str, float]:
+    """The cost of one leave in ms, from when each member passed the points.
+
+    ``handling`` is from known at all to committed at all, ``all`` from at the boundary to committed.
+    """
+    last = [requested, *(max(p[point] for p in passages if point in p) for point in POINTS)]
+    parts = {part: 1e3 * (b - a) for part, (a, b) in zip(PARTS, itertools.pairwise(last), strict=True)}
+    handling = parts["decide"] + parts["create"] + parts["commit"]
+    return {
+        **parts,
+        "handling": handling,
+        "boundary": parts["negotiate"] + handling,
+        "total": 1e3 * (last[5] - requested),
+    }
+
+
+def measure(model: str, most: int, repeats: int, rng: random.Random) -> Iterator[dict[str, Any]]:
+    """Every leave as one record; a job that fails is one too, with ``error``."""
     for repeat in range(repeats):
         for system in rng.sample(sorted(SYSTEMS), len(SYSTEMS)):
             print(f"{SYSTEMS[system]}: {most} ranks, round {repeat + 1} of {repeats}", file=sys.stderr, flush=True)
-            with Shrinking(system, most, rng) as job:
-                for _ in range(most - 1):
-                    yield {"system": system, "repeat": repeat, **job.let_one_go()}
+            record: dict[str, Any] = {"system": system, "repeat": repeat}
+            try:
+                with Shrinking(system, model, most, rng) as job:
+                    for _ in range(most - 1):
+                        yield {**record, **job.one_leaves()}
+            except JobError as error:
+                print(f"  {error}", file=sys.stderr)
+                yield {**record, "size": most, "error": str(error).splitlines()[0]}
 
 
 def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Median, p90 and so on, for each system and size."""
+    """Median, p90 and so on of every part, for each system and size."""
     rows = []
     for system in SYSTEMS:
         for size in sorted({r["size"] for r in records}):
-            leaves = [r for r in records if (r["system"], r["size"]) == (system, size)]
-            parts = {name: report.summary([r[name] for r in leaves]) for name in ("wait", "handling")}
-            rows.append({"system": system, "size": size, **parts})
+            leaves = [r for r in records if (r["system"], r["size"]) == (system, size) and "total" in r]
+            if leaves:
+                names = (*PARTS, "handling", "boundary", "total")
+                rows.append(
+                    {"system": system, "size": size, **{n: report.summary([k[n] for k in leaves]) for n in names}}
+                )
     return rows
 
 
@@ -140,70 +194,101 @@ def table(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table(title="A rank leaves, ms", box=None, pad_edge=False)
-    for name in ("system", "ranks", "n", "wait", "handling", "q25", "q75", "p90"):
-        shown.add_column(name, justify="left" if name == "system" else "right", no_wrap=True)
-    for row in result["rows"]:
-        handling = row["handling"]
-        shown.add_row(
-            SYSTEMS[row["system"]], str(row["size"]), str(handling["n"]), f"{row['wait']['median']:.1f}",
-            *[f"{handling[key]:.2f}" for key in ("median", "q25", "q75", "p90")],
-        )  # fmt: skip
     console = Console()
-    console.print(shown)
-    met = [str(r["size"]) for r in result["rows"] if r["system"] == "chaos" and r["handling"]["median"] < TARGET_MS]
-    console.print(
-        "wait: from the request until all know of it (the rest of the step, and a negotiation); handling: from there "
-        f"to the commit at all. Target: median handling below {TARGET_MS:.0f} ms; met at {', '.join(met) or 'no'} ranks"
-    )
+    for system, title in SYSTEMS.items():
+        shown = Table(title=f"{title}: the leave of a rank, ms; parts are medians")
+        for name in ("ranks", "n", *PARTS, "handling", "p90"):
+            shown.add_column(name, justify="right")
+        for row in result["rows"]:
+            if row["system"] == system:
+                shown.add_row(
+                    str(row["size"]), str(row["handling"]["n"]), *[f"{row[part]['median']:.2f}" for part in PARTS],
+                    f"{row['handling']['median']:.2f}", f"{row['handling']['p90']:.2f}",
+                )  # fmt: skip
+        console.print(shown)
+    console.print("handling: decide, create and commit, from known at all members to committed at all")
+    for row in result["target"]:
+        word = "met" if row["met"] else "MISSED"
+        console.print(
+            f"target: handling below {TARGET_MS:.0f} ms (median) at {row['size']} ranks: "
+            f"{row['median_ms']:.2f} ms, {word} (floor {row['floor_ms']:.2f} ms)"
+        )
+    if result["failures"]:
+        console.print(f"jobs that failed: {json.dumps(result['failures'])}")
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """The handling time of every leave, and the medians."""
+    """Left: handling of every leave. Right: median parts, ours beside the floor."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for shift, (system, colour) in zip((-0.12, 0.12), (("chaos", "C0"), ("floor", "C7")), strict=True):
-        for record in result["leaves"]:
-            if record["system"] == system:
-                axes.plot(record["size"] + shift, record["handling"], ".", color=colour, alpha=0.4)
+    figure, (points, bars) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    sizes = sorted({row["size"] for row in result["rows"]})
+    colours = {"chaos": "C0", "floor": "C7"}
+    for shift, system in zip((-0.15, 0.15), SYSTEMS, strict=True):
         rows = [r for r in result["rows"] if r["system"] == system]
-        axes.plot(
-            [r["size"] + shift for r in rows], [r["handling"]["median"] for r in rows], "_-", color=colour,
-            label=f"{SYSTEMS[system]}, median",
+        leaves = [r for r in result["leaves"] if r["system"] == system]
+        points.plot(
+            [r["size"] + shift for r in leaves], [r["handling"] for r in leaves], ".",
+            color=colours[system], alpha=0.4,
         )  # fmt: skip
-    axes.axhline(TARGET_MS, color="C3", linestyle="--", label="target")
-    axes.set(xlabel="ranks before the leave", ylabel="ms from known to committed, at all", yscale="log")
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
+        points.plot(
+            [r["size"] + shift for r in rows], [r["handling"]["median"] for r in rows], "_-",
+            color=colours[system], label=f"{SYSTEMS[system]}, median",
+        )  # fmt: skip
+    points.axhline(TARGET_MS, color="C3", linestyle="--", label="target")
+    points.set(xlabel="ranks before the leave", ylabel="ms", xticks=sizes, yscale="log", title="known to committed")
+    for shift, system in zip((-0.2, 0.2), SYSTEMS, strict=True):
+        rows = [r for r in result["rows"] if r["system"] == system]
+        base = [0.0] * len(rows)
+        for colour, part in enumerate(PARTS[1:]):
+            heights = [r[part]["median"] for r in rows]
+            bars.bar([r["size"] + shift for r in rows], heights, 0.36, bottom=base, color=f"C{colour}",
+                     alpha=1.0 if system == "chaos" else 0.45, label=part if system == "chaos" else None)  # fmt: skip
+            base = [b + h for b, h in zip(base, heights, strict=True)]
+    bars.set(xlabel="ranks before the leave", ylabel="ms", xticks=sizes, title="median of each part (pale: the floor)")
+    for axis in (points, bars):
+        axis.legend(fontsize=8)
+        axis.grid(axis="y", alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def main() -> int:
-    """Measure, and write JSON, a table and a plot."""
-    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--ranks", type=int, default=8, help="ranks of a fresh job (default 8)")
-    parser.add_argument("--repeats", type=int, default=10, help="jobs of each kind (default 10)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="two jobs of each kind")
-    parser.add_argument("--out", type=Path, default=report.RESULTS, help="directory for the results")
-    options = parser.parse_args()
-    if options.ranks < 2:
-        parser.error("--ranks must be at least 2: the last rank stays")
+def _target(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    medians = {(row["system"], row["size"]): row["handling"]["median"] for row in rows}
+    nan = float("nan")
+    return [
+        {"size": size, "median_ms": ours, "floor_ms": medians.get(("floor", size), nan), "met": ours < TARGET_MS}
+        for (system, size), ours in medians.items()
+        if system == "chaos"
+    ]  # fmt: skip
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--ranks", type=int, default=8, help="size that a job starts with")
+    parser.add_argument("--repeats", type=int, default=15, help="leaves of each system at each size")
+    parser.add_argument("--model", choices=list(WORKLOADS), default="digits")
+    parser.add_argument("--out", type=Path, default=report.RESULTS, help="directory for the JSON and the plot")
+    parser.add_argument("--seed", type=int, default=0, help="of members, moments and order")
+    parser.add_argument("--quick", action="store_true", help="two leaves at each size")
+    given = parser.parse_args()
     jobs.prepare_driver()
-    head = report.started()
-    try:
-        leaves = list(measure(options.ranks, 2 if options.quick else options.repeats, random.Random(options.seed)))
-    except JobError as error:
-        print(f"events.py: {error}", file=sys.stderr)
-        return 1
-    result = {"benchmark": "events", **head, "target_ms": TARGET_MS, "rows": summarise(leaves), "leaves": leaves}
+    head = {"benchmark": "events", **report.started(), "model": WORKLOADS[given.model].title}
+    records = list(measure(given.model, given.ranks, 2 if given.quick else given.repeats, random.Random(given.seed)))
+    rows = summarise(records)
+    result = {
+        **head,
+        "target": _target(rows),
+        "rows": rows,
+        "failures": [r for r in records if "error" in r],
+        "leaves": [r for r in records if "total" in r],
+    }
     table(result)
-    for file in report.write(options.out, "events", result, plot):
+    for file in report.write(given.out, "events", result, plot):
         print(f"wrote {file}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with contextlib.suppress(KeyboardInterrupt):
+        main()

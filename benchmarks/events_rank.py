@@ -1,7 +1,8 @@
-"""One rank of a job that ``events.py`` lets ranks leave: it trains until it leaves or the driver hangs up.
+"""One rank of a job that ``events.py`` has ranks leave: it trains until it leaves or the driver hangs up.
 
-``chaos`` is an ordinary elastic training script. ``floor`` is the least that a leave takes in MPI: a flag that is
-summed in each step says who goes, the communicator is split, and all agree that it is.
+``chaos`` is an ordinary elastic training script; what happens is read from its event log. ``floor`` is the least that
+any program on ULFM must do for the same: once all know who goes, make a communicator without it, and agree that all
+have it. There is no training, no sampler, and no care for what happens if a rank dies meanwhile.
 """
 
 from __future__ import annotations
@@ -9,91 +10,110 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import torch
-import torch.nn.functional as F
 from jobs import Link, join_driver
-from models import WORKLOADS, Workload
+
+#: Pause between two reductions of the floor, as if there was something to compute.
+_PAUSE_S = 0.002
 
 
-def train_chaos(link: Link, workload: Workload) -> None:
-    """An elastic training loop; what happens is read from its event log."""
+def train_chaos(link: Link, model: str) -> None:
+    """An elastic training loop."""
+    import torch
+    import torch.nn.functional as F
+    from models import WORKLOADS
+
     import chaos_mpi
 
+    torch.set_num_threads(1)
+    workload = WORKLOADS[model]
     session = chaos_mpi.init(timeout_s=60)
     torch.manual_seed(0)
     net = workload.build()
-    model = chaos_mpi.DistributedDataParallel(net)
+    ddp = chaos_mpi.DistributedDataParallel(net)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
-    inputs, targets = workload.dataset()
-    data = torch.utils.data.TensorDataset(inputs, targets)
+    data = torch.utils.data.TensorDataset(*workload.dataset())
     sampler = chaos_mpi.ElasticSampler(data, batch_size=workload.batch_size, seed=0)
     loader: Any = chaos_mpi.DataLoader(data, batch_sampler=sampler)
-    state = chaos_mpi.TrainingState(model=model, optimizer=optimizer, sampler=sampler, epoch=0)
-    link.send({"rank": session.rank, "pid": os.getpid()})
-    threading.Thread(target=_obey, args=(link, session.request_leave), daemon=True).start()
+    state = chaos_mpi.TrainingState(model=ddp, optimizer=optimizer, sampler=sampler, epoch=0)
+    _serve(link, {"rank": session.rank, "pid": os.getpid(), "member": session.member}, session.request_leave)
     for state.epoch in range(10**9):
         sampler.set_epoch(state.epoch)
         for x, y in loader:
             optimizer.zero_grad()
-            F.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
+            loss = F.cross_entropy(ddp(x), y)
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
 
 
-def train_floor(link: Link, workload: Workload) -> None:
-    """A loop that computes as much, and parts with ranks as fast as MPI can; it tells the driver how long that took."""
+def run_floor(link: Link) -> None:
+    """Bare MPI and ULFM; it tells the driver the times of each leave, in seconds of the monotonic clock."""
+    import numpy as np
     from mpi4py import MPI
 
     MPI.Init_thread()  # chaos_mpi's launch settings, once imported, leave this to the program
     comm: Any = MPI.COMM_WORLD
     comm.Set_errhandler(MPI.ERRORS_RETURN)
-    torch.manual_seed(0)
-    net = workload.build()
-    inputs, targets = workload.dataset()
-    wants = threading.Event()
-    link.send({"rank": comm.Get_rank(), "pid": os.getpid()})
-    threading.Thread(target=_obey, args=(link, wants.set), daemon=True).start()
+    me = comm.Get_rank()
+    members = list(range(comm.Get_size()))  # by their ranks at the start
+    wanted: list[int] = []
+    _serve(link, {"rank": me, "pid": os.getpid(), "member": str(me)}, lambda member: wanted.append(int(member)))
+
+    def complete(request: Any) -> None:
+        while not request.Test():
+            os.sched_yield()
+
     while True:
-        net.zero_grad()
-        F.cross_entropy(net(inputs[: workload.batch_size]), targets[: workload.batch_size]).backward()  # type: ignore[no-untyped-call]
-        leaving = np.zeros(comm.Get_size(), dtype=np.int8)
-        leaving[comm.Get_rank()] = wants.is_set()
-        _wait(comm.Iallreduce(MPI.IN_PLACE, leaving, MPI.SUM))
-        if not leaving.any():
+        time.sleep(_PAUSE_S)
+        word = np.array([wanted[0] + 1 if wanted else 0], dtype=np.int64)
+        arrived = time.monotonic()
+        complete(comm.Iallreduce(MPI.IN_PLACE, word, MPI.MAX))
+        if not word[0]:
             continue
         known = time.monotonic()
-        goes = bool(leaving[comm.Get_rank()])
-        smaller = comm.Split(MPI.UNDEFINED if goes else 0, comm.Get_rank())
-        flag = np.ones(1, dtype=np.intc)
-        _wait(comm.Iagree(flag))
-        link.send({"known": known, "committed": time.monotonic()})
-        if goes:
+        going = int(word[0]) - 1
+        everyone = comm.Get_group()
+        smaller = comm.Create(everyone.Excl([members.index(going)]))
+        changed = time.monotonic()
+        flag = np.array([1], dtype=np.intc)
+        complete(comm.Iagree(flag))
+        committed = time.monotonic()
+        times = {"arrived": arrived, "known": known, "decided": known, "changed": changed, "committed": committed}
+        link.send({"size": len(members), **times, "adopted": committed})
+        if going == me:
             os._exit(0)
+        members.remove(going)
+        wanted.clear()
         comm = smaller
         comm.Set_errhandler(MPI.ERRORS_RETURN)
 
 
-def _wait(request: Any) -> None:
-    while not request.Test():
-        os.sched_yield()
+def _serve(link: Link, hello: dict[str, Any], leave: Callable[[str], object]) -> None:
+    """Say hello, wait until all ranks are up, and take requests from then on, in a thread."""
+    link.send(hello)
+    link.receive()
 
+    def listen() -> None:
+        while True:
+            try:
+                request = link.receive()
+            except (OSError, EOFError):
+                os._exit(0)
+            leave(request["leave"])
+            link.send({"requested": time.monotonic()})
 
-def _obey(link: Link, leave: Any) -> None:
-    """Leave when the driver says so, and end when it is gone."""
-    try:
-        while link.receive()["do"] == "leave":
-            leave()
-    except (OSError, EOFError):
-        os._exit(0)
+    threading.Thread(target=listen, daemon=True).start()
 
 
 def main() -> None:
     """Train as the driver says."""
     link, spec = join_driver()
-    torch.set_num_threads(1)
-    {"chaos": train_chaos, "floor": train_floor}[spec["system"]](link, WORKLOADS[spec["model"]])
+    if spec["system"] == "chaos":
+        train_chaos(link, spec["model"])
+    else:
+        run_floor(link)
 
 
 if __name__ == "__main__":

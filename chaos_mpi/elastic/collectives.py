@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 _SHARE_CHUNK_BYTES = 32 << 20
+#: What is not longer is gathered in one round.
+_SHORT_BYTES = 1016
 
 
 class CollectiveCalls(ABC):
@@ -69,9 +71,11 @@ class CollectiveCalls(ABC):
     def gather_with_contributors(self, value: Any) -> tuple[list[Any], tuple[str, ...]]:
         """The same, and whose values they are: the same at every member, whoever died meanwhile."""
         payload = json.dumps(value).encode()
-        longest = self.all_reduce(torch.tensor([len(payload)]), "max")
-        operation = GatherRows("gather", payload, int(longest[0]))
+        operation = GatherRows("gather", payload, _SHORT_BYTES)
         self.execute(operation)
+        if (longest := operation.longest) > _SHORT_BYTES:  # all see the same lengths
+            operation = GatherRows("gather", payload, longest)
+            self.execute(operation)
         return operation.decoded(), operation.contributors
 
     def share(self, label: str, tensors: Sequence[torch.Tensor], root: str | None = None) -> None:

@@ -10,9 +10,9 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from chaos_mpi.autoscale.settling import with_failed
 from chaos_mpi.elastic import admission
@@ -94,10 +94,14 @@ class Negotiator:
         self.due = False
         with self._lock:
             mine = list(self._inbox.values())
-        rows, contributors = self._session.gather_with_contributors([p.to_json() for p in mine])
+        arrived = time.perf_counter()
+        # What a change of the view needs to know of the samplers comes along, so that a leave needs no other round.
+        word = [[p.to_json() for p in mine], self._session.sampler_reports()]
+        words, contributors = self._session.gather_with_contributors(word)
         begun = time.perf_counter()  # until here a member has waited for slower ones, as it does in every step
         view = View(0, contributors)
-        outcome = negotiate(self.agenda, view, [[Proposal.from_json(p) for p in row] for row in rows], self.limits)
+        proposals = [[Proposal.from_json(p) for p in row] for row, _ in words]
+        outcome = negotiate(self.agenda, view, proposals, self.limits)
         outcome = self._autoscaler.settle(outcome, view)
         self.agenda = outcome.agenda
         with self._lock:
@@ -105,9 +109,13 @@ class Negotiator:
                 key = proposal.kind, proposal.id, proposal.attempt
                 if self._inbox.get(key) is proposal:  # and not a newer one
                     del self._inbox[key]
-        self._tell(outcome)
+        goes = False
         if outcome.leave:
-            self._part(outcome.leave, begun)
+            told = {member: reports for member, (_, reports) in zip(contributors, words, strict=True)}
+            goes = self._part(outcome.leave, told, (arrived, begun, time.perf_counter()))
+        self._tell(outcome)
+        if goes:
+            self._depart()
         if outcome.cut and self._overlap is not None:
             self._overlap.cut(begun)
         if outcome.activate:
@@ -135,28 +143,33 @@ class Negotiator:
 
     # -- carrying out ----------------------------------------------------------------------------------
 
-    def _part(self, leaving: tuple[str, ...], begun: float) -> None:
+    def _part(self, leaving: tuple[str, ...], told: dict[str, Any], times: tuple[float, ...]) -> bool:
+        """Go on without those that leave; True at one of them. ``times``: see :func:`_leave_parts`."""
         session = self._session
-        operation = Leave(leaving, session.sampler_reports, self._width(), session.settings.timeout_s)
+        operation = Leave(leaving, told, session.sampler_reports, self._width(), session.settings.timeout_s)
         session.execute(operation)
         assert operation.view is not None
         gone = tuple(m for m in operation.view.members if m in operation.leaving)
         if not gone:
-            return
-        milliseconds = round((time.perf_counter() - begun) * 1e3, 3)
+            return False
+        times = (*times, operation.changed_at, time.perf_counter())
         if session.member in gone:
-            session.emit("leave_committed", members=list(gone), milliseconds=milliseconds)
-            if self._overlap is not None:
-                self._overlap.leave()
-            self._autoscaler.close()
-            session.depart()
+            session.emit("leave_committed", members=list(gone), **_leave_parts(times))
+            return True
         assert operation.world is not None
         staying = [m for m in operation.view.members if m not in gone]
         reports = [r for m, r in zip(operation.view.members, operation.reports, strict=True) if m not in gone]
         session.change_view(operation.world, staying, reports, cause="leave")
-        session.emit("leave_committed", members=list(gone), milliseconds=milliseconds)
+        session.emit("leave_committed", members=list(gone), **_leave_parts((*times, time.perf_counter())))
         if session.rank == 0:
             log.warning("step %d: %s left; %d ranks train on", session.step, ", ".join(gone), session.size)
+        return False
+
+    def _depart(self) -> NoReturn:
+        if self._overlap is not None:
+            self._overlap.leave()
+        self._autoscaler.close()
+        self._session.depart()
 
     def _admit(self, joins: tuple[Join, ...], begun: float) -> None:
         session = self._session
@@ -249,3 +262,15 @@ class Negotiator:
     def _width(self) -> int:
         # The same at all members: a report is six counters, and they all have equally many samplers.
         return 64 + _REPORT_BYTES * len(self._session.samplers)
+
+
+def _leave_parts(times: Sequence[float]) -> dict[str, float]:
+    """What a leave has cost this member, for the event log, milliseconds.
+
+    Args:
+        times: when it came to the boundary, knew what all want, knew what follows, had the new communicator, knew that
+            all have it, and, if it stays, had taken on the new view; on the performance counter.
+    """
+    names = ("gather_ms", "negotiate_ms", "communicator_ms", "commit_ms", "adopt_ms")
+    parts = {name: round((b - a) * 1e3, 3) for name, (a, b) in zip(names, itertools.pairwise(times), strict=False)}
+    return {"milliseconds": round((times[4] - times[1]) * 1e3, 3), **parts}

@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 
 from chaos_mpi.errors import EngineError, MismatchError, PeerFailedError, RecoveryError
@@ -20,6 +21,7 @@ from chaos_mpi.membership import View
 from chaos_mpi.mpi.world import Pending, World, transportable
 
 GRADIENTS = "gradient step"
+_LENGTH_BYTES = 8
 
 
 class Operation(ABC):
@@ -137,17 +139,18 @@ class Reduce(Operation):
 
 
 class GatherRows(Operation):
-    """Every member's bytes, at most ``width`` of them, side by side: one row for each rank."""
+    """The first ``width`` of every member's bytes, side by side: one row for each rank."""
 
     def __init__(self, label: str, payload: bytes, width: int) -> None:
         super().__init__(label)
-        self._payload, self._width = payload, width
-        self._rows = torch.empty((0, width), dtype=torch.uint8)
+        self._width = width
+        row = len(payload).to_bytes(_LENGTH_BYTES, "little") + payload[:width]
+        self._row = np.frombuffer(row.ljust(_LENGTH_BYTES + width, b"\0"), dtype=np.uint8)
+        self._rows = torch.empty((0, len(self._row)), dtype=torch.uint8)
 
     def start(self, pending: Pending, view: View, rank: int) -> None:
-        self._rows = torch.zeros((view.size, self._width), dtype=torch.uint8)
-        self._rows[rank, : len(self._payload)] = torch.frombuffer(bytearray(self._payload), dtype=torch.uint8)
-        pending.reduce(self._rows, "bor")
+        self._rows = torch.empty((view.size, len(self._row)), dtype=torch.uint8)
+        pending.gather(self._row, self._rows.numpy())
 
     def results(self) -> list[torch.Tensor]:
         return [self._rows]
@@ -155,9 +158,20 @@ class GatherRows(Operation):
     def renew_buffers(self) -> None:
         self._rows = torch.empty_like(self._rows)
 
+    @property
+    def longest(self) -> int:
+        """How many bytes the longest of all has; more than fit into a row, perhaps."""
+        return max(length for length, _ in self._split())
+
     def decoded(self) -> list[Any]:
-        """The JSON value of each row (rows are padded with zero bytes, which JSON never contains)."""
-        return [json.loads(bytes(row.numpy().tobytes()).rstrip(b"\0")) for row in self._rows]
+        """The JSON value of each row; all must have fitted."""
+        return [json.loads(payload) for _, payload in self._split()]
+
+    def _split(self) -> Iterator[tuple[int, bytes]]:
+        for row in self._rows.numpy():
+            data = row.tobytes()
+            length = int.from_bytes(data[:_LENGTH_BYTES], "little")
+            yield length, data[_LENGTH_BYTES : _LENGTH_BYTES + length]
 
 
 class Share(Operation):

@@ -7,8 +7,9 @@ do in any operation, and begin it again with who is left.
 from __future__ import annotations
 
 import json
+import time
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -91,16 +92,42 @@ class Meet(Transition):
 
 
 class Leave(Transition):
-    """Members go; the others get a communicator without them."""
+    """Members go; the others get a communicator without them.
 
-    def __init__(self, leaving: Sequence[str], report: Callable[[], Any], width: int, limit_s: float) -> None:
+    Args:
+        leaving: they.
+        told: what all members have reported already, in the same view, so that they need not do it once more. If
+            somebody has died since, they do.
+
+    Attributes:
+        leaving: those that go.
+        changed_at: when the new communicator was there, on the performance counter.
+    """
+
+    def __init__(
+        self, leaving: Sequence[str], told: Mapping[str, Any], report: Callable[[], Any], width: int, limit_s: float
+    ) -> None:
         super().__init__(f"leave of {', '.join(leaving)}", report, width, limit_s)
         self.leaving = frozenset(leaving)
+        self.changed_at = 0.0
+        self._told = told
+
+    def start(self, pending: Pending, view: View, rank: int) -> None:
+        if tuple(self._told) != view.members:
+            self._told = {}
+            super().start(pending, view, rank)
+
+    def wait(self, what: Callable[[], str], limit_s: float) -> None:
+        super().wait(what, limit_s)
+        if self._told:
+            self.reports = list(self._told.values())
 
     def act(self, world: World, view: View) -> World | None:
-        if not self.leaving & set(view.members):
-            return world  # they died before they could go
-        return growth.part(world, view.members[world.rank] not in self.leaving, self._limit_s)
+        going = [rank for rank, member in enumerate(view.members) if member in self.leaving]
+        # Without any they died before they could go.
+        smaller = growth.part(world, going, self._limit_s) if going else world
+        self.changed_at = time.perf_counter()
+        return smaller
 
 
 class Admit(Transition):

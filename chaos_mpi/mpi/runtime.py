@@ -14,7 +14,9 @@ import os
 import signal
 import socket
 import threading
-from typing import TYPE_CHECKING, Self
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from chaos_mpi.mpi.world import World
 
 log = logging.getLogger("chaos_mpi.mpi")
+
+#: How often blocking calls are looked after.
+_WATCH_PERIOD_S = 0.25
 
 
 def start(limit_s: float) -> World:
@@ -52,6 +57,7 @@ def start(limit_s: float) -> World:
             "MPI was initialised without THREAD_MULTIPLE before chaos_mpi.init(); "
             "call chaos_mpi.init() before anything else imports mpi4py.MPI."
         )
+    Watchdog.prepare()
     world = World(MPI.COMM_WORLD)
     if world.size == 1 and (others := _started_by_another_launcher()):
         raise EngineError(
@@ -126,19 +132,40 @@ class Watchdog:
     Args:
         what: what is waited for, for the message.
         limit_s: seconds.
+        look: called every now and then meanwhile, from another thread.
     """
 
-    def __init__(self, what: str, limit_s: float) -> None:
-        self._what, self._limit_s = what, limit_s
-        self._timer = threading.Timer(limit_s, self._expired)
-        self._timer.daemon = True
+    _armed: ClassVar[set[Watchdog]] = set()
+    _thread: ClassVar[threading.Thread | None] = None
+
+    def __init__(self, what: str, limit_s: float, look: Callable[[], None] = lambda: None) -> None:
+        self._what, self._limit_s, self._look = what, limit_s, look
+        self._deadline = 0.0
 
     def __enter__(self) -> Self:
-        self._timer.start()
+        self._deadline = time.monotonic() + self._limit_s
+        self._armed.add(self)
+        self.prepare()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
+        self._armed.discard(self)
+
+    @classmethod
+    def prepare(cls) -> None:
+        """Have the thread that watches: to start one for each call takes longer than most calls do."""
+        if cls._thread is None:
+            cls._thread = threading.Thread(target=cls._watch, name="chaos_mpi-watchdog", daemon=True)
+            cls._thread.start()
+
+    @classmethod
+    def _watch(cls) -> None:
+        while True:
+            time.sleep(_WATCH_PERIOD_S)  # and not until it is woken, which those that it watches would have to pay for
+            for watchdog in tuple(cls._armed):
+                watchdog._look()
+                if time.monotonic() > watchdog._deadline:
+                    watchdog._expired()
 
     def _expired(self) -> None:
         log.error(

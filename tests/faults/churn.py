@@ -32,6 +32,8 @@ JOIN_TIMEOUT_S = 30.0
 JOIN_LIMIT_S = 3 * JOIN_TIMEOUT_S + 30.0
 #: So many newcomers at most die before MPI knows them, since nobody notices before :data:`JOIN_TIMEOUT_S`.
 EARLY_DEATHS = 2
+#: How long after an armed point a process dies, in the mean, if not at once.
+DELAY_S = 0.01
 #: Longest pause between two events.
 PAUSE_S = 1.0
 
@@ -244,7 +246,8 @@ class Churn:
         self._kill(self._rng.choice(staying))
 
     def _arm(self, what: str, points: tuple[str, ...]) -> None:
-        self._armed[arm(self._job.folder, self._rng.choice(points))] = what
+        delay_s = self._rng.choice((0.0, self._rng.expovariate(1 / DELAY_S)))
+        self._armed[arm(self._job.folder, self._rng.choice(points), delay_s)] = what
 
     def _disarm(self) -> None:
         for path in self._armed:
@@ -255,7 +258,7 @@ class Churn:
 
     def _living(self) -> list[str]:
         """Members of the newest view that live."""
-        return [member for member in self._logs.members if _lives(_pid(member))]
+        return [member for member in self._logs.members if self._lives(_pid(member))]
 
     def _staying(self) -> list[str]:
         """Those of them that were not told to go."""
@@ -265,6 +268,14 @@ class Churn:
         """How many newcomers may be on their way."""
         return max(len(self._status_joins()), sum(not ({"active", "refused"} & set(r.words)) for r, _ in self._joins))
 
+    def _lives(self, pid: int) -> bool:
+        if (self._job.folder / f"died-{pid}").exists():
+            return False
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+        except OSError:
+            return False
+
     def _sponsors(self) -> set[str]:
         return {join["sponsor"] for join in self._status_joins()}
 
@@ -272,7 +283,7 @@ class Churn:
         """Process ids of those that are in no view yet; ``up`` are those that have opened a session."""
         pids = [int(path.read_text()) for path in self._job.folder.glob("mark-pid.*00")]
         known = {_pid(member) for member in (*self._logs.members, *self._logs.active)}
-        return sorted(p for p in pids if p not in known and _lives(p) and (p in self._logs.started) == up)
+        return sorted(p for p in pids if p not in known and self._lives(p) and (p in self._logs.started) == up)
 
     def _status_joins(self) -> list[dict[str, Any]]:
         for member in self._living():
@@ -326,10 +337,3 @@ class Churn:
 
 def _pid(member: str) -> int:
     return int(member.rpartition(":")[2])
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except OSError:
-        return False

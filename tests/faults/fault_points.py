@@ -48,11 +48,11 @@ def own_label() -> int:
     return 100 * started + int(os.environ["OMPI_COMM_WORLD_RANK"])
 
 
-def arm(folder: Path, point: str) -> Path:
-    """Have the first process that reaches ``point`` die there; the file returned is gone once one has."""
-    path = folder / f"armed-{point}"
-    path.touch()
-    return path
+def arm(folder: Path, point: str, delay_s: float = 0.0) -> Path:
+    """Have the first process that reaches ``point`` die ``delay_s`` later; the file returned is gone once one has."""
+    path, new = folder / f"armed-{point}", folder / "new-armed"
+    new.write_text(str(delay_s))
+    return new.replace(path)
 
 
 class FaultPoints:
@@ -190,11 +190,15 @@ class FaultPoints:
             raise InjectedError(f"injected into rank {self._rank}")
 
     def _die_if_armed(self, point: str) -> None:
+        mark = self._folder / f"died-{os.getpid()}"
         try:
-            (self._folder / f"armed-{point}").rename(self._folder / f"died-{os.getpid()}")  # one process succeeds
+            (self._folder / f"armed-{point}").rename(mark)  # one process succeeds
         except FileNotFoundError:
             return
-        self._do("die")
+        if delay_s := float(mark.read_text()):
+            threading.Timer(delay_s, self._do, ("die",)).start()
+        else:
+            self._do("die")
 
     def mark(self, name: str) -> None:
         """Leave the mark ``name.<rank>``, if any rule asks for it."""
