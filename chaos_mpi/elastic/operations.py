@@ -21,6 +21,15 @@ from chaos_mpi.mpi.world import Pending, World, transportable
 
 GRADIENTS = "gradient step"
 
+#: Dtypes that are reduced in another one, which holds all of their values.
+_WIDER = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.bool: torch.int64,
+    torch.int8: torch.int64,
+    torch.int16: torch.int64,
+}
+
 
 class Operation(ABC):
     """One place in the sequence of collective operations that all members execute.
@@ -212,9 +221,10 @@ def unpack_bytes(flat: torch.Tensor, tensors: list[torch.Tensor]) -> None:
         offset += tensor.nbytes
 
 
+def reducible(dtype: torch.dtype) -> bool:
+    """Whether tensors of this dtype can be reduced without a loss."""
+    return dtype in _WIDER or transportable(dtype)
+
+
 def _transport_dtype(dtype: torch.dtype) -> torch.dtype:
-    if transportable(dtype):
-        return dtype
-    if dtype in (torch.float16, torch.bfloat16):
-        return torch.float32
-    return torch.int64
+    return dtype if transportable(dtype) else _WIDER[dtype]
