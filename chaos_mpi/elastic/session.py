@@ -68,7 +68,8 @@ class Session(ChangingSession):
         settings: what the session is run with.
         host: name of this machine.
         member: this process's id, ``host:pid``; it never changes, while :attr:`rank` may.
-        initial_size: number of ranks the job was started with.
+        initial_size: number of ranks the training was begun with, also where it was resumed with another number.
+        started_with: number of ranks this job was started with.
         step: gradient steps finished.
     """
 
@@ -88,7 +89,7 @@ class Session(ChangingSession):
         write_record(settings.run_dir, "starting", {"member": self.member, "pid": os.getpid(), "host": self.host})
         world = runtime.start(settings.timeout_s)
         runtime.bound_threads()
-        self.initial_size = world.size
+        self.initial_size = self.started_with = world.size
         self._bridge = bridge_to_sponsor()
         if settings.min_ranks > world.size and self._bridge is None:
             raise ConfigError(f"min_ranks is {settings.min_ranks}, but the job was started with {world.size} ranks")
@@ -302,7 +303,7 @@ class Session(ChangingSession):
         message = ""
         if self.rank == saver:
             message = (
-                f"stopped at step {self.step}: {self.size} of {self.initial_size} ranks are left, and min_ranks is "
+                f"stopped at step {self.step}: {self.size} of {self.started_with} ranks are left, and min_ranks is "
                 f"{self.settings.min_ranks} (host {self.host}). {self._save_emergency_state()}"
             )
         self._end("stopped", message, "")

@@ -186,6 +186,18 @@ def test_too_few_ranks(tmp_path: Path) -> None:
     _check_continued(problem, first, second, STEP)
 
 
+def test_too_few_ranks_of_a_job_that_was_resumed_with_more(tmp_path: Path) -> None:
+    saved = ["--checkpoint-dir", str(tmp_path / "saved"), "--resume"]
+    for ranks, step in ((2, STEP), (3, STEP + 2)):
+        folder, death = tmp_path / str(ranks), rule(1, "forward", "die", step)
+        options = ["--min-ranks", str(ranks), *saved]
+        with start_training(folder, Problem(ranks=ranks), [death], options=options) as job:
+            finished = job.finish()
+        assert finished.status == STOPPED
+        words = f"stopped at step {step}: {ranks - 1} of {ranks} ranks are left, and min_ranks is {ranks} "
+        assert words in finished.output
+
+
 def test_everything_is_killed_and_resumed(tmp_path: Path) -> None:
     problem = Problem(epochs=3)
     saved = tmp_path / "saved"
