@@ -174,7 +174,7 @@ def _run(line: list[str], chosen: dict[str, str], ranks: int, tag_output: bool, 
             print(f"chaosrun: interrupted by {job.interrupted_by.name}; all ranks were ended", file=sys.stderr)
             return 128 + job.interrupted_by
         verdict = judge(records, status)
-        if verdict.message and f"chaos_mpi: {verdict.message}" not in job.shown_lines():
+        if verdict.message and not (verdict.status and job.has_shown(verdict.message)):
             print(f"chaosrun: {verdict.message}", file=sys.stderr)
         return verdict.status
     finally:

@@ -229,12 +229,15 @@ class OperationSequence:
             rows: list[bytes] = []
             try:
                 rows = self.world.all_gather(self._member.encode(), self._describe, limit)
-            except PeerFailedError:
-                log.warning("a rank died while the job started")
+            except PeerFailedError as error:
+                log.debug("a rank died while the job started: %s", error)
             if self.world.agree(bool(rows), limit, self._describe):
                 return View(0, tuple(row.decode() for row in rows))
             self.world.revoke()
+            size = self.world.size
             self.world = self.world.shrink(limit, self._describe)
+            if self.world.rank == 0:
+                log.warning("%d of %d ranks died while the job started", size - self.world.size, size)
 
     def _describe(self) -> str:
         return f"the other members in '{self.phase}'"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 from chaos_mpi.elastic.attached import AttachedSamplers
 from chaos_mpi.elastic.changes import ChangingSession
 from chaos_mpi.elastic.control import ControlSocket, leave_on_sigterm, open_control
-from chaos_mpi.elastic.lifecycle import ExitGuard, set_log_level, write_record
+from chaos_mpi.elastic.lifecycle import ExitGuard, say_once, set_log_level, write_record
 from chaos_mpi.elastic.negotiator import Negotiator
 from chaos_mpi.elastic.newcomer import enter_job
 from chaos_mpi.elastic.operations import GRADIENTS, Operation
@@ -291,8 +291,8 @@ class Session(ChangingSession):
             f"{error} (host {self.host}, rank {self.rank} of {self.size}, step {self.step}). A member is stuck or cut "
             f"off, so the whole job ends. {self._save_emergency_state()} If steps can take that long, raise --timeout."
         )
-        log.error("%s", message)
         self._end("failed", message, "")
+        say_once(self.settings.run_dir, WaitTimeoutError(message))
         self._sequence.world.abort(1)
         raise WaitTimeoutError(message) from error
 
