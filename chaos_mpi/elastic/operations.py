@@ -19,8 +19,6 @@ from chaos_mpi.errors import EngineError, MismatchError, PeerFailedError, Recove
 from chaos_mpi.membership import View
 from chaos_mpi.mpi.world import Pending, World, transportable
 
-GRADIENTS = "gradient step"
-
 #: Dtypes that are reduced in another one, which holds all of their values.
 _WIDER = {
     torch.float16: torch.float32,
@@ -41,6 +39,8 @@ class Operation(ABC):
 
     #: Whether this member's input counts for something.
     contributes = True
+    #: Whether it ends a training step.
+    is_gradient_step = False
     #: Whether to find out that members are in different calls which MPI cannot tell apart, because they have one size.
     checks_label = True
 

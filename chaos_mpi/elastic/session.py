@@ -18,7 +18,7 @@ from chaos_mpi.elastic.control import ControlSocket, leave_on_sigterm, open_cont
 from chaos_mpi.elastic.lifecycle import ExitGuard, say_once, set_log_level, write_record
 from chaos_mpi.elastic.negotiator import Negotiator
 from chaos_mpi.elastic.newcomer import enter_job
-from chaos_mpi.elastic.operations import GRADIENTS, Operation
+from chaos_mpi.elastic.operations import Operation
 from chaos_mpi.elastic.persistence import Persistence
 from chaos_mpi.elastic.sequence import OperationSequence
 from chaos_mpi.errors import ChaosError, ConfigError, NoSessionError, TooFewRanksError, WaitTimeoutError
@@ -80,6 +80,7 @@ class Session(ChangingSession):
         self.member = f"{self.host}:{os.getpid()}"
         self.step = 0
         self._ended = False
+        self._models = 0
         self._samplers = AttachedSamplers()
         self._rollbacks: list[Callable[[], None]] = []
         self._restored: list[Callable[[], None]] = []
@@ -198,6 +199,11 @@ class Session(ChangingSession):
             self._arrival = enter_job(self, self._bridge, state)
             self._write_identity()
 
+    def number_model(self) -> int:
+        """The number, from 1, of one more model, in the order in which every rank makes them."""
+        self._models += 1
+        return self._models
+
     def on_rollback(self, undo: Callable[[], None]) -> None:
         """Call ``undo`` before an emergency save: it takes back what the unfinished step changed."""
         self._rollbacks.append(undo)
@@ -261,7 +267,7 @@ class Session(ChangingSession):
 
     def operation_finished(self, operation: Operation) -> None:
         """A collective operation has its result."""
-        if operation.label == GRADIENTS:
+        if operation.is_gradient_step:
             self.step += 1
             self._last_contributors = operation.contributors
             self._samplers.commit()

@@ -40,6 +40,13 @@ def call_of_equal_size_differs(session: chaos_mpi.Session) -> None:
     session.all_reduce(torch.ones(3), "max" if session.rank == 1 else "sum")
 
 
+def order_of_models_differs(session: chaos_mpi.Session) -> None:
+    """Rank 1 trains two models of one size in the other order."""
+    models = [chaos_mpi.DistributedDataParallel(nn.Linear(4, 6)) for _ in range(2)]
+    for model in reversed(models) if session.rank == 1 else models:
+        model(torch.ones(2, 4)).sum().backward()
+
+
 def setting_is_wrong(session: chaos_mpi.Session) -> None:
     """Never gets here: CHAOS_MIN_RANKS is no number."""
 

@@ -113,6 +113,10 @@ def test_an_exception_on_one_rank(tmp_path: Path) -> None:
         ("model_differs", ["model differs", "'1.weight' of shape (6, 6)", "rank 2", "(7, 6)"]),
         ("optimizer_differs", ["training state differs", "rank 1", "lr", "0.1", "0.2"]),
         ("call_of_equal_size_differs", ["0, 2: all_reduce[sum", "1: all_reduce[max"]),
+        (
+            "order_of_models_differs",
+            ["different collective calls", "0, 2: gradient step", "1: gradient step of model 2"],
+        ),
         ("call_differs", ["gradient step", "all_reduce", "every rank must make the same calls"]),
     ],
 )
