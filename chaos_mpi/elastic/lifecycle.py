@@ -127,15 +127,17 @@ class ExitGuard:
         run_dir: Path | None,
     ) -> None:
         self._close, self._crashed, self._watched, self._run_dir = close, crashed, watched, run_dir
-        self._previous, self._exit = sys.excepthook, sys.exit
+        self._previous, self._exit, self._exit_at_once = sys.excepthook, sys.exit, os._exit
+        self._pid = os.getpid()
         self._status: object = None
         sys.excepthook = self._on_exception
         sys.exit = self._noting_exit
+        os._exit = self._noting_exit_at_once
         atexit.register(self._at_exit)
 
     def release(self) -> None:
         """The session is over; the process may end as any other."""
-        sys.excepthook, sys.exit = self._previous, self._exit
+        sys.excepthook, sys.exit, os._exit = self._previous, self._exit, self._exit_at_once
         atexit.unregister(self._at_exit)
 
     def release_finished(self, failed: Callable[[str], None]) -> None:
@@ -157,6 +159,12 @@ class ExitGuard:
         # The exit status is not to be had when the process ends, and it tells an end from a failure.
         self._status = status
         self._exit(status)
+
+    def _noting_exit_at_once(self, status: int) -> NoReturn:
+        # A process that this one has forked, as for loading data, may end as it likes.
+        if status != 0 and os.getpid() == self._pid:
+            self._end(f"it called os._exit({status})", status)
+        self._exit_at_once(status)
 
     def _at_exit(self) -> None:
         if self._status not in (None, 0):
@@ -187,4 +195,4 @@ class ExitGuard:
         sys.stderr.flush()
         if self._watched() and not together:
             os.kill(os.getpid(), signal.SIGKILL)
-        os._exit(status)
+        self._exit_at_once(status)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -59,6 +60,26 @@ def fails_afterwards(session: chaos_mpi.Session) -> None:
     if rank == 1:
         raise OSError("no room for the results")
     sys.exit(0)
+
+
+def raises_an_exit_afterwards(session: chaos_mpi.Session) -> None:
+    """Training is over, and then one rank ends with an error that Python keeps to itself."""
+    rank = session.rank
+    chaos_mpi.finalize()
+    raise SystemExit(5 if rank == 1 else 0)
+
+
+def exits_at_once(session: chaos_mpi.Session) -> None:
+    """Rank 1 ends without any of Python's ceremonies, and the others go on."""
+    session.barrier()
+    if session.rank == 1:
+        os._exit(1)
+    session.barrier()
+    child = os.fork()
+    if child == 0:
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    chaos_mpi.finalize()
 
 
 def forgets_to_close(session: chaos_mpi.Session) -> None:

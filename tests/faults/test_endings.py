@@ -160,6 +160,21 @@ def test_a_script_that_fails_after_training(tmp_path: Path) -> None:
     assert "training finished, but the script failed after it: OSError: no room for the results" in finished.output
 
 
+def test_an_exit_status_that_only_the_launcher_sees(tmp_path: Path) -> None:
+    with start("scenarios.py", tmp_path, "raises_an_exit_afterwards", ranks=2) as job:
+        finished = job.finish()
+    assert finished.status == 1
+    assert "training finished, but the script failed after it: a rank exited with 5" in finished.output
+
+
+def test_a_rank_that_exits_at_once_is_noticed(tmp_path: Path) -> None:
+    with start("scenarios.py", tmp_path, "exits_at_once", ranks=3) as job:
+        finished = job.finish()
+    assert finished.status == 0
+    assert finished.output.count("came to the end") == 2
+    assert "1 of 3 ranks crashed on the way: it called os._exit(1) (" in finished.output
+
+
 # -- when the job cannot go on --------------------------------------------------------------------------
 
 
