@@ -11,6 +11,7 @@ import click
 
 from chaos_mpi import __version__
 from chaos_mpi.cli.control import ask, find_job
+from chaos_mpi.cli.options import Seconds
 from chaos_mpi.cli.outcome import EXIT_USAGE
 from chaos_mpi.cli.timeline import draw, rows
 from chaos_mpi.events import read_events
@@ -19,7 +20,7 @@ _JOB = click.option(
     "--job", type=click.Path(file_okay=False, path_type=Path), help="Private directory of the job, if several run."
 )
 _LIMIT = click.option(
-    "--timeout", "limit_s", type=click.FloatRange(min=0, min_open=True), default=150.0, show_default=True,
+    "--timeout", "limit_s", type=Seconds(), default=150.0, show_default=True,
     help="Longest wait for the job, seconds.",
 )  # fmt: skip
 
@@ -37,11 +38,14 @@ def timeline(events: str, plot: Path | None) -> None:
     """Print what happened to a job, from its event log EVENTS (a file, or a glob pattern in quotes)."""
     try:
         found = [event for event in read_events(events) if {"t", "event", "step"} <= set(event)]
-    except (OSError, UnicodeDecodeError) as error:
-        raise _UsageError(f"{events} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        story = rows(found) if found else []
+    except OSError as error:
+        raise _UsageError(f"{events} cannot be read: {error.strerror or error}") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise _UsageError(f"{events} is no event log of chaos_mpi: {type(error).__name__} {error}") from None
     if not found:
         raise _UsageError(f"there are no events of chaos_mpi in {events}")
-    for when, step, text in rows(found):
+    for when, step, text in story:
         click.echo(f"{when:8.2f} s  step {step:6d}  {text}")
     if plot is not None:
         try:

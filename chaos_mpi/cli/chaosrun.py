@@ -16,6 +16,7 @@ from chaos_mpi import __version__
 from chaos_mpi.cli.control import LAUNCHER_FILE, remove_left_over
 from chaos_mpi.cli.doctor import report
 from chaos_mpi.cli.hosts import initial_ranks, slots_here
+from chaos_mpi.cli.options import Seconds
 from chaos_mpi.cli.outcome import EXIT_USAGE, judge, read_records
 from chaos_mpi.cli.process import MpirunJob
 from chaos_mpi.config import BATCH_POLICIES, JOIN_POLICIES, LOG_LEVELS, SCALE_POLICIES
@@ -53,9 +54,9 @@ class _Command(click.Command):
     "--scale-policy", type=click.Choice(SCALE_POLICIES),
     help="Size of the job: the slots that are there (default with --hosts-from), or changed by request only.",
 )  # fmt: skip
-@click.option("--discovery-interval", type=click.FloatRange(min=0, min_open=True), help="Seconds between two looks.")
+@click.option("--discovery-interval", type=Seconds(), help="Seconds between two looks.")
 @click.option("--batch-policy", type=click.Choice(BATCH_POLICIES), help="Batch and learning rate on a change of size.")
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Longest wait for other ranks, seconds.")
+@click.option("--timeout", type=Seconds(), help="Longest wait for other ranks, seconds.")
 @click.option("--checkpoint-dir", type=click.Path(file_okay=False, path_type=Path), help="Write checkpoints there.")
 @click.option("--checkpoint-every", type=click.IntRange(min=1), help="Steps between checkpoints.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint, if there is one.")
@@ -176,7 +177,7 @@ def _run(line: list[str], chosen: dict[str, str], ranks: int, tag_output: bool, 
             print(f"chaosrun: interrupted by {job.interrupted_by.name}; all ranks were ended", file=sys.stderr)
             return 128 + job.interrupted_by
         verdict = judge(records, status)
-        if verdict.message and f"chaos_mpi: {verdict.message}" not in job.shown_lines():
+        if verdict.message and not (verdict.status and job.has_shown(verdict.message)):
             print(f"chaosrun: {verdict.message}", file=sys.stderr)
         return verdict.status
     finally:

@@ -16,6 +16,8 @@ EXIT_FINISHED = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_STOPPED = 3
+#: From here on an exit status is that of a process that a signal has ended.
+_SIGNALLED = 128
 
 Record = Mapping[str, Any]
 
@@ -80,6 +82,11 @@ def judge(records: Records, mpirun_status: int) -> Verdict:
     crashed = by_kind["crashed"]
     everyone = len({*records.members, *records.outcomes})  # those that were refused never became members
     if by_kind["finished"]:
+        if not crashed and 0 < mpirun_status < _SIGNALLED and set(records.members) <= set(records.outcomes):
+            # Nobody died on the way, so it is the status of a rank that has finished.
+            return Verdict(
+                EXIT_FAILED, f"training finished, but the script failed after it: a rank exited with {mpirun_status}"
+            )
         if not crashed:
             return Verdict(EXIT_FINISHED)
         return Verdict(

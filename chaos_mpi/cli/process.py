@@ -19,7 +19,7 @@ import psutil
 
 from chaos_mpi.cli.outcome import Records, read_records
 from chaos_mpi.cli.output import OutputFilter
-from chaos_mpi.elastic.lifecycle import write_record
+from chaos_mpi.elastic.lifecycle import alike, write_record
 
 #: After a signal, ``mpirun`` gets this long to end its ranks before everything is killed.
 GRACE_S = 10.0
@@ -99,9 +99,10 @@ class MpirunJob:
             signal.signal(number, handler)
         return self._process.returncode
 
-    def shown_lines(self) -> set[str]:
-        """The package's own messages that the ranks have printed already."""
-        return self._filters[0].own_lines | self._filters[1].own_lines
+    def has_shown(self, message: str) -> bool:
+        """Whether a rank has printed what this message tells, if with other numbers."""
+        told = (line.removeprefix("chaos_mpi:").strip() for output in self._filters for line in output.own_lines)
+        return any(text and alike(text) in alike(message) for text in told)
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         if self.interrupted_by is not None:

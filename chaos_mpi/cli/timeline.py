@@ -76,6 +76,8 @@ def _ending(ended: list[Event]) -> str:
     if not finished:
         return f"ended: {ended[-1]['outcome']}"
     digests = {e["params_digest"] for e in finished}
+    if digests == {""}:
+        return f"finished; the {len(finished)} replicas were not compared, as the script has no TrainingState"
     if len(digests) == 1:
         return f"finished; all {len(finished)} replicas are bitwise identical (digest {digests.pop()})"
     return f"finished; the {len(finished)} replicas DIFFER"

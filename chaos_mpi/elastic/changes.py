@@ -43,6 +43,7 @@ class ChangingSession(CollectiveCalls):
     member: str
     step: int
     initial_size: int
+    started_with: int
     _arrival: Arrival | None
     _guard: ExitGuard
     _last_contributors: tuple[str, ...]
@@ -165,6 +166,7 @@ class ChangingSession(CollectiveCalls):
             "epoch": self.epoch,
             "step": self.step,
             "initial_size": self.initial_size,
+            "started_with": self.started_with,
             "place": self._sequence.place(),
             "agenda": self._negotiator.agenda.to_json(),
         }
@@ -176,6 +178,7 @@ class ChangingSession(CollectiveCalls):
         self._sequence.take_place(world, following, invitation["place"])
         self._negotiator.take_over(Agenda.from_json(invitation["agenda"]))
         self._last_contributors = old.members
+        self.started_with = int(invitation["started_with"])
         self.resumed(int(invitation["step"]), int(invitation["initial_size"]))
         self._samplers.view_changed(invitation["reports"], old.members, self.members)
         self.emit("view_committed", cause="join", members=list(self.members), lost=[], links=[])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from chaos_mpi.elastic.operations import GatherRows, Operation, Reduce, Share
+from chaos_mpi.elastic.operations import GatherRows, Operation, Reduce, Share, reducible
 from chaos_mpi.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -44,20 +44,21 @@ class CollectiveCalls(ABC):
     def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
         """Reduce a CPU tensor over all members, in place, and return it.
 
-        Half precisions are summed in float32. A member that dies meanwhile is left out.
+        Half precisions are summed in float32, small integers in int64; a sum of truth values is true if any is.
+        A member that dies meanwhile is left out.
 
         Args:
             op: ``sum``, ``max`` or ``min``.
 
         Raises:
-            ConfigError: unknown ``op``, or the tensor is not on the CPU, or complex, sparse or quantised.
+            ConfigError: unknown ``op``, or the tensor is not on the CPU, not dense, or of a dtype that has no sum here
+                (complex, quantised, 8-bit floating point, unsigned of more than 8 bits).
         """
         if op not in ("sum", "max", "min"):
             raise ConfigError(f"all_reduce knows sum, max and min, not {op!r}")
-        if tensor.is_complex() or tensor.is_quantized or tensor.layout != torch.strided:
-            raise ConfigError(f"all_reduce cannot reduce a tensor of {tensor.dtype} and layout {tensor.layout}")
-        if tensor.device.type != "cpu":
-            raise ConfigError(f"all_reduce takes CPU tensors; this one is on {tensor.device}")
+        _refuse_unusable("all_reduce", tensor)
+        if not reducible(tensor.dtype):
+            raise ConfigError(f"all_reduce cannot reduce a tensor of {tensor.dtype}; convert it to a wider dtype first")
         operation = Reduce("all_reduce", tensor, op)
         self.execute(operation)
         with torch.no_grad():
@@ -65,12 +66,19 @@ class CollectiveCalls(ABC):
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
-        """Every member's JSON-able ``value``, in rank order, of the members that took part."""
+        """Every member's JSON-able ``value``, in rank order, of the members that took part.
+
+        Raises:
+            ConfigError: JSON does not know the value.
+        """
         return self.gather_with_contributors(value)[0]
 
     def gather_with_contributors(self, value: Any) -> tuple[list[Any], tuple[str, ...]]:
         """The same, and whose values they are: the same at every member, whoever died meanwhile."""
-        payload = json.dumps(value).encode()
+        try:
+            payload = json.dumps(value).encode()
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"gather takes what JSON knows (numbers, text, lists, dicts): {error}") from None
         operation = GatherRows("gather", payload, _SHORT_BYTES)
         self.execute(operation)
         if (longest := operation.longest) > _SHORT_BYTES:  # all see the same lengths
@@ -84,8 +92,11 @@ class CollectiveCalls(ABC):
         Any dtype, on the CPU, in place.
 
         Raises:
+            ConfigError: a tensor is not on the CPU or not dense.
             RecoveryError: ``root`` was named and died meanwhile.
         """
+        for tensor in tensors:
+            _refuse_unusable(label, tensor)
         chunk: list[torch.Tensor] = []
         for index, tensor in enumerate(tensors, start=1):
             chunk.append(tensor)
@@ -110,10 +121,19 @@ class CollectiveCalls(ABC):
 
         Returns:
             The sum, float64, shape as returned by ``fn``; the same bits at every member.
+
+        Raises:
+            ConfigError: ``fn`` returned something that has no sum here, as complex numbers.
         """
         while True:
             epoch, rank, size = self.epoch, self.rank, self.size
-            part = fn(range(rank, n_items, size)).detach().to(torch.float64).reshape(-1)
+            counted = fn(range(rank, n_items, size)).detach()
+            _refuse_unusable("evaluate", counted)
+            if counted.is_complex():
+                raise ConfigError(
+                    f"evaluate cannot sum a tensor of {counted.dtype}; return its real and imaginary parts"
+                )
+            part = counted.to(torch.float64).reshape(-1)
             # A member may learn of a death one call later than another. Only if all used the same view, and all of
             # that view are in the sum, was every item counted once. All see the same sums, so all decide alike.
             tags = torch.tensor([1.0, epoch, epoch**2, size], dtype=torch.float64)
@@ -121,3 +141,12 @@ class CollectiveCalls(ABC):
             count, epochs, squares, sizes = total[-4:].tolist()
             if count * squares == epochs**2 and sizes == count**2:
                 return total[:-4]
+
+
+def _refuse_unusable(what: str, tensor: torch.Tensor) -> None:
+    if tensor.is_quantized or tensor.layout != torch.strided:
+        raise ConfigError(
+            f"{what} cannot take a tensor of {tensor.dtype} and layout {tensor.layout}; make it dense first"
+        )
+    if tensor.device.type != "cpu":
+        raise ConfigError(f"{what} takes CPU tensors; this one, of {tensor.dtype}, is on {tensor.device}")

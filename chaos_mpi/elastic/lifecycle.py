@@ -9,6 +9,7 @@ process that was killed, but not of one that exits with a status above zero. A s
 from __future__ import annotations
 
 import atexit
+import fcntl
 import hashlib
 import json
 import logging
@@ -54,23 +55,40 @@ def set_log_level(level: str | None) -> None:
         logger.addHandler(handler)
 
 
-def say_once(run_dir: Path | None, error: BaseException) -> None:
-    """Print an error of this package, without a traceback through the engine, which would add nothing.
+def alike(text: str) -> str:
+    """A message without its numbers: what several ranks say of one thing is the same but for their rank, for one."""
+    return re.sub(r"\d+", "", text)
 
-    What several ranks of a job have to say alike, apart from numbers such as their rank, only the first one says.
+
+def say_once(run_dir: Path | None, said: BaseException | str) -> None:
+    """Print a message of this package; an error without a traceback through the engine, which would add nothing.
+
+    What several ranks of a job have to say :func:`alike` only the first one says. The others wait until it has, so
+    that they do not end the job before.
     """
-    text = str(error)
+    text = str(said)
     if not text:
         return
-    if run_dir is not None:
-        alike = hashlib.sha256(re.sub(r"\d+", "", f"{type(error).__name__} {text}").encode()).hexdigest()[:16]
+    # Without chaosrun, the directory that the launcher keeps for the job on each machine.
+    meeting_place = run_dir or os.environ.get("PMIX_SERVER_TMPDIR")
+    descriptor = -1
+    if meeting_place is not None:
+        name = hashlib.sha256(alike(f"{type(said).__name__} {text}").encode()).hexdigest()[:16]
         try:
-            os.close(os.open(run_dir / f"said.{alike}", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        except FileExistsError:
-            return
+            descriptor = os.open(Path(meeting_place, f"said.{name}"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # the kernel gives it back if its holder dies before it has spoken
+            if os.read(descriptor, 1):
+                log.debug("said by another rank, too: %s", text)
+                return
         except OSError:
             pass  # better twice than never
-    print(f"chaos_mpi: {text}", file=sys.stderr)
+    try:
+        print(f"chaos_mpi: {text}", file=sys.stderr, flush=True)
+        if descriptor >= 0:
+            os.write(descriptor, b"1")
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 def tidy_uncaught() -> None:
@@ -109,15 +127,17 @@ class ExitGuard:
         run_dir: Path | None,
     ) -> None:
         self._close, self._crashed, self._watched, self._run_dir = close, crashed, watched, run_dir
-        self._previous, self._exit = sys.excepthook, sys.exit
+        self._previous, self._exit, self._exit_at_once = sys.excepthook, sys.exit, os._exit
+        self._pid = os.getpid()
         self._status: object = None
         sys.excepthook = self._on_exception
         sys.exit = self._noting_exit
+        os._exit = self._noting_exit_at_once
         atexit.register(self._at_exit)
 
     def release(self) -> None:
         """The session is over; the process may end as any other."""
-        sys.excepthook, sys.exit = self._previous, self._exit
+        sys.excepthook, sys.exit, os._exit = self._previous, self._exit, self._exit_at_once
         atexit.unregister(self._at_exit)
 
     def release_finished(self, failed: Callable[[str], None]) -> None:
@@ -140,10 +160,16 @@ class ExitGuard:
         self._status = status
         self._exit(status)
 
+    def _noting_exit_at_once(self, status: int) -> NoReturn:
+        # A process that this one has forked, as for loading data, may end as it likes.
+        if status != 0 and os.getpid() == self._pid:
+            self._end(f"it called os._exit({status})", status)
+        self._exit_at_once(status)
+
     def _at_exit(self) -> None:
         if self._status not in (None, 0):
             self._end(f"the script called sys.exit({self._status!r})", 1)
-        log.warning("the script ended without chaos_mpi.finalize(); closing the session now")
+        say_once(self._run_dir, "the script ended without chaos_mpi.finalize(); closing the session now")
         try:
             self._close()
         except NoSessionError:
@@ -169,4 +195,4 @@ class ExitGuard:
         sys.stderr.flush()
         if self._watched() and not together:
             os.kill(os.getpid(), signal.SIGKILL)
-        os._exit(status)
+        self._exit_at_once(status)

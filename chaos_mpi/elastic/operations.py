@@ -20,8 +20,15 @@ from chaos_mpi.errors import EngineError, MismatchError, PeerFailedError, Recove
 from chaos_mpi.membership import View
 from chaos_mpi.mpi.world import Pending, World, transportable
 
-GRADIENTS = "gradient step"
 _LENGTH_BYTES = 8
+#: Dtypes that are reduced in another one, which holds all of their values.
+_WIDER = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.bool: torch.int64,
+    torch.int8: torch.int64,
+    torch.int16: torch.int64,
+}
 
 
 class Operation(ABC):
@@ -34,6 +41,8 @@ class Operation(ABC):
 
     #: Whether this member's input counts for something.
     contributes = True
+    #: Whether it ends a training step.
+    is_gradient_step = False
     #: Whether to find out that members are in different calls which MPI cannot tell apart, because they have one size.
     checks_label = True
 
@@ -226,9 +235,10 @@ def unpack_bytes(flat: torch.Tensor, tensors: list[torch.Tensor]) -> None:
         offset += tensor.nbytes
 
 
+def reducible(dtype: torch.dtype) -> bool:
+    """Whether tensors of this dtype can be reduced without a loss."""
+    return dtype in _WIDER or transportable(dtype)
+
+
 def _transport_dtype(dtype: torch.dtype) -> torch.dtype:
-    if transportable(dtype):
-        return dtype
-    if dtype in (torch.float16, torch.bfloat16):
-        return torch.float32
-    return torch.int64
+    return dtype if transportable(dtype) else _WIDER[dtype]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator
 from typing import Any, Protocol, Self
+
+log = logging.getLogger("chaos_mpi.elastic")
 
 
 class SamplerSession(Protocol):
@@ -36,6 +39,11 @@ class Taken:
 
     lap: int
     indices: list[int]  # none in a ghost round
+
+
+def warn(session: SamplerSession, text: str, *values: object) -> None:
+    """Warn of what all members have to say alike: it is shown at one of them."""
+    log.log(logging.WARNING if session.member == session.members[0] else logging.DEBUG, text, *values)
 
 
 class IssuesRounds(Protocol):

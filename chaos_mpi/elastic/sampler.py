@@ -8,7 +8,6 @@ issued rounds change. Which samples a round holds is decided in :mod:`chaos_mpi.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any
 
@@ -17,11 +16,9 @@ from torch.utils.data import Sampler
 
 from chaos_mpi.elastic.handover import change_from_tree, change_to_tree, plan_from_tree, plan_to_tree
 from chaos_mpi.elastic.partition import Change, EpochPlan
-from chaos_mpi.elastic.rounds import Rounds, SamplerSession, Taken
+from chaos_mpi.elastic.rounds import Rounds, SamplerSession, Taken, warn
 from chaos_mpi.elastic.scaling import member_batches
 from chaos_mpi.errors import ConfigError
-
-log = logging.getLogger("chaos_mpi.elastic")
 
 
 class ElasticSampler(Sampler[list[int]]):
@@ -201,7 +198,7 @@ class ElasticSampler(Sampler[list[int]]):
         ahead = len(self._in_flight) - self._backwards
         if not self._explicit and self._backwards and ahead > 1 and not self._warned:
             self._warned = True
-            log.warning(
+            warn(self._session,
                 "%d batches were fetched but only %d used: with loader workers, exact accounting of samples through "
                 "failures needs chaos_mpi.DataLoader in place of torch.utils.data.DataLoader.",
                 len(self._in_flight), self._backwards,
@@ -240,12 +237,15 @@ class ElasticSampler(Sampler[list[int]]):
         if change.lap < self._lap:
             raise ValueError(f"the reports lack this rank's own: lap {self._lap}, reported {change.lap}")
         if len({r["done"] for r in reports if r["lap"] == change.lap}) > 1:
-            log.warning("ranks disagree on which samples are trained; some may be lost or repeated: %s", reports)
+            warn(
+                self._session, "ranks disagree on which samples are trained; some may be lost or repeated: %s", reports
+            )
         self._changes.setdefault(change.lap, []).append(change)
         if change.lap == self._lap and self._plan is not None:
             self._plan = self._changed(self._plan, change)
         if change.departed and any(taken.lap < change.lap for taken in self._in_flight):
-            log.warning(
+            warn(
+                self._session,
                 "samples of an earlier epoch that %s had accumulated and not applied are dropped",
                 change.departed,
             )
@@ -366,7 +366,7 @@ class ElasticSampler(Sampler[list[int]]):
         if self._plan is None:
             changes = self._changes.get(self._lap, [])
             if any(change.epoch != self._epoch for change in changes):
-                log.error("ranks went from one epoch to different ones: %d here, %s", self._epoch, changes)
+                warn(self._session, "ranks went from one epoch to different ones: %d here, %s", self._epoch, changes)
                 changes = []
             members = changes[0].old if changes else self._session.members
             self._plan = self._fresh_plan(self._epoch, members, shuffle=self.shuffle)
@@ -377,7 +377,7 @@ class ElasticSampler(Sampler[list[int]]):
     def _changed(self, plan: EpochPlan, change: Change) -> EpochPlan:
         if change.over:
             if lost := plan.unfinished(change.done, change.departed):
-                log.warning(
+                warn(self._session,
                     "%d samples of epoch %d are dropped: %s had not applied them, and others have left the loop",
                     lost, plan.epoch, change.departed,
                 )  # fmt: skip

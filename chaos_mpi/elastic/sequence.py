@@ -6,7 +6,7 @@ import logging
 import time
 from typing import Any, NoReturn, Protocol
 
-from chaos_mpi.elastic.operations import GRADIENTS, Operation
+from chaos_mpi.elastic.operations import Operation
 from chaos_mpi.elastic.recovery import Position, Regrouped, Regrouping
 from chaos_mpi.errors import ChaosError, PeerFailedError, RecoveryError, WaitTimeoutError
 from chaos_mpi.membership import Report, View
@@ -184,7 +184,7 @@ class OperationSequence:
         if self.world.rank in decision.behind and self._in_flight is not None:
             self._mark_finished(self._in_flight, regrouped.contributors)
         reports = regrouped.samplers
-        if decision.behind and self._last is not None and self._last.label == GRADIENTS:
+        if decision.behind and self._last is not None and self._last.is_gradient_step:
             # They adopt the finished step along with the samples that went into it.
             for i in decision.behind:
                 reports[i] = [{**report, "done": report["taken"]} for report in reports[i]]
@@ -229,12 +229,15 @@ class OperationSequence:
             rows: list[bytes] = []
             try:
                 rows = self.world.all_gather(self._member.encode(), self._describe, limit)
-            except PeerFailedError:
-                log.warning("a rank died while the job started")
+            except PeerFailedError as error:
+                log.debug("a rank died while the job started: %s", error)
             if self.world.agree(bool(rows), limit, self._describe):
                 return View(0, tuple(row.decode() for row in rows))
             self.world.revoke()
+            size = self.world.size
             self.world = self.world.shrink(limit, self._describe)
+            if self.world.rank == 0:
+                log.warning("%d of %d ranks died while the job started", size - self.world.size, size)
 
     def _describe(self) -> str:
         return f"the other members in '{self.phase}'"

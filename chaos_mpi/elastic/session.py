@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 from chaos_mpi.elastic.attached import AttachedSamplers
 from chaos_mpi.elastic.changes import ChangingSession
 from chaos_mpi.elastic.control import ControlSocket, leave_on_sigterm, open_control
-from chaos_mpi.elastic.lifecycle import ExitGuard, set_log_level, write_record
+from chaos_mpi.elastic.lifecycle import ExitGuard, say_once, set_log_level, write_record
 from chaos_mpi.elastic.negotiator import Negotiator
 from chaos_mpi.elastic.newcomer import enter_job
-from chaos_mpi.elastic.operations import GRADIENTS, Operation
+from chaos_mpi.elastic.operations import Operation
 from chaos_mpi.elastic.persistence import Persistence
 from chaos_mpi.elastic.sequence import OperationSequence
 from chaos_mpi.errors import ChaosError, ConfigError, NoSessionError, TooFewRanksError, WaitTimeoutError
@@ -68,7 +68,8 @@ class Session(ChangingSession):
         settings: what the session is run with.
         host: name of this machine.
         member: this process's id, ``host:pid``; it never changes, while :attr:`rank` may.
-        initial_size: number of ranks the job was started with.
+        initial_size: number of ranks the training was begun with, also where it was resumed with another number.
+        started_with: number of ranks this job was started with.
         step: gradient steps finished.
     """
 
@@ -79,6 +80,7 @@ class Session(ChangingSession):
         self.member = f"{self.host}:{os.getpid()}"
         self.step = 0
         self._ended = False
+        self._models = 0
         self._samplers = AttachedSamplers()
         self._rollbacks: list[Callable[[], None]] = []
         self._restored: list[Callable[[], None]] = []
@@ -88,7 +90,7 @@ class Session(ChangingSession):
         write_record(settings.run_dir, "starting", {"member": self.member, "pid": os.getpid(), "host": self.host})
         world = runtime.start(settings.timeout_s)
         runtime.bound_threads()
-        self.initial_size = world.size
+        self.initial_size = self.started_with = world.size
         self._bridge = bridge_to_sponsor()
         if settings.min_ranks > world.size and self._bridge is None:
             raise ConfigError(f"min_ranks is {settings.min_ranks}, but the job was started with {world.size} ranks")
@@ -197,6 +199,11 @@ class Session(ChangingSession):
             self._arrival = enter_job(self, self._bridge, state)
             self._write_identity()
 
+    def number_model(self) -> int:
+        """The number, from 1, of one more model, in the order in which every rank makes them."""
+        self._models += 1
+        return self._models
+
     def on_rollback(self, undo: Callable[[], None]) -> None:
         """Call ``undo`` before an emergency save: it takes back what the unfinished step changed."""
         self._rollbacks.append(undo)
@@ -260,7 +267,7 @@ class Session(ChangingSession):
 
     def operation_finished(self, operation: Operation) -> None:
         """A collective operation has its result."""
-        if operation.label == GRADIENTS:
+        if operation.is_gradient_step:
             self.step += 1
             self._last_contributors = operation.contributors
             self._samplers.commit()
@@ -290,8 +297,8 @@ class Session(ChangingSession):
             f"{error} (host {self.host}, rank {self.rank} of {self.size}, step {self.step}). A member is stuck or cut "
             f"off, so the whole job ends. {self._save_emergency_state()} If steps can take that long, raise --timeout."
         )
-        log.error("%s", message)
         self._end("failed", message, "")
+        say_once(self.settings.run_dir, WaitTimeoutError(message))
         self._sequence.world.abort(1)
         raise WaitTimeoutError(message) from error
 
@@ -302,7 +309,7 @@ class Session(ChangingSession):
         message = ""
         if self.rank == saver:
             message = (
-                f"stopped at step {self.step}: {self.size} of {self.initial_size} ranks are left, and min_ranks is "
+                f"stopped at step {self.step}: {self.size} of {self.started_with} ranks are left, and min_ranks is "
                 f"{self.settings.min_ranks} (host {self.host}). {self._save_emergency_state()}"
             )
         self._end("stopped", message, "")

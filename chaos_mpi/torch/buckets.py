@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from chaos_mpi.elastic.operations import GRADIENTS, Operation, pack_bytes, unpack_bytes
+from chaos_mpi.elastic.operations import Operation, pack_bytes, unpack_bytes
 from chaos_mpi.errors import ConfigError, PeerFailedError
 from chaos_mpi.membership import View
 from chaos_mpi.mpi.world import Pending, World
@@ -26,8 +26,9 @@ _TRANSPORT = {
 }
 #: The first bucket is small, so that reducing starts early in backward (as torch's own DDP does).
 FIRST_BUCKET_BYTES = 1 << 20
-#: In front of the tail: members that contribute, and members that have something to propose.
-_CONTROL_HEADER = 2
+#: In front of the tail: members that contribute, members that have something to propose, and the sums of the number of
+#: the model and of its square, which show whether all train the same one: models of one size differ in nothing else.
+_CONTROL_HEADER = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +83,9 @@ def _bucket(params: Sequence[torch.nn.Parameter], chosen: list[int], dtype: torc
 class BufferSet:
     """Transport memory of one gradient step: a flat tensor for each bucket, and one for the module's buffers.
 
-    The last bucket has a tail: how many members contribute, how many have something to propose, and how many
-    of the contributors used each parameter. It rides along so that a step costs no collective of its own for it.
+    The last bucket has a tail: how many members contribute, how many have something to propose, which model they
+    train, and how many of the contributors used each parameter. It rides along so that a step costs no collective of
+    its own for it.
     """
 
     def __init__(self, buckets: Sequence[Bucket], params: Sequence[torch.nn.Parameter], shared_bytes: int) -> None:
@@ -108,9 +110,11 @@ class GradientStep(Operation):
         memory: the transport memory to use.
         contributes: whether this member's gradients count (they do not when its samples are spent).
         proposes: asked at the end of backward whether this member has something to propose to the others.
+        model: the number of the model, the same at every member.
     """
 
-    checks_label = False  # nothing more than has to be in a step
+    is_gradient_step = True
+    checks_label = False  # its own check needs nothing more than has to be in a step
 
     def __init__(
         self,
@@ -120,8 +124,10 @@ class GradientStep(Operation):
         memory: BufferSet,
         contributes: bool,
         proposes: Callable[[], bool],
+        model: int = 1,
     ) -> None:
-        super().__init__(GRADIENTS)
+        super().__init__("gradient step" if model == 1 else f"gradient step of model {model}")
+        self._model = model
         self._params, self._buckets, self._buffers = params, buckets, buffers
         self.memory = memory
         self.contributes = contributes
@@ -163,6 +169,13 @@ class GradientStep(Operation):
         self._start_buffers(pending, rank)
         for index in range(len(self._buckets)):
             self._start_bucket(pending, index)
+
+    def wait(self, what: Callable[[], str], limit_s: float) -> None:
+        super().wait(what, limit_s)
+        assert self._world is not None
+        total, squares = self.memory.control[2:4].tolist()
+        if total**2 != squares * self._world.size:  # only if the numbers differ; all see the same two sums
+            self._refuse_mismatch(what, limit_s)
 
     def results(self) -> list[torch.Tensor]:
         return [*self.memory.flats, self.memory.shared]
@@ -237,5 +250,5 @@ class GradientStep(Operation):
     def _fill_control(self) -> None:
         counts = self.contributes
         used = [1.0 if counts and p.grad is not None else 0.0 for p in self._params]
-        header = [1.0 if counts else 0.0, 1.0 if self._proposes() else 0.0]
+        header = [1.0 if counts else 0.0, 1.0 if self._proposes() else 0.0, self._model, self._model**2]
         self.memory.control.copy_(torch.tensor([*header, *used]))

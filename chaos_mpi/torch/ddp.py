@@ -78,6 +78,7 @@ class DistributedDataParallel(torch.nn.Module):
         self._buckets = make_buckets(self._params, int((bucket_cap_mb or 25) * (1 << 20)))
         self._synced_buffers = [b.detach() for b in module.buffers()] if broadcast_buffers else []
         self._refuse_differences()
+        self._number = self._session.number_model()
         if init_sync:
             everything = [p.detach() for p in module.parameters()] + [b.detach() for b in module.buffers()]
             self._session.share("initial parameters", everything)
@@ -149,7 +150,7 @@ class DistributedDataParallel(torch.nn.Module):
         self._memory.reverse()
         self._step = GradientStep(
             self._params, self._buckets, self._synced_buffers, self._memory[0], contributes,
-            self._session.wants_to_talk,
+            self._session.wants_to_talk, self._number,
         )  # fmt: skip
         self._session.begin(self._step)
 

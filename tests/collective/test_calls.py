@@ -22,7 +22,17 @@ def test_members_are_the_same_list_everywhere(session: Session) -> None:
 
 @pytest.mark.parametrize(
     "dtype",
-    [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.int32, torch.int8, torch.uint8],
+    [
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+    ],
 )
 def test_all_reduce(session: Session, dtype: torch.dtype) -> None:
     mine = torch.tensor([[session.rank, 1], [7, session.rank + 2]], dtype=dtype)
@@ -48,6 +58,30 @@ def test_all_reduce_of_a_view_with_strides(session: Session) -> None:
 def test_all_reduce_refuses(session: Session) -> None:
     with pytest.raises(ConfigError, match="sum, max and min"):
         session.all_reduce(torch.zeros(1), "mean")
+    for dtype in (torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.uint64):
+        with pytest.raises(ConfigError, match=str(dtype).removeprefix("torch.")):
+            session.all_reduce(torch.zeros(1, dtype=dtype))
+    with pytest.raises(ConfigError, match="on meta"):
+        session.all_reduce(torch.zeros(1, device="meta"))
+    with pytest.raises(ConfigError, match="sparse"):
+        session.all_reduce(torch.zeros(2, 2).to_sparse())
+    session.barrier()
+
+
+def test_other_calls_refuse(session: Session) -> None:
+    with pytest.raises(ConfigError, match="Tensor is not JSON"):
+        session.gather({"loss": torch.zeros(1)})
+    with pytest.raises(ConfigError, match="complex64"):
+        session.evaluate(3, lambda _: torch.zeros(1, dtype=torch.complex64))
+    with pytest.raises(ConfigError, match="on meta"):
+        session.share("weights", [torch.zeros(1, device="meta")])
+    session.barrier()
+
+
+def test_all_reduce_of_truth_values(session: Session) -> None:
+    mine = torch.tensor([session.rank == 1, False, True])
+    assert session.all_reduce(mine.clone()).tolist() == [True, False, True]
+    assert session.all_reduce(mine.clone(), "min").tolist() == [False, False, True]
 
 
 def test_gather(session: Session) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -40,6 +41,13 @@ def call_of_equal_size_differs(session: chaos_mpi.Session) -> None:
     session.all_reduce(torch.ones(3), "max" if session.rank == 1 else "sum")
 
 
+def order_of_models_differs(session: chaos_mpi.Session) -> None:
+    """Rank 1 trains two models of one size in the other order."""
+    models = [chaos_mpi.DistributedDataParallel(nn.Linear(4, 6)) for _ in range(2)]
+    for model in reversed(models) if session.rank == 1 else models:
+        model(torch.ones(2, 4)).sum().backward()
+
+
 def setting_is_wrong(session: chaos_mpi.Session) -> None:
     """Never gets here: CHAOS_MIN_RANKS is no number."""
 
@@ -52,6 +60,26 @@ def fails_afterwards(session: chaos_mpi.Session) -> None:
     if rank == 1:
         raise OSError("no room for the results")
     sys.exit(0)
+
+
+def raises_an_exit_afterwards(session: chaos_mpi.Session) -> None:
+    """Training is over, and then one rank ends with an error that Python keeps to itself."""
+    rank = session.rank
+    chaos_mpi.finalize()
+    raise SystemExit(5 if rank == 1 else 0)
+
+
+def exits_at_once(session: chaos_mpi.Session) -> None:
+    """Rank 1 ends without any of Python's ceremonies, and the others go on."""
+    session.barrier()
+    if session.rank == 1:
+        os._exit(1)
+    session.barrier()
+    child = os.fork()
+    if child == 0:
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    chaos_mpi.finalize()
 
 
 def forgets_to_close(session: chaos_mpi.Session) -> None:

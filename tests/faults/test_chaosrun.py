@@ -223,4 +223,4 @@ def test_nothing_runs(tmp_path: Path) -> None:
         done = ctl(tmp_path, *command)
         assert done.returncode == 1
         assert "no job of yours is running" in done.stderr
-    assert ctl(tmp_path, "timeline", str(HERE / "missing.jsonl")).returncode == 1
+    assert ctl(tmp_path, "timeline", str(HERE / "missing.jsonl")).returncode == 2

@@ -13,7 +13,7 @@ import pytest
 import torch
 from checks import TOLERANCE, check_survival
 from fault_points import Rule
-from jobs import Finished, Job, start, start_training
+from jobs import HERE, MPIRUN_ENVIRONMENT, Finished, Job, mpirun, start, start_training
 from problem import Problem, check_exactly_once, largest_difference, read_traces, replay
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(150, method="signal")]
@@ -111,8 +111,12 @@ def test_an_exception_on_one_rank(tmp_path: Path) -> None:
     ("scenario", "parts"),
     [
         ("model_differs", ["model differs", "'1.weight' of shape (6, 6)", "rank 2", "(7, 6)"]),
-        ("optimizer_differs", ["rank 1", "lr", "0.1", "0.2"]),
+        ("optimizer_differs", ["training state differs", "rank 1", "lr", "0.1", "0.2"]),
         ("call_of_equal_size_differs", ["0, 2: all_reduce[sum", "1: all_reduce[max"]),
+        (
+            "order_of_models_differs",
+            ["different collective calls", "0, 2: gradient step", "1: gradient step of model 2"],
+        ),
         ("call_differs", ["gradient step", "all_reduce", "every rank must make the same calls"]),
     ],
 )
@@ -122,8 +126,8 @@ def test_ranks_that_differ_are_refused(scenario: str, parts: list[str], tmp_path
     assert finished.status != 0
     assert "came to the end" not in finished.output
     assert "Traceback" not in finished.output
-    lines = [line for line in finished.output.splitlines() if all(part in line for part in parts)]
-    assert lines, "no line says what differs"
+    (line,) = [line for line in finished.output.splitlines() if parts[0] in line]
+    assert all(part in line for part in parts)
 
 
 def test_a_wrong_setting_is_said_once_in_a_line(tmp_path: Path) -> None:
@@ -135,11 +139,40 @@ def test_a_wrong_setting_is_said_once_in_a_line(tmp_path: Path) -> None:
     assert "'many'" in line
 
 
+@pytest.mark.parametrize(("ulfm", "words"), [(True, "'many'"), (False, "mpirun --with-ft ulfm")])
+def test_plain_mpirun_says_a_wrong_start_once_in_a_line(ulfm: bool, words: str, tmp_path: Path) -> None:
+    command = [part for part in mpirun(3) if ulfm or part not in ("--with-ft", "ulfm")]
+    environment = {**MPIRUN_ENVIRONMENT, "TMPDIR": str(tmp_path), **({"CHAOS_MIN_RANKS": "many"} if ulfm else {})}
+    script = str(HERE / "scenarios.py")
+    with Job([*command, script, "forgets_to_close"], tmp_path, environment, limit_s=60) as job:
+        finished = job.finish()
+    assert finished.status != 0
+    assert "Traceback" not in finished.output
+    (line,) = [line for line in finished.output.splitlines() if line.startswith("chaos_mpi: ")]
+    assert words in line
+    assert not list(tmp_path.glob("*.*/**/said.*")), "something is left where the launcher keeps its files"
+
+
 def test_a_script_that_fails_after_training(tmp_path: Path) -> None:
     with start("scenarios.py", tmp_path, "fails_afterwards", ranks=2) as job:
         finished = job.finish()
     assert finished.status == 1
     assert "training finished, but the script failed after it: OSError: no room for the results" in finished.output
+
+
+def test_an_exit_status_that_only_the_launcher_sees(tmp_path: Path) -> None:
+    with start("scenarios.py", tmp_path, "raises_an_exit_afterwards", ranks=2) as job:
+        finished = job.finish()
+    assert finished.status == 1
+    assert "training finished, but the script failed after it: a rank exited with 5" in finished.output
+
+
+def test_a_rank_that_exits_at_once_is_noticed(tmp_path: Path) -> None:
+    with start("scenarios.py", tmp_path, "exits_at_once", ranks=3) as job:
+        finished = job.finish()
+    assert finished.status == 0
+    assert finished.output.count("came to the end") == 2
+    assert "1 of 3 ranks crashed on the way: it called os._exit(1) (" in finished.output
 
 
 # -- when the job cannot go on --------------------------------------------------------------------------
@@ -156,9 +189,8 @@ def test_a_hung_rank_ends_the_job(tmp_path: Path) -> None:
     assert finished.status != 0
     # The wait itself, the writing of the state, and the end of the processes.
     assert took < timeout_s + 8.0
-    lines = [line for line in finished.output.splitlines() if "stuck or cut off" in line]
-    assert lines
-    assert all("waited 4 s for" in line and "gradient step" in line and "rank" in line for line in lines)
+    (line,) = [line for line in finished.output.splitlines() if "stuck or cut off" in line]
+    assert all(part in line for part in ("waited 4 s for", "gradient step", "rank", "The state is saved in"))
 
 
 def run_again(first: Finished, folder: Path, problem: Problem, *options: str) -> Finished:
@@ -184,6 +216,18 @@ def test_too_few_ranks(tmp_path: Path) -> None:
     second = run_again(first, tmp_path / "b", problem, "--checkpoint-dir", str(saved), "--resume")
     assert second.status == 0
     _check_continued(problem, first, second, STEP)
+
+
+def test_too_few_ranks_of_a_job_that_was_resumed_with_more(tmp_path: Path) -> None:
+    saved = ["--checkpoint-dir", str(tmp_path / "saved"), "--resume"]
+    for ranks, step in ((2, STEP), (3, STEP + 2)):
+        folder, death = tmp_path / str(ranks), rule(1, "forward", "die", step)
+        options = ["--min-ranks", str(ranks), *saved]
+        with start_training(folder, Problem(ranks=ranks), [death], options=options) as job:
+            finished = job.finish()
+        assert finished.status == STOPPED
+        words = f"stopped at step {step}: {ranks - 1} of {ranks} ranks are left, and min_ranks is {ranks} "
+        assert words in finished.output
 
 
 def test_everything_is_killed_and_resumed(tmp_path: Path) -> None:

@@ -101,3 +101,9 @@ def test_what_is_refused(arguments: list[str], words: str, folder: Path, capsys:
     (folder / "broken").write_text("#!/bin/sh\necho no zone >&2\nexit 1\n")
     (folder / "broken").chmod(0o755)
     assert refusal(capsys, *arguments).startswith(words)
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "-inf", "0", "-1", "soon"])
+@pytest.mark.parametrize("option", ["--timeout", "--discovery-interval"])
+def test_times_that_are_none(option: str, seconds: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refusal(capsys, option, seconds).startswith(f"Invalid value for '{option}'")

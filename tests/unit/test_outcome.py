@@ -37,6 +37,11 @@ CASES: dict[str, tuple[Records, int, Verdict]] = {
         records(FINISHED, {"outcome": "failed afterwards", "message": "it called sys.exit(5)"}), 5,
         Verdict(1, "it called sys.exit(5)"),
     ),
+    "a rank that finished exits with an error": (
+        records(FINISHED, FINISHED, LEFT), 5,
+        Verdict(1, "training finished, but the script failed after it: a rank exited with 5"),
+    ),
+    "a status that may be that of a rank which died on the way": (records(FINISHED, members=2), 5, Verdict(0)),
     "all crashed": (records(CRASHED, CRASHED), 1, Verdict(1, "training did not finish: ValueError: oh")),
     "one crashed, the rest died": (
         records(CRASHED, members=3), 137, Verdict(1, "training did not finish: ValueError: oh"),

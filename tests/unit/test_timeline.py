@@ -93,8 +93,15 @@ def test_the_way_of_a_newcomer_is_told_with_the_parts_that_it_had() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["nothing", ".", "text", "binary"])
+def test_replicas_that_were_not_compared_are_not_called_identical() -> None:
+    story = texts([*STARTED, ended(3, 0, digest=""), ended(4, 1, digest="")])
+    assert story[-1] == "finished; the 2 replicas were not compared, as the script has no TrainingState"
+
+
+@pytest.mark.parametrize("name", ["nothing", ".", "text", "binary", "fields", "times"])
 def test_a_log_that_is_none_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    (tmp_path / "fields").write_text('{"t": 1, "step": 2, "event": "session_started"}\n')
+    (tmp_path / "times").write_text('{"t": "noon", "step": 2, "event": "step"}\n')
     (tmp_path / "text").write_text("no events here\n")
     (tmp_path / "binary").write_bytes(bytes(range(256)))
     result = CliRunner().invoke(main, ["timeline", str(tmp_path / name)])
