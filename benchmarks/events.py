@@ -11,9 +11,10 @@ All times are from the last rank that has come to a point to the last rank that 
     decide     until each has worked out what follows
     create     until all have the new communicator
     commit     until all know that all have it: from here on the new view counts
-    adopt      until the samples are shared out anew (at those that stay); the old communicator is freed at the end
+    adopt      until a member that stays has shared the samples out anew (the slowest of them); the old communicator is
+               freed when the job ends
 
-*Handling* is decide, create and commit: from "known at all members" to "committed at all members".
+*Handled* is decide, create and commit: from "known at all members" to "committed at all members".
 
     python benchmarks/events.py            # about ten minutes on two cores
     python benchmarks/events.py --quick    # a look, not a result
@@ -98,28 +99,20 @@ class Shrinking:
         self._members.remove(goes)
         try:
             self._job.links[asked].send({"leave": self._job.hellos[goes]["member"]})
-            passages = self._passages(members)
+            passages = self._passages(members, asked)
         except (TimeoutError, EOFError, ConnectionError) as error:
             raise JobError(f"a leave at {len(members)} ranks was not handled in time; {self._job.output()}") from error
         requested = passages.pop(-1)["requested"]
         return {"size": len(members), **split(requested, list(passages.values()))}
 
-    def _passages(self, members: Sequence[int]) -> dict[int, Passage]:
-        """Those of the members, and at -1 when the request was accepted."""
-        found: dict[int, Passage] = {}
-        heard: list[dict[str, Any]] = []
-        wanted = 1 if self._system == "chaos" else 1 + len(members)
+    def _passages(self, members: Sequence[int], asked: int) -> dict[int, Passage]:
+        """Those of the members, and at -1 when the request was made."""
         limit = time.monotonic() + _LEAVE_LIMIT_S
-        for rank in itertools.cycle(members):
-            # A short look at each, since nobody knows who speaks next.
-            with contextlib.suppress(TimeoutError):
-                heard.append({"rank": rank, **self._job.links[rank].receive(0.02)})
-            if len(heard) == wanted:
-                break
-            if time.monotonic() > limit:
-                raise TimeoutError
-        for told in heard:
-            found[-1 if "requested" in told else told["rank"]] = told
+        told = members if self._system == "floor" else ()
+        found: dict[int, Passage] = {}
+        for rank in (asked, *told):
+            message = self._heard(rank, limit)
+            found[-1 if "requested" in message else rank] = message
         while len(found) < 1 + len(members):
             if time.monotonic() > limit:
                 raise TimeoutError
@@ -128,9 +121,12 @@ class Shrinking:
             for rank in members:
                 own = [e for e in events.get(self._job.hellos[rank]["pid"], []) if e["event"] == "leave_committed"]
                 # A member that stays has logged one for each that has left so far.
-                if len(own) == len(self._job.hellos) - len(members) + 1:
+                if len(own) == self._job.ranks - len(members) + 1:
                     found[rank] = passage(own[-1])
         return found
+
+    def _heard(self, rank: int, limit: float) -> dict[str, Any]:
+        return self._job.links[rank].receive(limit - time.monotonic())
 
 
 def passage(event: dict[str, Any]) -> Passage:
@@ -147,17 +143,14 @@ def passage(event: dict[str, Any]) -> Passage:
 def split(requested: float, passages: Sequence[Passage]) -> dict[str, float]:
     """The cost of one leave in ms, from when each member passed the points.
 
-    ``handling`` is from known at all to committed at all, ``all`` from at the boundary to committed.
+    ``handled`` is from known at all to committed at all, ``all`` from at the boundary to committed.
     """
-    last = [requested, *(max(p[point] for p in passages if point in p) for point in POINTS)]
-    parts = {part: 1e3 * (b - a) for part, (a, b) in zip(PARTS, itertools.pairwise(last), strict=True)}
-    handling = parts["decide"] + parts["create"] + parts["commit"]
-    return {
-        **parts,
-        "handling": handling,
-        "boundary": parts["negotiate"] + handling,
-        "total": 1e3 * (last[5] - requested),
-    }
+    last = [requested, *(max(p[point] for p in passages) for point in POINTS[:-1])]
+    parts = {part: 1e3 * (b - a) for part, (a, b) in zip(PARTS, itertools.pairwise(last), strict=False)}
+    parts["adopt"] = 1e3 * max(p["adopted"] - p["committed"] for p in passages if "adopted" in p)
+    handled = parts["decide"] + parts["create"] + parts["commit"]
+    total = 1e3 * (last[-1] - requested)
+    return {**parts, "handled": handled, "boundary": parts["negotiate"] + handled, "total": total}
 
 
 def measure(model: str, most: int, repeats: int, rng: random.Random) -> Iterator[dict[str, Any]]:
@@ -182,7 +175,7 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for size in sorted({r["size"] for r in records}):
             leaves = [r for r in records if (r["system"], r["size"]) == (system, size) and "total" in r]
             if leaves:
-                names = (*PARTS, "handling", "boundary", "total")
+                names = (*PARTS, "handled", "boundary", "total")
                 rows.append(
                     {"system": system, "size": size, **{n: report.summary([k[n] for k in leaves]) for n in names}}
                 )
@@ -196,21 +189,21 @@ def table(result: dict[str, Any]) -> None:
 
     console = Console()
     for system, title in SYSTEMS.items():
-        shown = Table(title=f"{title}: the leave of a rank, ms; parts are medians")
-        for name in ("ranks", "n", *PARTS, "handling", "p90"):
+        shown = Table(title=f"{title}: the leave of a rank, ms; parts are medians", padding=0)
+        for name in ("ranks", "n", *PARTS, "handled", "p90"):
             shown.add_column(name, justify="right")
         for row in result["rows"]:
             if row["system"] == system:
                 shown.add_row(
-                    str(row["size"]), str(row["handling"]["n"]), *[f"{row[part]['median']:.2f}" for part in PARTS],
-                    f"{row['handling']['median']:.2f}", f"{row['handling']['p90']:.2f}",
+                    str(row["size"]), str(row["handled"]["n"]), *[f"{row[part]['median']:.2f}" for part in PARTS],
+                    f"{row['handled']['median']:.2f}", f"{row['handled']['p90']:.2f}",
                 )  # fmt: skip
         console.print(shown)
-    console.print("handling: decide, create and commit, from known at all members to committed at all")
+    console.print("handled: decide, create and commit, known at all members to committed at all")
     for row in result["target"]:
         word = "met" if row["met"] else "MISSED"
         console.print(
-            f"target: handling below {TARGET_MS:.0f} ms (median) at {row['size']} ranks: "
+            f"target: below {TARGET_MS:.0f} ms (median) at {row['size']} ranks: "
             f"{row['median_ms']:.2f} ms, {word} (floor {row['floor_ms']:.2f} ms)"
         )
     if result["failures"]:
@@ -228,11 +221,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
         rows = [r for r in result["rows"] if r["system"] == system]
         leaves = [r for r in result["leaves"] if r["system"] == system]
         points.plot(
-            [r["size"] + shift for r in leaves], [r["handling"] for r in leaves], ".",
+            [r["size"] + shift for r in leaves], [r["handled"] for r in leaves], ".",
             color=colours[system], alpha=0.4,
         )  # fmt: skip
         points.plot(
-            [r["size"] + shift for r in rows], [r["handling"]["median"] for r in rows], "_-",
+            [r["size"] + shift for r in rows], [r["handled"]["median"] for r in rows], "_-",
             color=colours[system], label=f"{SYSTEMS[system]}, median",
         )  # fmt: skip
     points.axhline(TARGET_MS, color="C3", linestyle="--", label="target")
@@ -254,7 +247,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def _target(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    medians = {(row["system"], row["size"]): row["handling"]["median"] for row in rows}
+    medians = {(row["system"], row["size"]): row["handled"]["median"] for row in rows}
     nan = float("nan")
     return [
         {"size": size, "median_ms": ours, "floor_ms": medians.get(("floor", size), nan), "met": ours < TARGET_MS}

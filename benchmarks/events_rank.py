@@ -101,8 +101,9 @@ def _serve(link: Link, hello: dict[str, Any], leave: Callable[[str], object]) ->
                 request = link.receive()
             except (OSError, EOFError):
                 os._exit(0)
+            requested = time.monotonic()
             leave(request["leave"])
-            link.send({"requested": time.monotonic()})
+            link.send({"requested": requested})
 
     threading.Thread(target=listen, daemon=True).start()
 

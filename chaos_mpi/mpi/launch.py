@@ -21,12 +21,16 @@ from chaos_mpi.errors import EngineError
 #:   between machines.
 #: * ``coll_libnbc_iallreduce_algorithm``: 3 is Rabenseifner's, the fastest of the non-blocking ones for large
 #:   buckets.
+#: * ``coll_tuned_*``: a plain loop of sends for the broadcasts within MPI itself. If a newcomer dies while it is taken
+#:   in, Open MPI broadcasts nothing to the members, and its other algorithms divide by that length: all members crash.
 #: * ``mpi_yield_when_idle``: a waiting rank lets others compute; ranks may outnumber cores.
 MCA_DEFAULTS: dict[str, str] = {
     "coll": "^han,hcoll,portals4,cuda",
     "pml": "ob1",
     "btl": "self,sm,tcp",
     "coll_libnbc_iallreduce_algorithm": "3",
+    "coll_tuned_use_dynamic_rules": "1",
+    "coll_tuned_bcast_algorithm": "1",
     "mpi_yield_when_idle": "1",
 }
 
