@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -66,14 +67,30 @@ def ask(job: Path, request: dict[str, Any], limit_s: float) -> Iterator[dict[str
         )
 
 
+def end_ranks(job: Path) -> bool:
+    """Tell every rank of the job to end as soon as it can, as SIGTERM does, but once; whether any could be told."""
+    told = False
+    for path in sorted(job.glob("control-*.sock")):
+        if (connection := _reach(path)) is not None:
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(b'{"do": "end"}\n')
+                told = True
+    return told
+
+
 def _connect(job: Path) -> socket.socket:
     for path in sorted(job.glob("control-*.sock")):
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.settimeout(CONNECT_LIMIT_S)
-        try:
-            connection.connect(str(path))
-        except OSError:
-            connection.close()  # a member that was killed leaves its socket behind
-            continue
-        return connection
+        if (connection := _reach(path)) is not None:
+            return connection
     raise click.ClickException(f"no member of the job in {job} answers")
+
+
+def _reach(path: Path) -> socket.socket | None:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.settimeout(CONNECT_LIMIT_S)
+    try:
+        connection.connect(str(path))
+    except OSError:
+        connection.close()  # a member that was killed leaves its socket behind
+        return None
+    return connection
