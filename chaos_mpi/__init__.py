@@ -28,6 +28,7 @@ from chaos_mpi.errors import (
     MismatchError,
     NoSessionError,
     RecoveryError,
+    StopRequestedError,
     TooFewRanksError,
     WaitTimeoutError,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "RecoveryError",
     "Session",
     "SessionResult",
+    "StopRequestedError",
     "TooFewRanksError",
     "TrainingState",
     "WaitTimeoutError",

@@ -17,7 +17,7 @@ from chaos_mpi.cli.control import LAUNCHER_FILE, remove_left_over
 from chaos_mpi.cli.doctor import report
 from chaos_mpi.cli.hosts import initial_ranks, slots_here
 from chaos_mpi.cli.options import Seconds
-from chaos_mpi.cli.outcome import EXIT_USAGE, judge, read_records
+from chaos_mpi.cli.outcome import EXIT_STOPPED, EXIT_USAGE, judge, read_records
 from chaos_mpi.cli.process import MpirunJob
 from chaos_mpi.config import BATCH_POLICIES, JOIN_POLICIES, LOG_LEVELS, SCALE_POLICIES
 from chaos_mpi.errors import ConfigError, EngineError
@@ -174,6 +174,9 @@ def _run(line: list[str], chosen: dict[str, str], ranks: int, tag_output: bool, 
                 break
             print("chaosrun: mpirun could not set itself up, see above; trying again", file=sys.stderr)
         if job.interrupted_by is not None:
+            stopped = judge(records, status)
+            if stopped.status == EXIT_STOPPED and not job.has_shown(stopped.message):
+                print(f"chaosrun: {stopped.message}", file=sys.stderr)
             print(f"chaosrun: interrupted by {job.interrupted_by.name}; all ranks were ended", file=sys.stderr)
             return 128 + job.interrupted_by
         verdict = judge(records, status)

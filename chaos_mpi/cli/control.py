@@ -94,6 +94,17 @@ def ask(job: Path, request: dict[str, Any], limit_s: float) -> Iterator[dict[str
         )
 
 
+def end_ranks(job: Path) -> bool:
+    """Tell every rank of the job to end as soon as it can, as SIGTERM does, but once; whether any could be told."""
+    told = False
+    for path in sorted(job.glob("control-*.sock")):
+        if (connection := _reach(path)) is not None:
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(b'{"do": "end"}\n')
+                told = True
+    return told
+
+
 def _connect(job: Path) -> socket.socket:
     connection = _first_member(job)
     if connection is None:
@@ -103,12 +114,17 @@ def _connect(job: Path) -> socket.socket:
 
 def _first_member(job: Path) -> socket.socket | None:
     for path in sorted(job.glob("control-*.sock")):
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.settimeout(CONNECT_LIMIT_S)
-        try:
-            connection.connect(str(path))
-        except OSError:
-            connection.close()  # a member that was killed leaves its socket behind
-            continue
-        return connection
+        if (connection := _reach(path)) is not None:
+            return connection
     return None
+
+
+def _reach(path: Path) -> socket.socket | None:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.settimeout(CONNECT_LIMIT_S)
+    try:
+        connection.connect(str(path))
+    except OSError:
+        connection.close()  # a member that was killed leaves its socket behind
+        return None
+    return connection

@@ -17,11 +17,12 @@ from typing import IO
 
 import psutil
 
+from chaos_mpi.cli.control import end_ranks
 from chaos_mpi.cli.outcome import Records, read_records
 from chaos_mpi.cli.output import OutputFilter
 from chaos_mpi.elastic.lifecycle import alike, write_record
 
-#: After a signal, ``mpirun`` gets this long to end its ranks before everything is killed.
+#: After a signal, the ranks get this long to end before everything is killed.
 GRACE_S = 10.0
 #: When a job is over, what is left of it may hold ``mpirun`` up for so long.
 LINGER_S = 15.0
@@ -59,7 +60,7 @@ class MpirunJob:
         self._previous = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
         self._process = subprocess.Popen(
             line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-            preexec_fn=_end_with_parent,  # noqa: PLW1509 - no other thread runs yet
+            preexec_fn=_prepare_mpirun,  # noqa: PLW1509 - no other thread runs yet
         )  # fmt: skip
         self._filters = [OutputFilter(tagged=tagged, drop_noise=drop_noise) for _ in range(2)]
         assert self._process.stdout is not None
@@ -119,9 +120,10 @@ class MpirunJob:
     def _forward(self, number: signal.Signals) -> None:
         assert self._process is not None
         self._deadline = time.monotonic() + GRACE_S
+        if number is signal.SIGTERM and end_ranks(self._run_dir):
+            return
         if self._process.poll() is None:
-            # mpirun ends its ranks on SIGTERM; SIGHUP it would ignore.
-            self._process.send_signal(signal.SIGTERM if number is signal.SIGHUP else number)
+            self._process.send_signal(signal.SIGINT)
 
     def _is_over(self) -> bool:
         """Whether all ranks have ended, or one has ended the whole job: mpirun waits for ever for a stopped process."""
@@ -189,9 +191,14 @@ class _StartWatch:
         )
 
 
-def _end_with_parent() -> None:
-    """In the new process: have the kernel send it SIGTERM when chaosrun dies, whatever kills it (prctl(2))."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def _prepare_mpirun() -> None:
+    """In the new process: have the kernel end it when chaosrun dies, whatever kills it (prctl(2)); hold SIGTERM off.
+
+    A machine that goes down sends SIGTERM to all processes. ``mpirun`` would kill its ranks half a second later, which
+    have a state to save; it does not pass on to them that the signal is blocked.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGINT)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 
 
 def _pump(source: IO[bytes], target: IO[str], output: OutputFilter) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from chaos_mpi.elastic.collectives import CollectiveCalls
 from chaos_mpi.elastic.lifecycle import write_record
 from chaos_mpi.elastic.sponsor import versions
-from chaos_mpi.errors import ConfigError
+from chaos_mpi.errors import ConfigError, StopRequestedError
 from chaos_mpi.membership import Agenda, View
 
 if TYPE_CHECKING:
@@ -36,7 +36,15 @@ log = logging.getLogger("chaos_mpi.elastic")
 
 
 class ChangingSession(CollectiveCalls):
-    """What a session does about members that come and go on purpose. The session itself sets the attributes."""
+    """What a session does about members that come and go on purpose. The session itself sets the attributes.
+
+    Attributes:
+        told_to_end: whether this rank is to leave as soon as it can.
+        stop_reason: why it cannot, once that is known: then the job has to stop.
+    """
+
+    told_to_end = False
+    stop_reason = ""
 
     settings: Settings
     host: str
@@ -190,6 +198,23 @@ class ChangingSession(CollectiveCalls):
         self._end("left", "", "")
         self._guard.release()
         raise SystemExit(0)
+
+    def _stop_if_told(self) -> None:
+        """At a step boundary, after those that could leave have left: stop if this rank is to end and cannot leave.
+
+        What is left without it is too few, so the others, if not told to end as well, stop in the next step.
+        """
+        if not self.stop_reason:
+            return
+        message = ""
+        if self.rank == 0:
+            message = (
+                f"stopped at step {self.step} on request: {self.stop_reason}, and it was told to end (SIGTERM, host "
+                f"{self.host}). {self._persistence.save_on_request()}"
+            )
+        self._persistence.close()
+        self._end("stopped", message, "")
+        raise StopRequestedError(message)
 
     def _write_identity(self) -> None:
         identity = {"member": self.member, "pid": os.getpid(), "rank": self.rank, "host": self.host}

@@ -36,7 +36,8 @@ _FINAL = frozenset({"active", "left", "refused"})
 class ControlSocket:
     """Answers ``chaosctl``, in a thread.
 
-    Requests: ``{"do": "status"}``; ``{"do": "add", "n": 1, "host": ""}``; ``{"do": "remove", "member": id}``.
+    Requests: ``{"do": "status"}``; ``{"do": "add", "n": 1, "host": ""}``; ``{"do": "remove", "member": id}``;
+    ``{"do": "end"}``, which is for this member alone, as SIGTERM is.
 
     Args:
         session: this member's part in the job.
@@ -91,6 +92,10 @@ class ControlSocket:
         if request["do"] == "status":
             yield {**_status(session), "last": True}
             return
+        if request["do"] == "end":
+            end_soon(session)
+            yield {"last": True}
+            return
         if request["do"] == "add":
             session.request_join(1, str(request.get("host", "")), answer)
         elif request["do"] == "remove":
@@ -128,7 +133,7 @@ def open_control(session: Session, run_dir: Path | None) -> ControlSocket | None
 
 
 def leave_on_sigterm(session: Session) -> None:
-    """Let SIGTERM mean: leave after the present step, or be ended after :data:`LEAVE_DEADLINE_S`.
+    """Let SIGTERM mean :func:`end_soon`.
 
     Only where the script has not set a handler of its own, and only in the main thread.
     """
@@ -142,14 +147,24 @@ def _leave(session: Session, number: int, _: FrameType | None) -> None:
     if session.member != f"{session.host}:{os.getpid()}":
         os.kill(os.getpid(), number)  # a child of the rank, which has inherited the handler
         return
+    end_soon(session)
+
+
+def end_soon(session: Session) -> None:
+    """This rank is to end: it leaves after the present step, or the job stops then if too few would be left.
+
+    If neither has happened after :data:`LEAVE_DEADLINE_S`, the rank is ended. Once is enough.
+    """
+    if session.told_to_end:
+        return
+    session.told_to_end = True
     timer = threading.Timer(LEAVE_DEADLINE_S, os.kill, (os.getpid(), signal.SIGKILL))
     timer.daemon = True
     timer.start()
 
     def answer(what: str, fields: dict[str, Any]) -> None:
         if what == "refused":
-            log.error("this rank was told to end and cannot leave: %s. It is ended.", fields["reason"])
-            os.kill(os.getpid(), signal.SIGKILL)
+            session.stop_reason = fields["reason"]
 
-    # In a thread, because the handler may have interrupted whoever holds the lock of the inbox.
+    # In a thread, because a signal handler may have interrupted whoever holds the lock of the inbox.
     threading.Thread(target=session.request_leave, args=(None, answer), daemon=True).start()

@@ -136,6 +136,12 @@ class Persistence:
             return f"The state could NOT be saved to {path}: {error}."
         return f"The state is saved in {path}; go on with --checkpoint-dir {directory} --resume."
 
+    def save_on_request(self) -> str:
+        """The same, if a checkpoint directory was chosen: nobody expects files anywhere after a plain stop."""
+        if self._settings.checkpoint_dir is None:
+            return "No state was saved, because there is no checkpoint directory (--checkpoint-dir)."
+        return self.save_emergency()
+
     def pack_with(self, samplers: list[dict[str, Any]]) -> Packed:
         """The state, with live tensors, and what the samplers hand over."""
         assert self._state is not None

@@ -229,6 +229,7 @@ class Session(ChangingSession):
             self._persistence.at_boundary(final)
             if not final and self._samplers.at_round_start():
                 self._negotiator.settle()
+                self._stop_if_told()
         elif final:
             self._persistence.at_boundary(final)
 

@@ -230,6 +230,40 @@ def test_too_few_ranks_of_a_job_that_was_resumed_with_more(tmp_path: Path) -> No
         assert words in finished.output
 
 
+@pytest.mark.parametrize("machine", [False, True], ids=["the ranks", "the whole machine"])
+def test_all_are_told_to_end_and_resumed(machine: bool, tmp_path: Path) -> None:
+    problem = Problem(ranks=3, epochs=15)
+    options = ["--checkpoint-dir", str(tmp_path / "saved"), "--resume"]
+    with start_training(tmp_path / "a", problem, options=options) as job:
+        job.wait_until(lambda: job.steps_finished() > 2, "the first steps")
+        for pid in job.processes() if machine else [job.pid(rank) for rank in range(3)]:
+            os.kill(pid, signal.SIGTERM)
+        first = job.finish()
+    assert first.status == (128 + signal.SIGTERM if machine else STOPPED)
+    assert "Traceback" not in first.output
+    assert not first.events("failure_detected")
+    (line,) = [line for line in first.output.splitlines() if "stopped at step" in line]
+    (saved,) = (tmp_path / "saved").glob("step-*.safetensors")
+    step = int(saved.stem.removeprefix("step-"))
+    assert f"stopped at step {step} on request" in line
+    assert f"The state is saved in {saved}; go on with --checkpoint-dir" in line
+
+    second = run_again(first, tmp_path / "b", problem, *options)
+    assert second.status == 0
+    _check_continued(problem, first, second, step)
+
+
+def test_all_are_told_to_end_and_nothing_is_saved_where_nobody_asked(tmp_path: Path) -> None:
+    with start_training(tmp_path, Problem(ranks=2, epochs=400)) as job:
+        job.wait_until(lambda: job.steps_finished() > 2, "the first steps")
+        for rank in range(2):
+            os.kill(job.pid(rank), signal.SIGTERM)
+        finished = job.finish()
+    assert finished.status == STOPPED
+    assert "No state was saved, because there is no checkpoint directory" in finished.output
+    assert not list(tmp_path.glob("**/*.safetensors"))
+
+
 def test_everything_is_killed_and_resumed(tmp_path: Path) -> None:
     problem = Problem(epochs=3)
     saved = tmp_path / "saved"
