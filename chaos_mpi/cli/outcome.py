@@ -82,8 +82,11 @@ def judge(records: Records, mpirun_status: int) -> Verdict:
     crashed = by_kind["crashed"]
     everyone = len({*records.members, *records.outcomes})  # those that were refused never became members
     if by_kind["finished"]:
-        if not crashed and 0 < mpirun_status < _SIGNALLED and set(records.members) <= set(records.outcomes):
-            # Nobody died on the way, so it is the status of a rank that has finished.
+        ended = set(records.starting) <= set(records.members) <= set(records.outcomes)
+        joined = any(record.get("joined") for record in records.members.values())
+        if not crashed and ended and not joined and 0 < mpirun_status < _SIGNALLED:
+            # Nobody died on the way, so it is the status of a rank that has finished. Where ranks were spawned, mpirun
+            # was seen to return 1 although all of them had ended with 0.
             return Verdict(
                 EXIT_FAILED, f"training finished, but the script failed after it: a rank exited with {mpirun_status}"
             )

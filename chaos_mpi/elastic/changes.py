@@ -218,6 +218,7 @@ class ChangingSession(CollectiveCalls):
 
     def _write_identity(self) -> None:
         identity = {"member": self.member, "pid": os.getpid(), "rank": self.rank, "host": self.host}
+        identity["joined"] = self._arrival is not None
         write_record(self.settings.run_dir, "member", identity)
 
     def _report_arrival(self, operation: Operation) -> None:

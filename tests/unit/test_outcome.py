@@ -41,6 +41,9 @@ CASES: dict[str, tuple[Records, int, Verdict]] = {
         records(FINISHED, FINISHED, LEFT), 5,
         Verdict(1, "training finished, but the script failed after it: a rank exited with 5"),
     ),
+    "a status of mpirun's own, in a job that ranks have joined": (
+        Records({}, {100: {}, 101: {"joined": True}}, {100: FINISHED, 101: FINISHED}), 1, Verdict(0),
+    ),
     "a status that may be that of a rank which died on the way": (records(FINISHED, members=2), 5, Verdict(0)),
     "all crashed": (records(CRASHED, CRASHED), 1, Verdict(1, "training did not finish: ValueError: oh")),
     "one crashed, the rest died": (
