@@ -34,6 +34,9 @@ JOIN_LIMIT_S = 3 * JOIN_TIMEOUT_S + 30.0
 EARLY_DEATHS = 2
 #: How long after an armed point a process dies, in the mean, if not at once.
 DELAY_S = 0.01
+#: Points at which it dies at once or not at all. Right after them a newcomer is connected, and Open MPI does not survive
+#: a newcomer's death in these few milliseconds: all members wait in a call that nothing ends.
+AT_ONCE = ("newcomer:register", "newcomer:enter", "members:invite", "members:grow")
 #: Longest pause between two events.
 PAUSE_S = 1.0
 
@@ -55,7 +58,6 @@ class Logs:
         step: the last finished one.
         members: those of the newest view.
         started: process ids of those that have opened a session.
-        active: newcomers that have contributed to a step.
     """
 
     def __init__(self, folder: Path, ranks: int) -> None:
@@ -65,7 +67,6 @@ class Logs:
         self.step = 0
         self.members: tuple[str, ...] = ()
         self.started: set[int] = set()
-        self.active: set[str] = set()
 
     def update(self) -> None:
         """Read on."""
@@ -86,8 +87,6 @@ class Logs:
             self._epoch, self.members = event["epoch"], tuple(event["members"])
         elif name == "step":
             self.step = max(self.step, event["step"])
-        elif name == "join_active":
-            self.active.add(event["member"])
 
 
 @dataclass
@@ -189,13 +188,11 @@ class Churn:
             kinds["death, and one in the recovery"] = 10, lambda: self._kill_with_a_death(staying)
         if pending and spare > 0 and (sponsors := self._sponsors() & set(staying)):
             kinds["death of a sponsor"] = 20, lambda: self._kill(self._rng.choice(sorted(sponsors)))
-        if pending and (newcomers := self._newcomers(up=True)):
-            kinds["death of a newcomer"] = 20, lambda: self._kill_pid(self._rng.choice(newcomers))
-        if pending and self._early_deaths < EARLY_DEATHS and (early := self._newcomers(up=False)):
+        if pending and self._early_deaths < EARLY_DEATHS and (early := self._newcomers()):
             kinds["death of a newcomer without MPI"] = 2, lambda: self._kill_early(early)
         if pending and not self._armed:
             points = OF_NEWCOMERS + OF_FOLLOWERS if self._overlap else OF_NEWCOMERS
-            kinds[f"{IN_JOIN} is armed"] = 10, lambda: self._arm(IN_JOIN, points)
+            kinds[f"{IN_JOIN} is armed"] = 20, lambda: self._arm(IN_JOIN, points)
         if not kinds:
             if not pending:
                 self._disarm()
@@ -205,8 +202,9 @@ class Churn:
         kinds[kind][1]()
 
     def _join(self, n: int) -> None:
-        for _ in range(n):
-            request = Request(self._socket(self._rng.choice(self._living())), {"do": "add", "n": 1}).begin()
+        living = self._living()
+        for _ in range(n if living else 0):
+            request = Request(self._socket(self._rng.choice(living)), {"do": "add", "n": 1}).begin()
             self._joins.append((request, time.monotonic()))
             self.done["join"] += 1
 
@@ -246,8 +244,9 @@ class Churn:
         self._kill(self._rng.choice(staying))
 
     def _arm(self, what: str, points: tuple[str, ...]) -> None:
-        delay_s = self._rng.choice((0.0, self._rng.expovariate(1 / DELAY_S)))
-        self._armed[arm(self._job.folder, self._rng.choice(points), delay_s)] = what
+        point = self._rng.choice(points)
+        delay_s = 0.0 if point in AT_ONCE else self._rng.choice((0.0, self._rng.expovariate(1 / DELAY_S)))
+        self._armed[arm(self._job.folder, point, delay_s)] = what
 
     def _disarm(self) -> None:
         for path in self._armed:
@@ -279,11 +278,10 @@ class Churn:
     def _sponsors(self) -> set[str]:
         return {join["sponsor"] for join in self._status_joins()}
 
-    def _newcomers(self, *, up: bool) -> list[int]:
-        """Process ids of those that are in no view yet; ``up`` are those that have opened a session."""
+    def _newcomers(self) -> list[int]:
+        """Process ids of those that have not opened a session yet."""
         pids = [int(path.read_text()) for path in self._job.folder.glob("mark-pid.*00")]
-        known = {_pid(member) for member in (*self._logs.members, *self._logs.active)}
-        return sorted(p for p in pids if p not in known and self._lives(p) and (p in self._logs.started) == up)
+        return sorted(pid for pid in pids if pid not in self._logs.started and self._lives(pid))
 
     def _status_joins(self) -> list[dict[str, Any]]:
         for member in self._living():
@@ -308,7 +306,8 @@ class Churn:
             now = time.monotonic()
             if self._logs.step != self._moved[1]:
                 self._moved = now, self._logs.step
-            if now - self._moved[0] > STALL_LIMIT_S or now > limit:
+            stalled = self._logs.step > 0 and now - self._moved[0] > STALL_LIMIT_S
+            if stalled or now > limit:
                 raise JobError(f"waited {limit_s:.0f} s for {what} at step {self._logs.step}\n{self._stacks()}")
             return condition()
 
