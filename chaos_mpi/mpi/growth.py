@@ -129,13 +129,12 @@ def grow(world: World, bridge: Bridge | None, sponsor: int, limit_s: float) -> W
         PeerFailedError: a member or the newcomer died meanwhile; it may have worked at other members.
     """
     peer = bridge.comm if bridge is not None else MPI.Intracomm(MPI.COMM_NULL)
-    known = [world.comm] if bridge is None else [world.comm, bridge.comm]
-    return _merged(lambda: world.comm.Create_intercomm(sponsor, peer, 1, _GROW_TAG), known, False, limit_s)
+    return _merged(lambda: world.comm.Create_intercomm(sponsor, peer, 1, _GROW_TAG), False, limit_s)
 
 
 def enter(bridge: Bridge, limit_s: float) -> World:
     """The newcomer's part in :func:`grow`."""
-    return _merged(lambda: MPI.COMM_SELF.Create_intercomm(0, bridge.comm, 0, _GROW_TAG), [bridge.comm], True, limit_s)
+    return _merged(lambda: MPI.COMM_SELF.Create_intercomm(0, bridge.comm, 0, _GROW_TAG), True, limit_s)
 
 
 def part(world: World, going: Sequence[int], limit_s: float) -> World | None:
@@ -163,22 +162,11 @@ def part(world: World, going: Sequence[int], limit_s: float) -> World | None:
     return World(cast("MPI.Intracomm", comm)) if world.rank not in going else None
 
 
-def _merged(connect: Callable[[], MPI.Intercomm], known: Sequence[MPI.Comm], newcomer: bool, limit_s: float) -> World:
-    """The merged result of ``connect``, which uses the communicators ``known``."""
-    comms = list(known)
-
-    def end_if_broken() -> None:
-        # Within these calls MPI goes on waiting for a process that it knows to be dead, if it came to know of it
-        # between two of the messages that a call consists of.
-        if any(comm.Get_failed().Get_size() for comm in comms):
-            for comm in comms:
-                comm.Revoke()
-
+def _merged(connect: Callable[[], MPI.Intercomm], newcomer: bool, limit_s: float) -> World:
     try:
-        with Watchdog("MPI_Intercomm_create and merge for a newcomer", limit_s, end_if_broken):
+        with Watchdog("MPI_Intercomm_create and merge for a newcomer", limit_s):
             inter = connect()
             inter.Set_errhandler(MPI.ERRORS_RETURN)
-            comms.append(inter)
             world = World(inter.Merge(newcomer))
     except MPI.Exception as error:
         raise PeerFailedError(f"{error}") from error

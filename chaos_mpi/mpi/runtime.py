@@ -15,7 +15,6 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
@@ -28,8 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("chaos_mpi.mpi")
 
-#: How often blocking calls are looked after.
-_WATCH_PERIOD_S = 0.25
+#: How exact the limit of a blocking call is.
+_WATCH_PERIOD_S = 0.5
 
 
 def start(limit_s: float) -> World:
@@ -132,14 +131,13 @@ class Watchdog:
     Args:
         what: what is waited for, for the message.
         limit_s: seconds.
-        look: called every now and then meanwhile, from another thread.
     """
 
     _armed: ClassVar[set[Watchdog]] = set()
     _thread: ClassVar[threading.Thread | None] = None
 
-    def __init__(self, what: str, limit_s: float, look: Callable[[], None] = lambda: None) -> None:
-        self._what, self._limit_s, self._look = what, limit_s, look
+    def __init__(self, what: str, limit_s: float) -> None:
+        self._what, self._limit_s = what, limit_s
         self._deadline = 0.0
 
     def __enter__(self) -> Self:
@@ -163,7 +161,6 @@ class Watchdog:
         while True:
             time.sleep(_WATCH_PERIOD_S)  # and not until it is woken, which those that it watches would have to pay for
             for watchdog in tuple(cls._armed):
-                watchdog._look()
                 if time.monotonic() > watchdog._deadline:
                     watchdog._expired()
 

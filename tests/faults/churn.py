@@ -34,8 +34,8 @@ JOIN_LIMIT_S = 3 * JOIN_TIMEOUT_S + 30.0
 EARLY_DEATHS = 2
 #: How long after an armed point a process dies, in the mean, if not at once.
 DELAY_S = 0.01
-#: Points at which it dies at once or not at all. Right after them a newcomer is connected, and Open MPI does not survive
-#: a newcomer's death in these few milliseconds: all members wait in a call that nothing ends.
+#: Points at which it dies at once or not at all. Right after them a newcomer is connected, and its death in these few
+#: milliseconds can leave all members in a call to Open MPI that nothing ends.
 AT_ONCE = ("newcomer:register", "newcomer:enter", "members:invite", "members:grow")
 #: Longest pause between two events.
 PAUSE_S = 1.0
