@@ -71,17 +71,15 @@ class ControlSocket:
             threading.Thread(target=self._converse, args=(connection,), daemon=True).start()
 
     def _converse(self, connection: socket.socket) -> None:
-        with connection, connection.makefile("rwb") as stream:
+        # An OSError says that the client is gone; what it asked for goes on.
+        with contextlib.suppress(OSError), connection, connection.makefile("rwb") as stream:
             try:
                 request = json.loads(stream.readline(_REQUEST_BYTES))
                 for answer in self._answers(request):
                     stream.write(json.dumps(answer).encode() + b"\n")
                     stream.flush()
             except (ChaosError, ValueError, KeyError, TypeError) as error:
-                with contextlib.suppress(OSError):
-                    stream.write(json.dumps({"error": str(error), "last": True}).encode() + b"\n")
-            except OSError:
-                return  # the client is gone; what it asked for goes on
+                stream.write(json.dumps({"error": str(error), "last": True}).encode() + b"\n")
 
     def _answers(self, request: dict[str, Any]) -> Any:
         session, told = self._session, queue.SimpleQueue[dict[str, Any]]()
@@ -93,8 +91,7 @@ class ControlSocket:
             yield {**_status(session), "last": True}
             return
         if request["do"] == "end":
-            end_soon(session)
-            yield {"last": True}
+            end_soon(session)  # who asks for it does not wait for an answer
             return
         if request["do"] == "add":
             session.request_join(1, str(request.get("host", "")), answer)
