@@ -14,6 +14,7 @@ import queue
 import signal
 import socket
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,8 @@ class ControlSocket:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         before = os.umask(0o177)
         try:
-            self._socket.bind(str(path))
+            with short_name(path) as name:
+                self._socket.bind(name)
         finally:
             os.umask(before)
         self._socket.listen(8)
@@ -104,6 +106,16 @@ class ControlSocket:
             yield message
             if message["last"]:
                 return
+
+
+@contextlib.contextmanager
+def short_name(path: Path) -> Iterator[str]:
+    """Another name of ``path`` in this process, short enough for a socket: the kernel takes 107 bytes."""
+    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{directory}/{path.name}"
+    finally:
+        os.close(directory)
 
 
 def _status(session: Session) -> dict[str, Any]:
