@@ -147,7 +147,7 @@ def test_a_signal_ends_everything(number: signal.Signals, tmp_path: Path) -> Non
         finished = job.finish()
     assert finished.status == 128 + number
     assert finished.output.splitlines()[-1] == f"chaosrun: interrupted by {number.name}; all ranks were ended"
-    assert not list((tmp_path / "t").glob("chaosrun-*")), "the private directory is left"
+    assert not list((tmp_path / "t").iterdir()), "something is left in the directory for temporary files"
 
 
 def test_all_ranks_crash(tmp_path: Path) -> None:
@@ -162,8 +162,12 @@ def test_all_ranks_crash(tmp_path: Path) -> None:
 
 def test_a_killed_rank_is_no_failure(tmp_path: Path) -> None:
     problem = Problem(ranks=3)
-    with start_training(tmp_path, problem, [{"rank": 1, "at": "forward", "step": 3, "do": "die"}]) as job:
+    temporary = tmp_path / "t"
+    temporary.mkdir()
+    rules: list[Rule] = [{"rank": 1, "at": "forward", "step": 3, "do": "die"}]
+    with start_training(tmp_path, problem, rules, environment={"TMPDIR": str(temporary)}) as job:
         finished = job.finish()
+    assert not list(temporary.iterdir()), "something is left in the directory for temporary files"
     check_survival(finished, problem, {1})
     assert "chaosrun: " not in finished.output
     assert "mpirun" not in finished.output
