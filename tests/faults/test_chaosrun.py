@@ -150,6 +150,21 @@ def test_a_signal_ends_everything(number: signal.Signals, tmp_path: Path) -> Non
     assert not list((tmp_path / "t").iterdir()), "something is left in the directory for temporary files"
 
 
+def test_no_shared_memory_is_left(tmp_path: Path) -> None:
+    with started(tmp_path) as job:
+        job.wait_until(lambda: job.steps_finished() > 2, "the first steps")
+        maps = [Path(part.path) for part in psutil.Process(job.pid(0)).memory_maps()]
+        segments = [path for path in maps if path.name.startswith("sm_segment.")]
+        if not segments:
+            pytest.skip("the ranks do not use shared memory here")
+        assert all(path.exists() for path in segments)
+        job.kill(job.pid(1))
+        job.signal(signal.SIGINT)
+        job.finish()
+    assert not [path for path in segments if path.exists()]
+    assert not [path for path in segments if path.parent.exists()], "the directory is left"
+
+
 def test_all_ranks_crash(tmp_path: Path) -> None:
     rules: list[Rule] = [{"rank": rank, "at": "forward", "step": 3, "do": "raise"} for rank in range(3)]
     with started(tmp_path, rules) as job:
