@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,7 +23,7 @@ from chaos_mpi.cli.outcome import EXIT_STOPPED, EXIT_USAGE, judge, read_records
 from chaos_mpi.cli.process import MpirunJob
 from chaos_mpi.config import BATCH_POLICIES, JOIN_POLICIES, LOG_LEVELS, SCALE_POLICIES
 from chaos_mpi.errors import ConfigError, EngineError
-from chaos_mpi.mpi.launch import mpirun_command
+from chaos_mpi.mpi.launch import SHM_DIRECTORY, mpirun_command
 
 #: Exit status of mpirun when its own services did not come up; seen about once in a thousand starts on a busy machine.
 LAUNCHER_NOT_UP = 213
@@ -160,11 +162,9 @@ def _size(
 def _run(line: list[str], chosen: dict[str, str], ranks: int, tag_output: bool, drop_noise: bool) -> int:
     """Run the job and return chaosrun's exit status."""
     remove_left_over()
-    run_dir = Path(tempfile.mkdtemp(prefix="chaosrun-"))  # made with mode 0700
-    try:
+    with _private_directories() as (run_dir, settings):
         (run_dir / LAUNCHER_FILE).write_text(str(os.getpid()))
-        # What mpirun keeps on disk goes into the private directory, because a killed rank cannot tidy up after itself.
-        environment = {"PRTE_MCA_prte_tmpdir_base": str(run_dir), **os.environ, **chosen, "CHAOS_RUN_DIR": str(run_dir)}
+        environment = {**settings, **os.environ, **chosen, "CHAOS_RUN_DIR": str(run_dir)}
         for attempt in range(1, START_ATTEMPTS + 1):
             job = MpirunJob(line, environment, run_dir, ranks=ranks, tagged=tag_output, drop_noise=drop_noise)
             status = job.wait()
@@ -183,8 +183,26 @@ def _run(line: list[str], chosen: dict[str, str], ranks: int, tag_output: bool, 
         if verdict.message and not (verdict.status and job.has_shown(verdict.message)):
             print(f"chaosrun: {verdict.message}", file=sys.stderr)
         return verdict.status
-    finally:
-        shutil.rmtree(run_dir, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _private_directories() -> Iterator[tuple[Path, dict[str, str]]]:
+    """The job's directory, and settings that keep all files of the launcher and of MPI in such directories.
+
+    They are removed at the end, because a killed rank cannot tidy up after itself.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def private(parent: Path | None = None) -> str:
+            # Made with mode 0700.
+            made = tempfile.TemporaryDirectory(prefix="chaosrun-", dir=parent, ignore_cleanup_errors=True)
+            return stack.enter_context(made)
+
+        run_dir = private()
+        settings = {"PRTE_MCA_prte_tmpdir_base": run_dir}
+        if os.access(SHM_DIRECTORY, os.W_OK | os.X_OK):
+            settings["OMPI_MCA_btl_sm_backing_directory"] = private(SHM_DIRECTORY)
+        yield Path(run_dir), settings
 
 
 def _program(script: tuple[str, ...], module: bool) -> list[str]:

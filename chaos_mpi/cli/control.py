@@ -15,6 +15,8 @@ from typing import Any
 import click
 import psutil
 
+from chaos_mpi.elastic.control import short_name
+
 #: A member that does not take a connection within this time is passed over.
 CONNECT_LIMIT_S = 2.0
 #: Holds the process id of the launcher, in a job's private directory.
@@ -123,7 +125,8 @@ def _reach(path: Path) -> socket.socket | None:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.settimeout(CONNECT_LIMIT_S)
     try:
-        connection.connect(str(path))
+        with short_name(path) as name:
+            connection.connect(name)
     except OSError:
         connection.close()  # a member that was killed leaves its socket behind
         return None

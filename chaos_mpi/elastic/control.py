@@ -14,6 +14,7 @@ import queue
 import signal
 import socket
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,8 @@ class ControlSocket:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         before = os.umask(0o177)
         try:
-            self._socket.bind(str(path))
+            with short_name(path) as name:
+                self._socket.bind(name)
         finally:
             os.umask(before)
         self._socket.listen(8)
@@ -71,17 +73,15 @@ class ControlSocket:
             threading.Thread(target=self._converse, args=(connection,), daemon=True).start()
 
     def _converse(self, connection: socket.socket) -> None:
-        with connection, connection.makefile("rwb") as stream:
+        # An OSError says that the client is gone; what it asked for goes on.
+        with contextlib.suppress(OSError), connection, connection.makefile("rwb") as stream:
             try:
                 request = json.loads(stream.readline(_REQUEST_BYTES))
                 for answer in self._answers(request):
                     stream.write(json.dumps(answer).encode() + b"\n")
                     stream.flush()
             except (ChaosError, ValueError, KeyError, TypeError) as error:
-                with contextlib.suppress(OSError):
-                    stream.write(json.dumps({"error": str(error), "last": True}).encode() + b"\n")
-            except OSError:
-                return  # the client is gone; what it asked for goes on
+                stream.write(json.dumps({"error": str(error), "last": True}).encode() + b"\n")
 
     def _answers(self, request: dict[str, Any]) -> Any:
         session, told = self._session, queue.SimpleQueue[dict[str, Any]]()
@@ -93,8 +93,7 @@ class ControlSocket:
             yield {**_status(session), "last": True}
             return
         if request["do"] == "end":
-            end_soon(session)
-            yield {"last": True}
+            end_soon(session)  # who asks for it does not wait for an answer
             return
         if request["do"] == "add":
             session.request_join(1, str(request.get("host", "")), answer)
@@ -107,6 +106,16 @@ class ControlSocket:
             yield message
             if message["last"]:
                 return
+
+
+@contextlib.contextmanager
+def short_name(path: Path) -> Iterator[str]:
+    """Another name of ``path`` in this process, short enough for a socket: the kernel takes 107 bytes."""
+    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{directory}/{path.name}"
+    finally:
+        os.close(directory)
 
 
 def _status(session: Session) -> dict[str, Any]:

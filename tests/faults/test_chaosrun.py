@@ -147,7 +147,22 @@ def test_a_signal_ends_everything(number: signal.Signals, tmp_path: Path) -> Non
         finished = job.finish()
     assert finished.status == 128 + number
     assert finished.output.splitlines()[-1] == f"chaosrun: interrupted by {number.name}; all ranks were ended"
-    assert not list((tmp_path / "t").glob("chaosrun-*")), "the private directory is left"
+    assert not list((tmp_path / "t").iterdir()), "something is left in the directory for temporary files"
+
+
+def test_no_shared_memory_is_left(tmp_path: Path) -> None:
+    with started(tmp_path) as job:
+        job.wait_until(lambda: job.steps_finished() > 2, "the first steps")
+        maps = [Path(part.path) for part in psutil.Process(job.pid(0)).memory_maps()]
+        segments = [path for path in maps if path.name.startswith("sm_segment.")]
+        if not segments:
+            pytest.skip("the ranks do not use shared memory here")
+        assert all(path.exists() for path in segments)
+        job.kill(job.pid(1))
+        job.signal(signal.SIGINT)
+        job.finish()
+    assert not [path for path in segments if path.exists()]
+    assert not [path for path in segments if path.parent.exists()], "the directory is left"
 
 
 def test_all_ranks_crash(tmp_path: Path) -> None:
@@ -162,8 +177,12 @@ def test_all_ranks_crash(tmp_path: Path) -> None:
 
 def test_a_killed_rank_is_no_failure(tmp_path: Path) -> None:
     problem = Problem(ranks=3)
-    with start_training(tmp_path, problem, [{"rank": 1, "at": "forward", "step": 3, "do": "die"}]) as job:
+    temporary = tmp_path / "t"
+    temporary.mkdir()
+    rules: list[Rule] = [{"rank": 1, "at": "forward", "step": 3, "do": "die"}]
+    with start_training(tmp_path, problem, rules, environment={"TMPDIR": str(temporary)}) as job:
         finished = job.finish()
+    assert not list(temporary.iterdir()), "something is left in the directory for temporary files"
     check_survival(finished, problem, {1})
     assert "chaosrun: " not in finished.output
     assert "mpirun" not in finished.output
