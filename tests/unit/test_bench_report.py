@@ -128,3 +128,25 @@ def test_models_have_the_sizes_they_are_named_after(bench: ModuleType) -> None:
     assert sizes["digits"] < 100_000
     assert sizes["10m"] == pytest.approx(10e6, rel=0.05)
     assert sizes["50m"] == pytest.approx(50e6, rel=0.05)
+
+
+def test_the_table_of_recoveries_is_whole_on_eighty_columns(
+    bench: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    kills = [
+        {"system": system, "size": size, "total": 12345.6, "net": 1234.5, "without_redo": 1111.1}
+        | dict.fromkeys(bench.recovery.PARTS, 987.6)
+        for system in bench.recovery.SYSTEMS for size in (2, 16)
+    ]  # fmt: skip
+    rows = bench.recovery.summarise(kills)
+    target = {"median_ms": 1111.1, "with_redo_ms": 1234.5, "met": False}
+    bench.recovery.table({"rows": rows, "target": target, "failures": []})
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert not [line for line in lines if "…" in line]
+    words = ("ranks", "total", "compute", "detect", "shrink", "exchange", "redo", "net", "p90")
+    (head,) = [line for line in lines if line.split()[:1] == ["ranks"]]
+    assert [word for word in words if word not in head.split()] == []
+    assert sum(line.count("12346") for line in lines) == 4
+    assert sum(line.count("987.6") for line in lines) == 4 * 5
