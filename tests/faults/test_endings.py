@@ -253,6 +253,23 @@ def test_all_are_told_to_end_and_resumed(machine: bool, tmp_path: Path) -> None:
     _check_continued(problem, first, second, step)
 
 
+def test_all_are_told_to_end_where_several_may_not_leave(tmp_path: Path) -> None:
+    problem, saved = Problem(ranks=3, epochs=400), tmp_path / "saved"
+    options = ["--checkpoint-dir", str(saved), "--min-ranks", "2"]
+    with start_training(tmp_path / "a", problem, options=options) as job:
+        job.wait_until(lambda: job.steps_finished() > 2, "the first steps")
+        for rank in range(3):
+            os.kill(job.pid(rank), signal.SIGTERM)
+        finished = job.finish()
+    assert finished.status == STOPPED
+    assert "Traceback" not in finished.output
+    # All at one boundary, or one rank by agreement first and the others later: what is left never goes on.
+    lines = [line for line in finished.output.splitlines() if "stopped at step" in line]
+    (path,) = saved.glob("step-*.safetensors")
+    assert lines
+    assert all(f"The state is saved in {path}" in line for line in lines)
+
+
 def test_all_are_told_to_end_and_nothing_is_saved_where_nobody_asked(tmp_path: Path) -> None:
     with start_training(tmp_path, Problem(ranks=2, epochs=400)) as job:
         job.wait_until(lambda: job.steps_finished() > 2, "the first steps")
