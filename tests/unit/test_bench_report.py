@@ -29,7 +29,7 @@ def bench() -> Iterator[ModuleType]:
         spec.loader.exec_module(module)
         return module
 
-    names = ("report", "models", "jobs", "overhead", "recovery")
+    names = ("report", "models", "jobs", "overhead", "recovery", "events")
     others = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     loaded = ModuleType("bench")
     for name in names:
@@ -150,3 +150,27 @@ def test_the_table_of_recoveries_is_whole_on_eighty_columns(
     assert [word for word in words if word not in head.split()] == []
     assert sum(line.count("12346") for line in lines) == 4
     assert sum(line.count("987.6") for line in lines) == 4 * 5
+
+
+# -- leaves ---------------------------------------------------------------------------------------------------
+
+
+def test_a_passage_is_what_the_event_log_tells(bench: ModuleType) -> None:
+    parts = {"gather_ms": 4.0, "negotiate_ms": 1.0, "communicator_ms": 2.0, "commit_ms": 3.0, "adopt_ms": 0.5}
+    stays = bench.events.passage({"mono": 10.0, "milliseconds": 6.0, **parts})
+    assert stays == pytest.approx(
+        {"arrived": 9.9895, "known": 9.9935, "decided": 9.9945, "changed": 9.9965, "committed": 9.9995, "adopted": 10.0}
+    )
+    del parts["adopt_ms"]
+    goes = bench.events.passage({"mono": 9.9995, "milliseconds": 6.0, **parts})
+    assert goes == pytest.approx({name: at for name, at in stays.items() if name != "adopted"})
+
+
+def test_parts_lead_from_the_last_at_one_point_to_the_last_at_the_next(bench: ModuleType) -> None:
+    quick = {"arrived": 1.0, "known": 3.1, "decided": 3.2, "changed": 3.3, "committed": 3.6, "adopted": 3.7}
+    slow = {"arrived": 3.0, "known": 3.2, "decided": 3.3, "changed": 3.5, "committed": 3.9}
+    cost = bench.events.split(0.5, [quick, slow])
+    assert [cost[part] for part in bench.events.PARTS] == pytest.approx([2500.0, 200.0, 100.0, 200.0, 400.0, 100.0])
+    assert cost["handled"] == pytest.approx(700.0)
+    assert cost["boundary"] == pytest.approx(900.0)
+    assert cost["total"] == pytest.approx(3400.0)
