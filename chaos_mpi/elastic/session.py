@@ -104,7 +104,8 @@ class Session(ChangingSession):
         self._guard = ExitGuard(self.close, self._crashed, lambda: self.size > 1, settings.run_dir)
         if self._bridge is None:
             self._write_identity()
-        self._control = open_control(self, settings.run_dir)
+        if self._bridge is None:  # a newcomer is asked for nothing before it is a member
+            self._control = open_control(self, settings.run_dir)
         leave_on_sigterm(self)
         self.emit("session_started", pid=os.getpid(), host=self.host, members=list(self.members))
 
@@ -198,6 +199,7 @@ class Session(ChangingSession):
         if self._bridge is not None:
             self._arrival = enter_job(self, self._bridge, state)
             self._write_identity()
+            self._control = open_control(self, self.settings.run_dir)
 
     def number_model(self) -> int:
         """The number, from 1, of one more model, in the order in which every rank makes them."""

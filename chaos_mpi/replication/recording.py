@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from chaos_mpi.errors import CheckpointError, PeerFailedError
+from chaos_mpi.errors import PeerFailedError
 from chaos_mpi.replication.layout import DataTransfer, Layout, Piece, Range, Transport
 from chaos_mpi.replication.source import StateSource
 from chaos_mpi.replication.steps import Snapshot, Step, copy_pieces, gradients_of, hyper_parameters, slice_of
@@ -149,8 +149,8 @@ class RecordingSource(StateSource):
         if self._waiting and not self._lost_track:
             try:
                 self._keep(number, optimizer)
-            except CheckpointError as error:
-                self._lost_track = f"a hyper-parameter cannot be sent: {error}"
+            except Exception as error:  # training goes on, whatever cannot be kept for a newcomer
+                self._lost_track = f"a step cannot be kept: {type(error).__name__}: {error}"
         return time.perf_counter() - begun
 
     def stop_training(self, layout: Layout, tensors: Mapping[str, torch.Tensor], invitation: dict[str, Any]) -> None:

@@ -264,7 +264,10 @@ class Follower:
             return False
         self._batches.popleft()
         for meta, gradients in zip(batch.metas, batch.gradients, strict=True):
-            self._apply(meta, gradients)
+            try:
+                self._apply(meta, gradients)
+            except Exception as error:  # of the optimizer, or of the script's hooks on it
+                raise FollowError(f"a step cannot be repeated here: {type(error).__name__}: {error}") from error
             self.repeated += 1
         return True
 

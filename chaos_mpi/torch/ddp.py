@@ -175,7 +175,7 @@ class DistributedDataParallel(torch.nn.Module):
     def _mute(self) -> None:
         """Make the next backward add nothing: this round repeats a sample only to keep the ranks in step."""
         if not self._muted:
-            self._muted = [p.register_hook(torch.zeros_like) for p in self._params]  # type: ignore[no-untyped-call]
+            self._muted = [p.register_hook(torch.zeros_like) for p in self._params if p.requires_grad]  # type: ignore[no-untyped-call]
 
     # -- equal modules -------------------------------------------------------------------------------
 

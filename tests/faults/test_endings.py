@@ -63,7 +63,7 @@ CLOSE_CASES = {
     "before close": ([rule(1, "close", "die", "close")], {1}),
     "rank 0 before close": ([rule(0, "close", "die", "close")], {0}),
     "while comparing digests": (
-        [rule(3, "close", None, "close", "dead:1"), rule(1, "inside:all_reduce", "die", "close", "close.3")],
+        [rule(3, "close", None, "close", "dead:1"), rule(1, "inside:gather", "die", "close", "close.3")],
         {1},
     ),
     "while agreeing to close": (
