@@ -8,5 +8,7 @@ import pytest
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How long the churn test is, and what it draws."""
     group = parser.getgroup("churn")
-    group.addoption("--churn-events", type=int, default=60, help="joins, leaves and deaths in each run of the test")
+    group.addoption(
+        "--churn-events", type=int, default=0, help="joins, leaves and deaths in each run (default: it is skipped)"
+    )
     group.addoption("--churn-seed", type=int, default=None, help="what they are drawn from (default: a fixed one)")
