@@ -10,7 +10,10 @@ import contextlib
 import logging
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
 
 from chaos_mpi.errors import PeerFailedError, WaitTimeoutError
 from chaos_mpi.mpi.channel import Channel
@@ -20,8 +23,9 @@ from chaos_mpi.replication.source import StateSource
 if TYPE_CHECKING:
     from chaos_mpi.elastic.session import Session
     from chaos_mpi.elastic.transitions import Admit
-    from chaos_mpi.membership import Join
+    from chaos_mpi.membership import Join, View
     from chaos_mpi.mpi.growth import Bridge
+    from chaos_mpi.mpi.world import World
 
 log = logging.getLogger("chaos_mpi.elastic")
 
@@ -39,13 +43,35 @@ def invite(bridge: Bridge, later: Sequence[int], timing: dict[str, float], asked
         bridge.send({"admit": {"later": list(later), "timing": timing, "asked_at": asked_at}})
 
 
-def replicate(session: Session, operation: Admit, joins: Sequence[Join], begun: float) -> bool:
+@dataclass(frozen=True, slots=True)
+class LiveState:
+    """The training state between two steps, and where the samplers are, as newcomers are to get it.
+
+    Attributes:
+        layout, tensors: of the state; the tensors are the live ones.
+        skeleton: see :class:`~chaos_mpi.replication.tree.Packed`.
+    """
+
+    layout: Layout
+    tensors: dict[str, torch.Tensor]
+    skeleton: str
+
+    @classmethod
+    def of(cls, session: Session) -> Self:
+        """That of this member."""
+        packed = session.pack_for_newcomers()
+        tensors = {name: dense(tensor) for name, tensor in packed.tensors.items()}
+        return cls(Layout.of(tensors), tensors, packed.skeleton)
+
+
+def replicate(session: Session, operation: Admit, joins: Sequence[Join], state: LiveState, begun: float) -> bool:
     """Give the newcomers the state, and go on together with them.
 
     Args:
         session: this member's part in the job.
         operation: what connected the newcomers.
         joins: they, in the order of their ranks.
+        state: what they get.
         begun: when the members stopped for it, on the performance counter.
 
     Returns:
@@ -55,40 +81,70 @@ def replicate(session: Session, operation: Admit, joins: Sequence[Join], begun: 
     assert world is not None
     assert view is not None
     newcomers = [join.newcomer for join in joins]
-    guests = range(view.size, world.size)
-    packed = session.pack_for_newcomers()
-    tensors = {name: dense(tensor) for name, tensor in packed.tensors.items()}
-    layout = Layout.of(tensors)
-    session.emit("join_cut", newcomers=newcomers, state_bytes=layout.total_bytes)
+    session.emit("join_cut", newcomers=newcomers, state_bytes=state.layout.total_bytes)
     invitation: dict[str, Any] = {
         "policy": "blocking",
         "sources": list(range(view.size)),
         "shrink": False,
-        "layout": layout.to_json(),
-        "skeleton": packed.skeleton,
+        "layout": state.layout.to_json(),
+        "skeleton": state.skeleton,
         "members": list(view.members),
         "newcomers": newcomers,
         "reports": operation.reports,
         "grow_s": time.perf_counter() - begun,
         **session.situation(),
     }
-    source = StateSource(Channel(world), guests, layout, tensors, invitation)
-    ready = True
+    source = StateSource(Channel(world), range(view.size, world.size), state.layout, state.tensors, invitation)
+    ready = serve(session, source, newcomers)
+    moved = f"{state.layout.total_bytes / 1e6:.1f} MB of state"
+    return go_on_together(session, world, view, newcomers, operation.reports, ready, moved, begun)
+
+
+def serve(session: Session, source: StateSource, newcomers: Sequence[str]) -> bool:
+    """Give newcomers what they ask for, until they have all; whether they came to that in time."""
     try:
         source.serve(session.settings.timeout_s, lambda: f"{', '.join(newcomers)} to take the state")
     except WaitTimeoutError as error:
         log.error("%s; it is left out", error)
-        ready = False
+        return False
+    return True
+
+
+def go_on_together(
+    session: Session,
+    world: World,
+    view: View,
+    newcomers: Sequence[str],
+    reports: list[Any],
+    ready: bool,
+    moved: str,
+    begun: float,
+) -> bool:
+    """Agree with the newcomers, which are in ``world`` as well, on one view, and go on in it.
+
+    Args:
+        session: this member's part in the job.
+        world: members and newcomers, in this order.
+        view: the members.
+        newcomers: the others.
+        reports: of the members' samplers, in rank order.
+        ready: whether this member would.
+        moved: what the newcomers got, in words.
+        begun: when the members stopped for it, on the performance counter.
+
+    Returns:
+        Whether all are in one view now; the same everywhere. If not, ``world`` is of no more use.
+    """
     if not world.agree(ready, session.settings.timeout_s, lambda: "all members and newcomers to be ready"):
         world.revoke()
         session.retire(world)
         return False
-    session.change_view(world, [*view.members, *newcomers], operation.reports, cause="join")
+    session.change_view(world, [*view.members, *newcomers], reports, cause="join")
     seconds = time.perf_counter() - begun
     session.emit("stalled", seconds=round(seconds, 6), cause="join")
     if session.rank == 0:
         log.warning(
-            "step %d: %s joined with %.1f MB of state; %d ranks train on after %.0f ms",
-            session.step, ", ".join(newcomers), layout.total_bytes / 1e6, session.size, seconds * 1e3,
+            "step %d: %s joined with %s; %d ranks train on after %.0f ms",
+            session.step, ", ".join(newcomers), moved, session.size, seconds * 1e3,
         )  # fmt: skip
     return True

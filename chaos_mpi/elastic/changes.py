@@ -160,10 +160,6 @@ class ChangingSession(CollectiveCalls):
         """Those of the training state, in its order."""
         return self._persistence.optimizers()
 
-    def state_bytes(self) -> int:
-        """Size of the training state's tensors; the same at all members between two steps."""
-        return self.pack_for_newcomers().nbytes
-
     def retire(self, world: World) -> None:
         """Keep a communicator that is not used any more until all can be given back."""
         self._sequence.retire(world)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from chaos_mpi.autoscale.settling import with_failed
 from chaos_mpi.elastic import admission
+from chaos_mpi.elastic.admission import LiveState
 from chaos_mpi.elastic.autoscaler import Autoscaler
 from chaos_mpi.elastic.overlap import Overlap, overlaps
 from chaos_mpi.elastic.sponsor import Sponsorship
@@ -184,11 +185,12 @@ class Negotiator:
         operation = Admit(joins, bridges, session.sampler_reports, self._width(), session.settings.timeout_s)
         session.execute(operation)
         assert operation.view is not None
+        state = LiveState.of(session)
         policy, optimizers = session.settings.join_policy, session.optimizers()
-        if operation.world is not None and overlaps(policy, joins, session.state_bytes(), optimizers):
-            self._overlap = Overlap(session, operation, joins, begun, self.propose)
+        if operation.world is not None and overlaps(policy, joins, state.layout.total_bytes, optimizers):
+            self._overlap = Overlap(session, operation, joins, state, begun, self.propose)
             self.agenda = replace(self.agenda, replicating=joins)
-        elif operation.world is not None and admission.replicate(session, operation, joins, begun):
+        elif operation.world is not None and admission.replicate(session, operation, joins, state, begun):
             self._welcome(joins)
         else:
             for sponsorship in mine.values():

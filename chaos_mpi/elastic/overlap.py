@@ -7,17 +7,17 @@ serves the newcomers; see :mod:`chaos_mpi.replication.recording`.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from chaos_mpi.elastic import admission
+from chaos_mpi.elastic.admission import LiveState
 from chaos_mpi.elastic.catchup import planned
 from chaos_mpi.elastic.transitions import Meet
-from chaos_mpi.errors import WaitTimeoutError
 from chaos_mpi.membership import Join, Proposal
 from chaos_mpi.mpi.channel import Channel
-from chaos_mpi.replication.layout import Layout, Range, dense
+from chaos_mpi.replication.layout import Range
 from chaos_mpi.replication.recording import Cut, RecordingSource
 from chaos_mpi.replication.steps import can_follow
 from chaos_mpi.sharding.held import widened
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from chaos_mpi.elastic.session import Session
     from chaos_mpi.elastic.transitions import Admit
     from chaos_mpi.mpi.world import World
-
-log = logging.getLogger("chaos_mpi.elastic")
 
 #: With the policy ``auto``, what is smaller is moved faster than it takes to stop three times.
 OVERLAP_FROM_BYTES = 16 << 20
@@ -53,6 +51,7 @@ class Overlap:
         session: this member's part in the job.
         operation: what connected them.
         joins: they, in the order of their ranks.
+        state: what it is now, so that they can make themselves ready; it will be another one at the cut.
         begun: when the members stopped for it, on the performance counter.
         propose: puts a proposal before all members.
     """
@@ -62,6 +61,7 @@ class Overlap:
         session: Session,
         operation: Admit,
         joins: Sequence[Join],
+        state: LiveState,
         begun: float,
         propose: Callable[[Proposal], None],
     ) -> None:
@@ -72,16 +72,15 @@ class Overlap:
         self._members = operation.view.members
         self._hooks: list[RemovableHandle] = []
         self._recording_s = 0.0  # of all steps together, what recording has kept them
-        layout, tensors, _ = _state(session)
         invitation: dict[str, Any] = {
             "policy": "overlap",
-            "layout": layout.to_json(),
+            "layout": state.layout.to_json(),
             "members": list(self._members),
             "grow_s": time.perf_counter() - begun,
         }
         first = joins[0].id
         self._source = RecordingSource(
-            Channel(self._wide), list(self._guests), layout, tensors, invitation,
+            Channel(self._wide), list(self._guests), state.layout, state.tensors, invitation,
             ready=lambda: propose(Proposal("ready", first)),
             caught_up=lambda: propose(Proposal("caught_up", first)),
         )  # fmt: skip
@@ -92,21 +91,23 @@ class Overlap:
         """Fix the state that the newcomers start from, and record from here on what they are to repeat."""
         session = self._session
         self._source.await_rates(session.settings.timeout_s)
-        layout, tensors, skeleton = _state(session)
+        state = LiveState.of(session)
         sources = [rank for rank, member in enumerate(self._members) if member in session.members]
         names = {rank: self._members[rank] for rank in sources}
         ranges: list[Range] = []
         for rates in self._source.rates.values():
             # More than its share: links may turn out to be slower than they seemed.
-            held = widened(planned(layout.total_bytes, names, rates).assignment)
+            held = widened(planned(state.layout.total_bytes, names, rates).assignment)
             ranges += [held[session.member]] if session.member in held else []
         invitation = {
-            "layout": layout.to_json(), "skeleton": skeleton,
+            "layout": state.layout.to_json(), "skeleton": state.skeleton,
             "sources": sources, "members": [self._members[rank] for rank in sources],
         }  # fmt: skip
-        session.emit("join_cut", newcomers=[join.newcomer for join in self._joins], state_bytes=layout.total_bytes)
+        session.emit(
+            "join_cut", newcomers=[join.newcomer for join in self._joins], state_bytes=state.layout.total_bytes
+        )
         index = sources.index(self._members.index(session.member))
-        self._source.cut(Cut(layout, tensors, merged(ranges), index, len(sources), invitation))
+        self._source.cut(Cut(state.layout, state.tensors, merged(ranges), index, len(sources), invitation))
         for number, optimizer in enumerate(session.optimizers()):
             self._hooks.append(optimizer.register_step_pre_hook(self._recorder(number)))
         session.emit("stalled", seconds=round(time.perf_counter() - begun, 6), cause="join")
@@ -131,10 +132,10 @@ class Overlap:
         newcomers = [j.newcomer for rank, j in zip(self._guests, self._joins, strict=True) if rank not in lost]
         reports = [report["samplers"] for report in operation.reports]
         shrink = view.members != self._members or bool(lost)
-        layout, tensors, skeleton = _state(session)
+        state = LiveState.of(session)
         invitation: dict[str, Any] = {
-            "layout": layout.to_json(),
-            "skeleton": skeleton,
+            "layout": state.layout.to_json(),
+            "skeleton": state.skeleton,
             "sources": [self._members.index(member) for member in view.members],
             "members": list(view.members),
             "newcomers": newcomers,
@@ -142,31 +143,15 @@ class Overlap:
             "shrink": shrink,
             **session.situation(),
         }
-        ready = bool(newcomers)
-        try:
-            self._source.stop_training(layout, tensors, invitation)
-            self._source.serve(limit_s, lambda: f"{', '.join(newcomers)} to take the state")
-        except WaitTimeoutError as error:
-            log.error("%s; it is left out", error)
-            ready = False
+        self._source.stop_training(state.layout, state.tensors, invitation)
+        ready = admission.serve(session, self._source, newcomers)
         world = self._wide
         if shrink:
             world = world.shrink(limit_s, lambda: "the members to go on without those that died")
             session.retire(self._wide)
-        ready &= world.size == view.size + len(newcomers)
-        if not world.agree(ready, limit_s, lambda: "all members and newcomers to be ready"):
-            world.revoke()
-            session.retire(world)
-            return False
-        session.change_view(world, [*view.members, *newcomers], reports, cause="join")
-        seconds = time.perf_counter() - begun
-        session.emit("stalled", seconds=round(seconds, 6), cause="join")
-        if session.rank == 0:
-            log.warning(
-                "step %d: %s joined with %.1f MB of state, while training went on; %d ranks train on after %.0f ms",
-                session.step, ", ".join(newcomers), layout.total_bytes / 1e6, session.size, seconds * 1e3,
-            )  # fmt: skip
-        return True
+        ready &= bool(newcomers) and world.size == view.size + len(newcomers)
+        moved = f"{state.layout.total_bytes / 1e6:.1f} MB of state, while training went on"
+        return admission.go_on_together(session, world, view, newcomers, reports, ready, moved, begun)
 
     def abandon(self) -> None:
         """The job ends: the newcomers have come too late."""
@@ -210,9 +195,3 @@ def merged(ranges: Sequence[Range]) -> list[Range]:
         else:
             found.append((start, stop))
     return found
-
-
-def _state(session: Session) -> tuple[Layout, dict[str, torch.Tensor], str]:
-    packed = session.pack_for_newcomers()
-    tensors = {name: dense(tensor) for name, tensor in packed.tensors.items()}
-    return Layout.of(tensors), tensors, packed.skeleton

@@ -102,9 +102,8 @@ class Session(ChangingSession):
         self._arrival: Arrival | None = None
         self._control: ControlSocket | None = None
         self._guard = ExitGuard(self.close, self._crashed, lambda: self.size > 1, settings.run_dir)
-        if self._bridge is None:
+        if self._bridge is None:  # a newcomer is known, and asked for something, when it is a member
             self._write_identity()
-        if self._bridge is None:  # a newcomer is asked for nothing before it is a member
             self._control = open_control(self, settings.run_dir)
         leave_on_sigterm(self)
         self.emit("session_started", pid=os.getpid(), host=self.host, members=list(self.members))
