@@ -92,6 +92,11 @@ class Settings:
         """The scale policy in force."""
         return self.scale_policy or ("available" if self.hosts_from is not None else "manual")
 
+    @property
+    def guest_limit_s(self) -> float:
+        """How long a newcomer may say nothing when it is its turn; members may be waiting for it meanwhile."""
+        return min(self.timeout_s, self.join_timeout_s)
+
 
 def load_settings(
     *,

@@ -17,7 +17,7 @@ import psutil
 
 from chaos_mpi.elastic.control import short_name
 
-#: A member that does not take a connection within this time is passed over.
+#: A member that does not take a connection, or does not greet, within this time is passed over.
 CONNECT_LIMIT_S = 2.0
 #: Holds the process id of the launcher, in a job's private directory.
 LAUNCHER_FILE = "launcher"
@@ -27,8 +27,8 @@ def running_jobs() -> list[Path]:
     """The private directories of this user's jobs that have a member to talk to."""
     running = []
     for job in own_directories():
-        if (connection := _first_member(job)) is not None:
-            connection.close()
+        if (member := _first_member(job)) is not None:
+            member.close()
             running.append(job)
     return running
 
@@ -77,12 +77,10 @@ def ask(job: Path, request: dict[str, Any], limit_s: float) -> Iterator[dict[str
     Raises:
         click.ClickException: nobody answers, or the answer is an error.
     """
-    with _connect(job) as connection, connection.makefile("rwb") as stream:
-        connection.settimeout(limit_s)
-        stream.write(json.dumps(request).encode() + b"\n")
-        stream.flush()
+    with contextlib.closing(_connect(job)) as member:
+        member.ask(request, limit_s)
         try:
-            for line in stream:
+            for line in member.stream:
                 answer: dict[str, Any] = json.loads(line)
                 if "error" in answer:
                     raise click.ClickException(answer["error"])
@@ -104,20 +102,51 @@ def end_ranks(job: Path) -> bool:
             with connection, contextlib.suppress(OSError):
                 connection.sendall(b'{"do": "end"}\n')
                 told = True
+                connection.recv(1)  # it has taken the connection; one that hangs will find the request when it goes on
     return told
 
 
-def _connect(job: Path) -> socket.socket:
-    connection = _first_member(job)
-    if connection is None:
+class _Member:
+    """A conversation with one member.
+
+    Raises:
+        OSError: it is not there, or does not say anything.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self.stream = connection.makefile("rwb")
+        if not self.stream.readline():
+            raise ConnectionError("it hung up")
+
+    def ask(self, request: dict[str, Any], limit_s: float) -> None:
+        """Send a request; the answers are lines of :attr:`stream`, each within ``limit_s`` seconds."""
+        self._connection.settimeout(limit_s)
+        self.stream.write(json.dumps(request).encode() + b"\n")
+        self.stream.flush()
+
+    def close(self) -> None:
+        """Hang up."""
+        self.stream.close()
+        self._connection.close()
+
+
+def _connect(job: Path) -> _Member:
+    member = _first_member(job)
+    if member is None:
         raise click.ClickException(f"no member of the job in {job} answers")
-    return connection
+    return member
 
 
-def _first_member(job: Path) -> socket.socket | None:
+def _first_member(job: Path) -> _Member | None:
+    """The first that says who it is: one that hangs takes connections, too."""
     for path in sorted(job.glob("control-*.sock")):
-        if (connection := _reach(path)) is not None:
-            return connection
+        if (connection := _reach(path)) is None:
+            continue
+        try:
+            return _Member(connection)
+        except OSError:
+            connection.close()
     return None
 
 

@@ -103,7 +103,7 @@ def replicate(session: Session, operation: Admit, joins: Sequence[Join], state: 
 def serve(session: Session, source: StateSource, newcomers: Sequence[str]) -> bool:
     """Give newcomers what they ask for, until they have all; whether they came to that in time."""
     try:
-        source.serve(session.settings.timeout_s, lambda: f"{', '.join(newcomers)} to take the state")
+        source.serve(session.settings.guest_limit_s, lambda: f"{', '.join(newcomers)} to take the state")
     except WaitTimeoutError as error:
         log.error("%s; it is left out", error)
         return False
@@ -135,7 +135,9 @@ def go_on_together(
     Returns:
         Whether all are in one view now; the same everywhere. If not, ``world`` is of no more use.
     """
-    if not world.agree(ready, session.settings.timeout_s, lambda: "all members and newcomers to be ready"):
+    # Among the members first: a newcomer that hangs must not keep them from going on.
+    ready = session.agree(ready)
+    if not ready or not world.agree(ready, session.settings.timeout_s, lambda: "all to be ready"):
         world.revoke()
         session.retire(world)
         return False

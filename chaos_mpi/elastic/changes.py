@@ -146,7 +146,7 @@ class ChangingSession(CollectiveCalls):
 
     def requirements(self) -> dict[str, Any]:
         """What a newcomer has to be like."""
-        return {"versions": versions(), "signature": self._persistence.signature}
+        return {"versions": versions(), "signature": self._persistence.signature()}
 
     def pack_for_newcomers(self) -> Packed:
         """The training state and where the samplers are; its tensors are the live ones."""
@@ -159,6 +159,10 @@ class ChangingSession(CollectiveCalls):
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Those of the training state, in its order."""
         return self._persistence.optimizers()
+
+    def agree(self, ok: bool) -> bool:
+        """Whether every living member says so; the same at all. Between two operations, and called by all."""
+        return self._sequence.agree(ok)
 
     def retire(self, world: World) -> None:
         """Keep a communicator that is not used any more until all can be given back."""

@@ -1,7 +1,8 @@
 """How a running job is told what to do: a control socket at each member, and SIGTERM.
 
-The socket is in the job's private directory, which only its owner can enter, and has mode 0600. A client sends one JSON
-line and gets JSON lines back until the last one, which has ``"last": true``.
+The socket is in the job's private directory, which only its owner can enter, and has mode 0600. A client is told the
+member's name first, so that it knows that somebody is there. It sends one JSON line, and gets JSON lines back until the
+last one, which has ``"last": true``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import queue
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -28,6 +30,8 @@ log = logging.getLogger("chaos_mpi.elastic")
 
 #: A rank that was told to leave by SIGTERM is ended if it has not left by then, seconds.
 LEAVE_DEADLINE_S = 30.0
+#: How long a member that ends waits for its last answers to be written, seconds.
+_LAST_ANSWERS_S = 2.0
 #: Longest request, bytes.
 _REQUEST_BYTES = 65536
 #: What ends a conversation.
@@ -47,6 +51,7 @@ class ControlSocket:
 
     def __init__(self, session: Session, path: Path) -> None:
         self._session, self._path = session, path
+        self._answered: list[threading.Thread] = []
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         before = os.umask(0o177)
         try:
@@ -58,7 +63,10 @@ class ControlSocket:
         threading.Thread(target=self._serve, name="chaos_mpi-control", daemon=True).start()
 
     def close(self) -> None:
-        """Take no more requests."""
+        """Take no more requests; what has become of those that were made is still said."""
+        limit = time.monotonic() + _LAST_ANSWERS_S
+        for thread in list(self._answered):
+            thread.join(max(0.0, limit - time.monotonic()))
         self._path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
@@ -76,6 +84,8 @@ class ControlSocket:
         # An OSError says that the client is gone; what it asked for goes on.
         with contextlib.suppress(OSError), connection, connection.makefile("rwb") as stream:
             try:
+                stream.write(json.dumps({"member": self._session.member}).encode() + b"\n")
+                stream.flush()
                 request = json.loads(stream.readline(_REQUEST_BYTES))
                 for answer in self._answers(request):
                     stream.write(json.dumps(answer).encode() + b"\n")
@@ -86,7 +96,11 @@ class ControlSocket:
     def _answers(self, request: dict[str, Any]) -> Any:
         session, told = self._session, queue.SimpleQueue[dict[str, Any]]()
 
+        thread = threading.current_thread()
+
         def answer(what: str, fields: dict[str, Any]) -> None:
+            if what in _FINAL:
+                self._answered = [other for other in self._answered if other.is_alive()] + [thread]
             told.put({"what": what, **fields, "last": what in _FINAL})
 
         if request["do"] == "status":

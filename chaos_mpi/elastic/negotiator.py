@@ -161,6 +161,8 @@ class Negotiator:
         staying = [m for m in operation.view.members if m not in gone]
         reports = [r for m, r in zip(operation.view.members, operation.reports, strict=True) if m not in gone]
         session.change_view(operation.world, staying, reports, cause="leave")
+        if self._overlap is not None:
+            self._overlap.without(gone)
         session.emit("leave_committed", members=list(gone), **_leave_parts((*times, time.perf_counter())))
         if session.rank == 0:
             log.warning("step %d: %s left; %d ranks train on", session.step, ", ".join(gone), session.size)
@@ -175,6 +177,8 @@ class Negotiator:
     def _admit(self, joins: tuple[Join, ...], begun: float) -> None:
         session = self._session
         mine = {join.id: self._sponsorships.pop(join.id) for join in joins if join.id in self._sponsorships}
+        for sponsorship in mine.values():
+            sponsorship.call_in()
         bridges = {id_: s.bridge for id_, s in mine.items() if s.bridge is not None}
         for index, join in enumerate(joins):
             if (bridge := bridges.get(join.id)) is not None:

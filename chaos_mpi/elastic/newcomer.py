@@ -42,7 +42,7 @@ def enter_job(session: Session, bridge: Bridge, state: TrainingState) -> Arrival
     limit_s = session.settings.join_timeout_s
     try:
         arrival = _register(session, bridge, state, limit_s)
-        admission = bridge.receive(limit_s, "the members to take this rank in")
+        admission = _await_call(bridge, limit_s)
         if "refused" in admission:
             raise JoinError(f"the job refused this rank ({session.member}): {admission['refused']}")
         arrival.asked_at = admission["admit"]["asked_at"]
@@ -57,6 +57,13 @@ def enter_job(session: Session, bridge: Bridge, state: TrainingState) -> Arrival
     _take_state(session, world, state, arrival)
     arrival.active_at = time.monotonic()
     return arrival
+
+
+def _await_call(bridge: Bridge, limit_s: float) -> dict[str, Any]:
+    """What the sponsor says when this rank's turn has come; until then it asks whether this rank is still there."""
+    while "wait" in (message := bridge.receive(limit_s, "the members to take this rank in")):
+        bridge.send({"here": True})
+    return message
 
 
 def _register(session: Session, bridge: Bridge, state: TrainingState, limit_s: float) -> Arrival:

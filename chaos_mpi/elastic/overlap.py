@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from chaos_mpi.elastic import admission
 from chaos_mpi.elastic.admission import LiveState
 from chaos_mpi.elastic.catchup import planned
+from chaos_mpi.elastic.learning_rate import StepHooks
 from chaos_mpi.elastic.transitions import Meet
 from chaos_mpi.membership import Join, Proposal
 from chaos_mpi.mpi.channel import Channel
@@ -24,7 +25,6 @@ from chaos_mpi.sharding.held import widened
 
 if TYPE_CHECKING:
     import torch
-    from torch.utils.hooks import RemovableHandle
 
     from chaos_mpi.elastic.session import Session
     from chaos_mpi.elastic.transitions import Admit
@@ -70,7 +70,7 @@ class Overlap:
         self._session, self._joins = session, joins
         self._wide: World = operation.world
         self._members = operation.view.members
-        self._hooks: list[RemovableHandle] = []
+        self._hooks: list[StepHooks] = []
         self._recording_s = 0.0  # of all steps together, what recording has kept them
         invitation: dict[str, Any] = {
             "policy": "overlap",
@@ -81,6 +81,7 @@ class Overlap:
         first = joins[0].id
         self._source = RecordingSource(
             Channel(self._wide), list(self._guests), state.layout, state.tensors, invitation,
+            session.settings.guest_limit_s,
             ready=lambda: propose(Proposal("ready", first)),
             caught_up=lambda: propose(Proposal("caught_up", first)),
         )  # fmt: skip
@@ -109,7 +110,7 @@ class Overlap:
         index = sources.index(self._members.index(session.member))
         self._source.cut(Cut(state.layout, state.tensors, merged(ranges), index, len(sources), invitation))
         for number, optimizer in enumerate(session.optimizers()):
-            self._hooks.append(optimizer.register_step_pre_hook(self._recorder(number)))
+            self._hooks.append(StepHooks(optimizer, self._recorder(number, optimizer), lambda: None))
         session.emit("stalled", seconds=round(time.perf_counter() - begun, 6), cause="join")
 
     def activate(self, width: int, begun: float) -> bool:
@@ -128,6 +129,10 @@ class Overlap:
         session.execute(operation)
         view = operation.view
         assert view is not None
+        if any(report["silent"] for report in operation.reports):
+            # It may be anywhere, also in a call that all have to make together.
+            self.abandon()
+            return False
         lost = {rank for report in operation.reports for rank in report["lost"]}
         newcomers = [j.newcomer for rank, j in zip(self._guests, self._joins, strict=True) if rank not in lost]
         reports = [report["samplers"] for report in operation.reports]
@@ -154,11 +159,15 @@ class Overlap:
         return admission.go_on_together(session, world, view, newcomers, reports, ready, moved, begun)
 
     def abandon(self) -> None:
-        """The job ends: the newcomers have come too late."""
+        """Nothing comes of it: the job ends, or one of the newcomers hangs."""
         self._forget()
         self._source.abandon()
         self._wide.revoke()
         self._session.retire(self._wide)
+
+    def without(self, gone: Sequence[str]) -> None:
+        """These members have left; the newcomers would find out late."""
+        self._source.tell_gone([rank for rank, member in enumerate(self._members) if member in gone])
 
     def leave(self) -> None:
         """This member goes; the others may go on with the newcomers."""
@@ -170,10 +179,11 @@ class Overlap:
         return range(len(self._members), self._wide.size)
 
     def _report(self) -> dict[str, Any]:
-        return {"samplers": self._session.sampler_reports(), "lost": sorted(self._source.lost)}
+        lost, silent = self._source.lost, self._source.silent
+        return {"samplers": self._session.sampler_reports(), "lost": sorted(lost - silent), "silent": bool(silent)}
 
-    def _recorder(self, number: int) -> Callable[..., None]:
-        def record(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _recorder(self, number: int, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+        def record() -> None:
             self._recording_s += self._source.record(number, optimizer)
 
         return record

@@ -13,6 +13,7 @@ from chaos_mpi.elastic import checkpoint
 from chaos_mpi.elastic.learning_rate import scale_learning_rate
 from chaos_mpi.elastic.rng import capture_rng, of_rank, restore_rng
 from chaos_mpi.elastic.scaling import lr_factor
+from chaos_mpi.elastic.signature import with_groups_of
 from chaos_mpi.elastic.state import TrainingState, first_difference
 from chaos_mpi.errors import ChaosError, CheckpointError, ConfigError, MismatchError
 from chaos_mpi.replication.tree import Packed, pack, unpack
@@ -40,8 +41,7 @@ class Persistence:
         self._rng: dict[str, Any] | None = None
         self._rng_of_ranks: list[dict[str, Any]] | None = None
         self._rng_to_take: Mapping[str, Any] | None = None
-        #: What the state is made of, as the script made it: hyper-parameters change in training.
-        self.signature: dict[str, Any] = {}
+        self._made_as: dict[str, Any] = {}
 
     @property
     def has_state(self) -> bool:
@@ -67,7 +67,7 @@ class Persistence:
         for optimizer in state.optimizers():
             scale_learning_rate(optimizer, self._lr_factor)
         self._state = state
-        self.signature = state.signature()
+        self._made_as = state.signature()
         directory = self._settings.checkpoint_dir
         if directory is not None and not newcomer:
             self._resume(state, directory)
@@ -75,6 +75,11 @@ class Persistence:
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Those of the training state; none without one."""
         return self._state.optimizers() if self._state is not None else []
+
+    def signature(self) -> dict[str, Any]:
+        """What a newcomer has to be made of that is to get this state now."""
+        assert self._state is not None
+        return with_groups_of(self._state.signature(), self._made_as)
 
     def digest(self) -> str:
         """Digest over the training state of this member; empty when none is attached."""

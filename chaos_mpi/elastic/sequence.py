@@ -128,6 +128,13 @@ class OperationSequence:
         self._regrouping.free_retired()
         self.world.free()
 
+    def agree(self, ok: bool) -> bool:
+        """Whether every living member says so; the same at all. Only between two operations."""
+        try:
+            return self.world.agree(ok, self._timeout_s, self._describe)
+        except WaitTimeoutError as error:
+            self._listener.give_up(error)
+
     def adopt(self, world: World, view: View) -> None:
         """Go on in another communicator, which all members of ``view`` have agreed on."""
         if world is not self.world:

@@ -67,6 +67,23 @@ def describe_optimizer(optimizer: torch.optim.Optimizer, names: dict[int, str]) 
     return {"class": class_name(optimizer), "groups": groups}
 
 
+def with_groups_of(now: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
+    """A signature, except that the optimizers have the parameter groups of a later one.
+
+    A script may add groups in training, and a newcomer that has just started has not got them. Of groups that there
+    were before, the hyper-parameters are those of ``first``: they change, as does which parameters are frozen.
+    """
+    optimizers = {}
+    for name, optimizer in now["optimizers"].items():
+        before = first["optimizers"][name]["groups"]
+        groups = [
+            {**group, "hyper": before[index]["hyper"]} if index < len(before) else group
+            for index, group in enumerate(optimizer["groups"])
+        ]
+        optimizers[name] = {**optimizer, "groups": groups}
+    return {**first, "optimizers": optimizers}
+
+
 def first_difference(a: dict[str, Any], b: dict[str, Any]) -> str | None:
     """What differs first between two signatures, as a sentence with ``a`` being here and ``b`` there; else None."""
     return next(_differences(a, b), None)

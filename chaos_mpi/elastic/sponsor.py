@@ -1,4 +1,8 @@
-"""One newcomer being started by the member that sponsors it, in a thread, while training goes on."""
+"""One newcomer being started by the member that sponsors it, in a thread, while training goes on.
+
+Once it is up, the two keep in touch until the newcomer is called in: it may have to wait, and each is to know that the
+other one is there. For a newcomer that hangs would hold up all members as soon as they take it in.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from chaos_mpi.elastic.launching import LaunchWatch, own_command
 from chaos_mpi.elastic.signature import first_difference
 from chaos_mpi.errors import ChaosError, PeerFailedError, WaitTimeoutError
 from chaos_mpi.membership import Join, Proposal
@@ -20,6 +25,10 @@ from chaos_mpi.mpi.growth import Bridge
 START_DIRECTORY = os.getcwd()
 
 log = logging.getLogger("chaos_mpi.elastic")
+
+#: A newcomer that waits to be called in is asked so often whether it is there, and has so long to answer, seconds.
+ASK_PERIOD_S, ANSWER_LIMIT_S = 1.0, 10.0
+_POLL_S = 0.002
 
 
 class Sponsorship:
@@ -49,16 +58,25 @@ class Sponsorship:
         self._begun = time.monotonic()
         self._deadline = threading.Timer(limit_s, self._expired)
         self._deadline.daemon = True
+        self._watch = LaunchWatch(join, self._ended)
+        self._called = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"chaos_mpi-{join.id}", daemon=True)
 
     def start(self) -> None:
         """Start the process, in the background."""
         self._deadline.start()
+        self._watch.start()
         self._thread.start()
+
+    def call_in(self) -> None:
+        """The newcomer's turn has come: from now on the bridge is the caller's."""
+        self._called.set()
+        if self.ready_at:
+            self._thread.join()
 
     def give_up(self, reason: str) -> None:
         """Tell the newcomer, if it is up, that the job has no use for it."""
-        self._deadline.cancel()
+        self._called.set()
         self._tell("")
         if self.bridge is not None:
             log.info("%s is given up: %s", self.join.id, reason)
@@ -66,8 +84,9 @@ class Sponsorship:
 
     def _run(self) -> None:
         try:
-            bridge = growth.spawn(own_command(), host=self.join.host, directory=START_DIRECTORY)
+            bridge = growth.spawn(own_command(self.join), host=self.join.host, directory=START_DIRECTORY)
             self.bridge = bridge
+            self._watch.stop()
             bridge.send({"welcome": self.join.id, "requirements": self._requirements["versions"]})
             word = bridge.receive(self._limit_s, f"the newcomer of {self.join.id} to build its model")
             difference = self._misfit(word)
@@ -80,7 +99,23 @@ class Sponsorship:
             return
         self.ready_at = time.monotonic()
         self.launch_s = self.ready_at - self._begun
-        self._tell("arrived", member=str(word["member"]))
+        if self._tell("arrived", member=str(word["member"])):
+            self._keep_in_touch(bridge)
+
+    def _keep_in_touch(self, bridge: Bridge) -> None:
+        try:
+            while not self._called.is_set():
+                bridge.send({"wait": True})
+                limit = time.monotonic() + ANSWER_LIMIT_S
+                while bridge.poll() is None:
+                    if self._called.wait(_POLL_S):
+                        return
+                    if time.monotonic() > limit:
+                        raise WaitTimeoutError(f"the newcomer does not answer any more ({ANSWER_LIMIT_S:.0f} s)")
+                self._called.wait(ASK_PERIOD_S)
+        except (PeerFailedError, WaitTimeoutError) as error:
+            self._propose(Proposal("failed", self.join.id, "", self.join.host, self.join.attempt, str(error)))
+            bridge.give_up()
 
     def _misfit(self, word: dict[str, Any]) -> str | None:
         versions = self._requirements["versions"]
@@ -89,25 +124,25 @@ class Sponsorship:
                 return f"{name} is {version} here and {word['versions'].get(name)} at {word['host']}"
         return first_difference(self._requirements["signature"], word["signature"])
 
+    def _ended(self) -> None:
+        self._tell("failed", reason="the process ended before it was connected; its output says why")
+
     def _expired(self) -> None:
         self._tell("failed", reason=f"the newcomer was not ready within {self._limit_s:.0f} s")
         if self.bridge is not None:
             self.bridge.give_up()
 
-    def _tell(self, kind: str, *, member: str = "", reason: str = "") -> None:
-        """Propose once and never again."""
+    def _tell(self, kind: str, *, member: str = "", reason: str = "") -> bool:
+        """Propose what the start came to, once and never again; whether it was this time."""
         with self._lock:
             if self._told:
-                return
+                return False
             self._told = True
         self._deadline.cancel()
+        self._watch.stop()
         if kind:
             self._propose(Proposal(kind, self.join.id, member, self.join.host, self.join.attempt, reason))
-
-
-def own_command() -> list[str]:
-    """The command line of this process, to start another one like it."""
-    return [sys.executable, *sys.orig_argv[1:]]
+        return True
 
 
 def versions() -> dict[str, str]:

@@ -35,10 +35,10 @@ class Proposal:
 
     Attributes:
         kind: ``join``; ``leave`` (``member`` is to go); ``arrived`` (the newcomer of join ``id`` is up, and is
-            called ``member``); ``failed`` (attempt number ``attempt`` to start it came to nothing); ``misfit``
-            (it is up and cannot be used, so it is not tried again); ``ready`` and ``caught_up`` (the newcomers that
-            are replicating, join ``id`` among them, are ready for the cut, or as far as they can get);
-            ``hosts`` (the machines that there are now are ``hosts``).
+            called ``member``); ``failed`` (attempt number ``attempt`` to start it came to nothing, perhaps after it
+            was up); ``misfit`` (it is up and cannot be used, so it is not tried again); ``ready`` and ``caught_up``
+            (the newcomers that are replicating, join ``id`` among them, are ready for the cut, or as far as they can
+            get); ``hosts`` (the machines that there are now are ``hosts``).
         id: of the request; unique in the life of a job.
         member: see ``kind``; empty for a join.
         host: for a join, the machine it is to run on; empty for any.
@@ -265,7 +265,8 @@ def _progress(
     news = {(p.id, p.attempt): p for p in proposals if p.kind in ("arrived", "failed", "misfit")}
     for join in agenda.joins:
         word = news.get((join.id, join.attempt))
-        if join.sponsor in view.members and (join.newcomer or (word is not None and word.kind == "arrived")):
+        up = bool(join.newcomer) if word is None else word.kind == "arrived"
+        if join.sponsor in view.members and up:
             arrived = replace(join, newcomer=join.newcomer or (word.member if word is not None else ""))
             # A connection to it would have to be made anew for those that come in before it.
             (going if agenda.replicating else admit).append(arrived)

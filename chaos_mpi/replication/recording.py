@@ -15,8 +15,9 @@ keeps only its slice of each gradient, until the newcomers have it.
 ====================================== ===========================================================================
 
 Unasked, a member says ``{"cut": invitation}`` at the cut, ``{"level": steps}`` when steps that are asked for are not
-made yet, ``{"lost_track": reason}`` when it will not be kept, and ``{"final": steps, "invitation": ...}`` once this
-member has stopped. The rest is as in :mod:`chaos_mpi.replication.source`.
+made yet, ``{"lost_track": reason}`` when it will not be kept, ``{"dead": [ranks]}`` of members that left, and
+``{"final": steps, "lost_track": reason, "invitation": ...}`` once this member has stopped. The rest is as in
+:mod:`chaos_mpi.replication.source`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,16 @@ import torch
 from chaos_mpi.errors import PeerFailedError
 from chaos_mpi.replication.layout import DataTransfer, Layout, Piece, Range, Transport
 from chaos_mpi.replication.source import StateSource
-from chaos_mpi.replication.steps import Snapshot, Step, copy_pieces, gradients_of, hyper_parameters, slice_of
+from chaos_mpi.replication.steps import (
+    Gradients,
+    Snapshot,
+    Step,
+    copy_pieces,
+    gradients_of,
+    hyper_parameters,
+    slice_of,
+    unusual_strides,
+)
 
 log = logging.getLogger("chaos_mpi.replication")
 
@@ -78,8 +88,12 @@ class RecordingSource(StateSource):
 
     Args:
         transport, guests, layout, tensors, invitation: see :class:`~chaos_mpi.replication.source.StateSource`.
+        limit_s: a guest that says nothing for so long, although it is its turn, is lost.
         ready: called from the thread once every newcomer has measured its links.
         caught_up: called from the thread once every newcomer is as far as the members, or cannot get there.
+
+    Attributes:
+        silent: the lost guests that may be alive.
     """
 
     def __init__(
@@ -89,12 +103,17 @@ class RecordingSource(StateSource):
         layout: Layout,
         tensors: Mapping[str, torch.Tensor],
         invitation: dict[str, Any],
+        limit_s: float,
         *,
         ready: Callable[[], None],
         caught_up: Callable[[], None],
     ) -> None:
         super().__init__(transport, guests, layout, tensors, invitation)
         self._ready, self._caught_up = ready, caught_up
+        self._limit_s = limit_s
+        self._heard = dict.fromkeys(guests, time.monotonic())
+        self.silent: set[int] = set()
+        self._gone: deque[int] = deque()
         self._scratch = torch.empty(0, dtype=torch.uint8)
         #: The links of each newcomer by the rank at their other end, bytes per second.
         self.rates: dict[int, dict[int, float]] = {}
@@ -108,7 +127,7 @@ class RecordingSource(StateSource):
         self._steps: list[Step | None] = []
         self._kept_bytes = self._dropped_bytes = self._kept_limit = 0  # each is changed by one thread only
         self._geometry: list[Any] = []
-        self._gradient_layout = (layout, "")
+        self._gradient_layout = Gradients(layout, "", {})
         self._lost_track = ""
         self._repeated: dict[int, int] = {}
         self._dropped = 0
@@ -160,10 +179,15 @@ class RecordingSource(StateSource):
         self._final, self._snapshot = True, None
         self._release_parked()
         for guest in self.waiting:
+            final = {"final": len(self._steps), "lost_track": self._lost_track, "invitation": invitation}
             try:
-                self._transport.send(guest, {"final": len(self._steps), "invitation": invitation})
+                self._transport.send(guest, final)
             except PeerFailedError:
                 self._lose(guest)
+
+    def tell_gone(self, ranks: Sequence[int]) -> None:
+        """These members have left in good order, which nobody tells the newcomers."""
+        self._gone.extend(ranks)
 
     def abandon(self) -> None:
         """The job ends, or goes on without the newcomers."""
@@ -172,7 +196,7 @@ class RecordingSource(StateSource):
 
     def _keep(self, number: int, optimizer: torch.optim.Optimizer) -> None:
         gradients, mask = gradients_of(optimizer)
-        layout, digest = self._layout_of(gradients)
+        layout, digest, strides = self._layout_of(optimizer, gradients)
         start, stop = slice_of(layout.total_bytes, self._index, self._count)
         kept = self._kept_bytes - self._dropped_bytes
         if kept + stop - start > self._kept_limit:
@@ -180,16 +204,18 @@ class RecordingSource(StateSource):
             return
         part = torch.empty(stop - start, dtype=torch.uint8)
         copy_pieces(layout.pieces(gradients, start, stop), part)
-        meta = {"optimizer": number, "mask": mask, "layout": digest, "hyper": hyper_parameters(optimizer)}
+        meta = {"optimizer": number, "mask": mask, "layout": digest, "strides": strides,
+                "hyper": hyper_parameters(optimizer)}  # fmt: skip
         self._kept_bytes += part.numel()
         self._steps.append(Step(meta, part))
 
-    def _layout_of(self, gradients: Mapping[str, torch.Tensor]) -> tuple[Layout, str]:
-        """Their layout and its digest, which are most often those of the step before."""
+    def _layout_of(self, optimizer: torch.optim.Optimizer, gradients: Mapping[str, torch.Tensor]) -> Gradients:
+        """What they look like, which is most often what they did in the step before."""
         geometry = [(name, gradient.dtype, gradient.shape, gradient.stride()) for name, gradient in gradients.items()]
         if geometry != self._geometry:
             layout = Layout.of(gradients)
-            self._geometry, self._gradient_layout = geometry, (layout, layout.digest())
+            self._geometry = geometry
+            self._gradient_layout = Gradients(layout, layout.digest(), unusual_strides(optimizer, gradients))
         return self._gradient_layout
 
     def _end_thread(self) -> None:
@@ -223,6 +249,7 @@ class RecordingSource(StateSource):
                     self._new_cut = None
                 if not self.step():
                     time.sleep(_IDLE_S)
+                self._lose_silent()
                 self._speak_up()
         except Exception:  # the training thread must not wait for a thread that is no more
             log.exception("serving the newcomers failed; they are left out")
@@ -243,6 +270,28 @@ class RecordingSource(StateSource):
                 self._lose(guest)
         self._release_parked()
 
+    def _lose_silent(self) -> None:
+        now = time.monotonic()
+        asked = {guest for guest, _, _ in self._asked}
+        for guest in self.waiting:
+            between = guest in self.rates and self._snapshot is None
+            if between or guest in asked or guest in self._near:
+                self._heard[guest] = now  # it waits for the members
+            elif now - self._heard[guest] > self._limit_s:
+                log.error("a newcomer has said nothing for %.0f s; it is started again", self._limit_s)
+                self.silent.add(guest)
+                _abandoned.append((self._snapshot, self._under_way))
+                self._lose(guest)
+
+    def _tell_of_deaths(self) -> bool:
+        gone = [self._gone.popleft() for _ in range(len(self._gone))]
+        for guest in self.waiting if gone else ():
+            try:
+                self._transport.send(guest, {"dead": gone})
+            except PeerFailedError:
+                self._lose(guest)
+        return super()._tell_of_deaths()
+
     def _speak_up(self) -> None:
         if not self._said_ready and self._waiting <= set(self.rates):
             self._said_ready = True
@@ -254,6 +303,7 @@ class RecordingSource(StateSource):
             self._caught_up()
 
     def _answer(self, guest: int, message: dict[str, Any]) -> None:
+        self._heard[guest] = time.monotonic()
         if "probe" in message:
             self._probe(guest, min(int(message["probe"]), LARGEST_PROBE_BYTES), message["number"])
         elif "rates" in message:

@@ -167,6 +167,8 @@ class Follower:
                 else:
                     self._refuse_trouble()
                     self._check(limit)
+            if self._trouble:
+                raise FollowError(self._trouble)
         except PeerFailedError as error:
             raise FollowError(f"a member died: {error}") from error
         finally:
@@ -245,11 +247,16 @@ class Follower:
 
     def _make_room(self, batch: Batch, meta: Mapping[str, Any]) -> Layout:
         parameters = parameters_of(self._optimizers[meta["optimizer"]])
+        if len(parameters) != len(meta["mask"]):
+            raise FollowError(f"the optimizer has {len(meta['mask'])} parameters there and {len(parameters)} here")
         gradients = {
             gradient_name(i): torch.empty_like(parameter)
             for i, (parameter, used) in enumerate(zip(parameters, meta["mask"], strict=True))
             if used
         }
+        for name, stride in meta["strides"].items():
+            if name in gradients:
+                gradients[name] = torch.empty_strided(gradients[name].shape, stride, dtype=gradients[name].dtype)
         layout = Layout.of(gradients)
         if layout.digest() != meta["layout"]:
             raise FollowError("gradients are laid out in another way at the members")
@@ -295,6 +302,7 @@ class Follower:
         if "final" in message:
             self._ends[rank], self._invitation = message["final"], message["invitation"]
             self._made[rank] = message["final"]
+            self._trouble = self._trouble or message["lost_track"]
         elif "steps" in message:
             self._answers[rank].append(dict(message))
             self._made[rank] = message["latest"]
@@ -312,6 +320,8 @@ class Follower:
             raise FollowError("a member died or left, and with it its part of the gradients")
         if self._trouble:
             raise FollowError(self._trouble)
+        if len(self._ends) == len(self._sources) and len(set(self._ends.values())) > 1:
+            raise FollowError("the members have not kept the same steps")
 
     def _check(self, limit: float) -> None:
         if time.monotonic() > limit:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,6 +29,20 @@ class Step:
 
     meta: dict[str, Any]
     part: torch.Tensor
+
+
+class Gradients(NamedTuple):
+    """What the gradients of one step look like.
+
+    Attributes:
+        layout: of them.
+        digest: of the layout.
+        strides: those that are not laid out in memory as their parameters are, by name.
+    """
+
+    layout: Layout
+    digest: str
+    strides: dict[str, list[int]]
 
 
 class Snapshot:
@@ -94,6 +108,16 @@ def copy_pieces(pieces: Sequence[Piece], memory: torch.Tensor) -> None:
     for address, nbytes in pieces:
         ctypes.memmove(target, address, nbytes)
         target += nbytes
+
+
+def unusual_strides(optimizer: torch.optim.Optimizer, gradients: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
+    """The strides of the gradients that differ from those of memory made for them from their parameters alone."""
+    parameters = {gradient_name(i): parameter for i, parameter in enumerate(parameters_of(optimizer))}
+    return {
+        name: list(gradient.stride())
+        for name, gradient in gradients.items()
+        if gradient.stride() != torch.empty_like(parameters[name], device="meta").stride()
+    }
 
 
 def gradients_of(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], list[int]]:

@@ -10,10 +10,10 @@ import base64
 import collections
 import json
 import math
-import sys
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from chaos_mpi.errors import CheckpointError
@@ -25,6 +25,9 @@ _DICTS: dict[str, type[dict[Any, Any]]] = {
     "Counter": collections.Counter,  # the milestones of torch's MultiStepLR
 }
 _DICT_NAMES = {kind: name for name, kind in _DICTS.items()}
+
+#: Numpy's numbers: truth values, integers with and without sign, and floats; a long double has bytes without a meaning.
+_NUMPY_NUMBERS = frozenset(np.dtype(code) for code in "?bBhHiIqQefd")
 
 #: Names that the file format keeps for itself.
 _RESERVED_NAMES = frozenset({"__metadata__"})
@@ -51,8 +54,8 @@ class Packed:
 def pack(tree: Any, clone: bool) -> Packed:
     """Pack nested dicts (keys str, int or bool), lists, tuples, None, bool, int, float, str, bytes, tensors.
 
-    numpy numbers and arrays become Python numbers and tensors. Tensors that share memory, shape and strides
-    (tied weights) are stored once.
+    numpy numbers come back as they were, because what is computed with them depends on their type; numpy arrays
+    become tensors. Tensors that share memory, shape and strides (tied weights) are stored once.
 
     Args:
         tree: what to pack.
@@ -105,6 +108,8 @@ class _Packer:
             return {"bytes": base64.b64encode(value).decode()}
         if isinstance(value, torch.Tensor):
             return {"tensor": self._add(value, path)}
+        if isinstance(value, np.generic) and value.dtype in _NUMPY_NUMBERS:
+            return {"numpy": [value.dtype.str, base64.b64encode(value.tobytes()).decode()]}
         if kind is list or kind is tuple or kind in _DICT_NAMES:
             if id(value) in self._above:
                 raise CheckpointError(f"{_dotted(path)} contains itself and cannot be saved")
@@ -170,6 +175,9 @@ def _decode(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
         return float(content)
     if kind == "bytes":
         return base64.b64decode(content)
+    if kind == "numpy":
+        dtype, data = content
+        return np.frombuffer(base64.b64decode(data), dtype=_numpy_number(dtype))[0]
     if kind == "tuple":
         return tuple(_decode(entry, tensors) for entry in content)
     # Filled one by one: the constructor of a Counter would count the pairs.
@@ -180,20 +188,23 @@ def _decode(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def _without_numpy(value: Any, path: tuple[str, ...]) -> Any:
-    # A value can only be numpy's if numpy is loaded; packing alone need not load it.
-    numpy = sys.modules.get("numpy")
-    if numpy is None:
-        return value
-    if isinstance(value, (numpy.bool_, numpy.integer, numpy.floating, numpy.str_, numpy.bytes_)):
-        # A long double has more digits than a float, and item() leaves it as it is.
+    """Numpy's arrays and texts as tensors and plain texts."""
+    if isinstance(value, (np.str_, np.bytes_)):
         return value.item()
-    if type(value) in (numpy.ndarray, numpy.memmap):
+    if type(value) in (np.ndarray, np.memmap):
         try:
             native = value.dtype.newbyteorder("=")
             return torch.from_numpy(value.astype(native, order="C", subok=False, copy=True))
         except TypeError:
             raise _refusal(value, path, f" of {value.dtype}") from None
     return value
+
+
+def _numpy_number(name: str) -> np.dtype[Any]:
+    dtype = np.dtype(name)
+    if dtype not in _NUMPY_NUMBERS:
+        raise CheckpointError(f"the packed state has a number of type {name}, which is none")
+    return dtype
 
 
 def _refuse_unusual(tensor: torch.Tensor, path: tuple[str, ...]) -> None:

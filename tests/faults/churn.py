@@ -121,6 +121,7 @@ def converse(path: Path, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
         connection.connect(str(path))
         stream.write(json.dumps(request).encode() + b"\n")
         stream.flush()
+        stream.readline()  # whom this is
         for line in stream:
             yield json.loads(line)
 

@@ -15,12 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from chaos_mpi.elastic import catchup
 from chaos_mpi.elastic.catchup import not_repeated, planned
+from chaos_mpi.elastic.learning_rate import StepHooks, scale_learning_rate
 from chaos_mpi.elastic.overlap import merged, overlaps
 from chaos_mpi.errors import PeerFailedError
 from chaos_mpi.membership import Join
@@ -125,11 +127,37 @@ class Port:
 
 Build = Callable[[nn.Module], list[torch.optim.Optimizer]]
 
+
+class Decaying(torch.optim.SGD):
+    """Extends the step of another optimizer, and torch calls the hooks of both."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.mul_(1 - 0.1 * group["lr"])
+
+
+def decaying(model: nn.Module) -> list[torch.optim.Optimizer]:
+    torch.optim.SGD(model.parameters(), lr=0.1)
+    return [Decaying(model.parameters(), lr=0.1, momentum=0.9)]
+
+
+def transposed(model: nn.Module) -> list[torch.optim.Optimizer]:
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.data = parameter.data.t().contiguous().t()
+    return [torch.optim.AdamW(model.parameters(), lr=0.01)]
+
+
 OPTIMIZERS: dict[str, Build] = {
     "sgd": lambda m: [torch.optim.SGD(m.parameters(), lr=0.1)],
     "momentum": lambda m: [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01)],
     "adamw": lambda m: [torch.optim.AdamW(m.parameters(), lr=0.01, amsgrad=True)],
     "rprop": lambda m: [torch.optim.Rprop(m.parameters(), lr=0.01)],
+    "numpy": lambda m: [torch.optim.SGD(m.parameters(), lr=np.float32(0.1), momentum=0.9)],  # type: ignore[arg-type]
+    "decaying": decaying,
+    "transposed": transposed,
     "two, in turn": lambda m: [
         torch.optim.Adam(m[0].parameters(), lr=0.01),  # type: ignore[index]
         torch.optim.SGD([{"params": m[2].parameters()}, {"params": m[4].parameters(), "lr": 0.3}], lr=0.1),  # type: ignore[index]
@@ -162,7 +190,9 @@ def train(model: nn.Sequential, optimizers: Sequence[torch.optim.Optimizer], ste
 class Member:
     """Trains, and serves the newcomers, whose ranks come after those of all members."""
 
-    def __init__(self, network: Network, rank: int, members: int, build: Build, guests: int = 1) -> None:
+    def __init__(
+        self, network: Network, rank: int, members: int, build: Build, guests: int = 1, limit_s: float = LIMIT_S
+    ) -> None:
         self.rank, self.members = rank, members
         self.model = build_model()
         self.optimizers = build(self.model)
@@ -173,7 +203,7 @@ class Member:
         layout, tensors, _ = self.state()
         invitation = {"layout": layout.to_json()}
         self.source = RecordingSource(
-            Port(network, rank), range(members, members + guests), layout, tensors, invitation,
+            Port(network, rank), range(members, members + guests), layout, tensors, invitation, limit_s,
             ready=self.ready.set, caught_up=self.caught_up.set,
         )  # fmt: skip
         self.source.start()
@@ -198,10 +228,10 @@ class Member:
         invitation = {"layout": layout.to_json(), "skeleton": skeleton, "sources": list(names)}
         self.source.cut(Cut(layout, tensors, merged(ranges), self.rank, self.members, invitation))
         for number, optimizer in enumerate(self.optimizers):
-            optimizer.register_step_pre_hook(self._recorder(number))
+            StepHooks(optimizer, self._recorder(number, optimizer), lambda: None)
 
-    def _recorder(self, number: int) -> Callable[..., None]:
-        def record(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _recorder(self, number: int, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+        def record() -> None:
             self.source.record(number, optimizer)
 
         return record
@@ -406,6 +436,76 @@ def test_a_guest_that_dies_keeps_nobody_waiting() -> None:
     assert member.source.lost == {1}
 
 
+@pytest.mark.parametrize("when", ["before it has measured", "while it follows"])
+def test_a_guest_that_hangs_keeps_nobody_waiting(when: str) -> None:
+    network = Network()
+    member = Member(network, 0, 1, OPTIMIZERS["sgd"], limit_s=0.5)
+    if when == "while it follows":
+        newcomer = Newcomer(network, 1, 1, OPTIMIZERS["sgd"])
+        rates = newcomer.measure()
+        assert member.ready.wait(LIMIT_S)
+        member.cut()
+        newcomer.take_cut(rates)
+    assert member.caught_up.wait(LIMIT_S), "the members are to go on without it"
+    assert member.source.silent == member.source.lost == {1}
+    member.source.abandon()
+
+
+def test_a_guest_that_waits_for_the_members_is_not_silent() -> None:
+    network = Network()
+    member = Member(network, 0, 1, OPTIMIZERS["sgd"], limit_s=0.5)
+    newcomer = Newcomer(network, 1, 1, OPTIMIZERS["sgd"])
+    rates = newcomer.measure()
+    assert member.ready.wait(LIMIT_S)
+    assert not member.caught_up.wait(1.5), "it was ready, and the members had not fixed the cut"
+    member.cut()
+    newcomer.take_cut(rates)
+    errors: list[BaseException] = []
+    thread = in_thread(newcomer.follower.follow, errors)
+    assert member.caught_up.wait(LIMIT_S)
+    assert not member.source.silent
+    member.source.stop_training(*member.state()[:2], {})
+    join_all([thread], errors)
+
+
+def test_members_that_stopped_keeping_at_different_steps_end_the_following() -> None:
+    network, build = Network(), OPTIMIZERS["sgd"]
+    members = [Member(network, rank, 2, build) for rank in range(2)]
+    newcomer = Newcomer(network, 2, 2, build)
+    rates = newcomer.measure()
+    for member in members:
+        assert member.source.await_rates(LIMIT_S)
+        member.cut()
+    newcomer.take_cut(rates)
+    for index in range(6):
+        for member in members:
+            if index == 3 + member.rank:
+                member.source._lost_track = "no more room"
+            member.train()
+    errors: list[BaseException] = []
+    threads = [in_thread(member.stop, errors) for member in members]
+    with pytest.raises(FollowError, match="no more room"):
+        newcomer.follower.follow()
+    newcomer.finish()
+    join_all(threads, errors)
+
+
+def test_members_that_left_are_told_of() -> None:
+    network = Network()
+    members = [Member(network, rank, 2, OPTIMIZERS["sgd"]) for rank in range(2)]
+    newcomer = Newcomer(network, 2, 2, OPTIMIZERS["sgd"])
+    rates = newcomer.measure()
+    for member in members:
+        assert member.source.await_rates(LIMIT_S)
+        member.cut()
+    newcomer.take_cut(rates)
+    members[1].source.abandon()
+    members[0].source.tell_gone([1])
+    with pytest.raises(FollowError, match="died or left"):
+        newcomer.follower.follow()
+    members[0].source.abandon()
+
+
 def test_links_are_measured_while_all_are_used() -> None:
     network = Network(slow_s={1: 0.03})
     members = [Member(network, rank, 2, OPTIMIZERS["sgd"]) for rank in range(2)]
@@ -413,6 +513,19 @@ def test_links_are_measured_while_all_are_used() -> None:
     assert rates[0] > 2 * rates[1] > 0
     for member in members:
         member.source.abandon()
+
+
+def test_the_learning_rate_is_scaled_once_and_taken_back() -> None:
+    model = build_model()
+    (optimizer,) = decaying(model)
+    used: list[float] = []
+    scale_learning_rate(optimizer, lambda: 3.0)
+    StepHooks(optimizer, lambda: used.append(optimizer.param_groups[0]["lr"]), lambda: None)
+    for _ in range(2):
+        model(torch.randn(2, 6)).sum().backward()
+        optimizer.step()
+    assert used == [pytest.approx(0.3)] * 2
+    assert optimizer.param_groups[0]["lr"] == 0.1
 
 
 # -- small parts -------------------------------------------------------------------------------------------

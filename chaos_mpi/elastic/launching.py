@@ -1,0 +1,81 @@
+"""The process of a newcomer, from its command line to its end, as the member sees it that has it started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable
+
+import psutil
+
+from chaos_mpi.membership import Join
+
+#: Tells a newcomer's process from others: Python takes any ``-X`` option, and shows it in ``sys._xoptions``.
+_MARK = "chaos_mpi_join="
+_LOOK_PERIOD_S = 0.25
+
+
+def own_command(join: Join) -> list[str]:
+    """The command line of this process, to start another one like it, which bears the name of the join."""
+    arguments = list(sys.orig_argv[1:])
+    for index in range(len(arguments) - 1):
+        if arguments[index] == "-X" and arguments[index + 1].startswith(_MARK):
+            del arguments[index : index + 2]
+            break
+    return [sys.executable, "-X", _mark(join), *arguments]
+
+
+class LaunchWatch:
+    """Sees the process of a newcomer end before MPI connects it.
+
+    MPI says nothing of it: whoever waits for the process to come up waits for ever. The launcher of this machine starts
+    it as a child of its own, as it did with this process. On another machine nothing is seen.
+
+    Args:
+        join: what the process is started for.
+        ended: called from a thread when it has ended.
+    """
+
+    def __init__(self, join: Join, ended: Callable[[], None]) -> None:
+        self._mark, self._ended = _mark(join), ended
+        self._over = threading.Event()
+        self._local = join.host in ("", "localhost", socket.gethostname(), os.environ.get("PMIX_HOSTNAME", ""))
+
+    def start(self) -> None:
+        """Begin to look."""
+        if self._local:
+            threading.Thread(target=self._run, name="chaos_mpi-launch", daemon=True).start()
+
+    def stop(self) -> None:
+        """It is connected, or it does not matter any more."""
+        self._over.set()
+
+    def _run(self) -> None:
+        process: psutil.Process | None = None
+        while not self._over.wait(_LOOK_PERIOD_S):
+            process = process or self._find()
+            if process is not None and not _runs(process):
+                self._ended()
+                return
+
+    def _find(self) -> psutil.Process | None:
+        with contextlib.suppress(psutil.Error):
+            for process in psutil.Process(os.getppid()).children():
+                with contextlib.suppress(psutil.Error):
+                    if self._mark in process.cmdline():
+                        return process
+        return None
+
+
+def _mark(join: Join) -> str:
+    return f"{_MARK}{join.id}.{join.attempt}"
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
