@@ -126,6 +126,7 @@ class FaultPoints:
             (catchup.Follower, "follow", "newcomer:follow"),
             (catchup.Follower, "await_stop", "newcomer:await_stop"),
             (newcomer, "_register", "newcomer:register"),
+            (newcomer, "_await_call", "newcomer:await_call"),
             (growth, "enter", "newcomer:enter"),
             (newcomer.StatePuller, "fetch", "newcomer:fetch"),
             (newcomer.StatePuller, "verify", "newcomer:verify"),

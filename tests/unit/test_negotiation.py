@@ -324,6 +324,20 @@ def test_the_cut_waits_for_no_member_that_is_gone() -> None:
     assert settle(some, left).cut
 
 
+@pytest.mark.parametrize("when", ["while it waits", "before all know that it is up"])
+def test_who_was_up_and_hangs_is_started_again(when: str) -> None:
+    first, second = started(ABC, "a", "b").start
+    going = Agenda((second,), frozenset("ab"), (replace(first, newcomer="x"),))
+    words = [word("arrived", second, member="y")]
+    if when == "while it waits":
+        going = settle(going, ABC, words).agenda
+        words = []
+    outcome = settle(going, ABC, [*words, word("failed", second, "it does not answer")])
+    (again,) = outcome.start
+    assert (again.id, again.attempt, again.newcomer, outcome.admit) == ("b", 2, "", ())
+    assert settle(outcome.agenda, ABC, [word("failed", second)]).agenda == outcome.agenda
+
+
 def test_those_that_replicate_count_for_max_ranks() -> None:
     going = Agenda((), frozenset("a"), (replace(started(ABC, "a").start[0], newcomer="x"),))
     assert settle(going, ABC, [join("b")], limits=Limits(1, 4)).refused
