@@ -11,10 +11,11 @@ from collections.abc import Callable
 
 import psutil
 
+from chaos_mpi.errors import JoinError
 from chaos_mpi.membership import Join
 
 #: Tells a newcomer's process from others: Python takes any ``-X`` option, and shows it in ``sys._xoptions``.
-_MARK = "chaos_mpi_join="
+_OPTION = "chaos_mpi_join"
 _LOOK_PERIOD_S = 0.25
 
 
@@ -22,10 +23,24 @@ def own_command(join: Join) -> list[str]:
     """The command line of this process, to start another one like it, which bears the name of the join."""
     arguments = list(sys.orig_argv[1:])
     for index in range(len(arguments) - 1):
-        if arguments[index] == "-X" and arguments[index + 1].startswith(_MARK):
+        if arguments[index] == "-X" and arguments[index + 1].startswith(f"{_OPTION}="):
             del arguments[index : index + 2]
             break
     return [sys.executable, "-X", _mark(join), *arguments]
+
+
+def refuse_orphan() -> None:
+    """To be called before MPI is initialised: Open MPI's launcher may crash over a process whose sponsor is dead.
+
+    It connects the two, and has no use for an answer from one of them that is gone (PRRTE, ``pmix_server_dyn.c``).
+
+    Raises:
+        JoinError: this process was started by a member on this machine that is gone.
+    """
+    sponsor = str(sys._xoptions.get(_OPTION, "")).rpartition("@")[2]
+    host, _, pid = sponsor.rpartition(":")
+    if pid.isdigit() and host == socket.gethostname() and not psutil.pid_exists(int(pid)):
+        raise JoinError(f"{sponsor}, which started this rank, has died meanwhile")
 
 
 class LaunchWatch:
@@ -71,7 +86,7 @@ class LaunchWatch:
 
 
 def _mark(join: Join) -> str:
-    return f"{_MARK}{join.id}.{join.attempt}"
+    return f"{_OPTION}={join.id}.{join.attempt}@{join.sponsor}"
 
 
 def _runs(process: psutil.Process) -> bool:

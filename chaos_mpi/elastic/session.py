@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 from chaos_mpi.elastic.attached import AttachedSamplers
 from chaos_mpi.elastic.changes import ChangingSession
 from chaos_mpi.elastic.control import ControlSocket, leave_on_sigterm, open_control
+from chaos_mpi.elastic.launching import refuse_orphan
 from chaos_mpi.elastic.lifecycle import ExitGuard, say_once, set_log_level, write_record
 from chaos_mpi.elastic.negotiator import Negotiator
 from chaos_mpi.elastic.newcomer import enter_job
@@ -88,6 +89,7 @@ class Session(ChangingSession):
         self._boundary_step = 0
         self._result: SessionResult | None = None
         write_record(settings.run_dir, "starting", {"member": self.member, "pid": os.getpid(), "host": self.host})
+        refuse_orphan()
         world = runtime.start(settings.timeout_s)
         runtime.bound_threads()
         self.initial_size = self.started_with = world.size
