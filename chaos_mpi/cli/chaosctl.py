@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from chaos_mpi import __version__
 from chaos_mpi.cli.control import ask, find_job
 from chaos_mpi.cli.options import Seconds
 from chaos_mpi.cli.outcome import EXIT_USAGE
-from chaos_mpi.cli.timeline import draw, rows
+from chaos_mpi.cli.timeline import draw, rows, runs
 from chaos_mpi.events import read_events
 
 _JOB = click.option(
@@ -35,21 +36,29 @@ def main() -> None:
 @click.argument("events")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Also draw a picture (PNG).")
 def timeline(events: str, plot: Path | None) -> None:
-    """Print what happened to a job, from its event log EVENTS (a file, or a glob pattern in quotes)."""
+    """Print what happened to a job, from its event log EVENTS (a file, or a glob pattern in quotes).
+
+    Of a log to which several jobs were appended all are told; the picture shows the last one.
+    """
     try:
         found = [event for event in read_events(events) if {"t", "event", "step"} <= set(event)]
-        story = rows(found) if found else []
+        jobs = runs(found) if found else []
+        stories = [rows(job) for job in jobs]
     except OSError as error:
         raise _UsageError(f"{events} cannot be read: {error.strerror or error}") from None
     except (KeyError, TypeError, ValueError) as error:
         raise _UsageError(f"{events} is no event log of chaos_mpi: {type(error).__name__} {error}") from None
     if not found:
         raise _UsageError(f"there are no events of chaos_mpi in {events}")
-    for when, step, text in story:
-        click.echo(f"{when:8.2f} s  step {step:6d}  {text}")
+    for number, story in enumerate(stories, start=1):
+        if len(stories) > 1:
+            began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(jobs[number - 1][0]["t"]))
+            click.echo(f"job {number} of {len(stories)}, started {began}:")
+        for when, step, text in story:
+            click.echo(f"{when:8.2f} s  step {step:6d}  {text}")
     if plot is not None:
         try:
-            draw(found, plot)
+            draw(jobs[-1], plot)
         except ImportError:
             raise _UsageError("a picture needs matplotlib: pip install 'chaos-mpi[plot]'") from None
         except (OSError, ValueError) as error:

@@ -23,6 +23,25 @@ JOIN_PARTS = {
 }
 
 
+def runs(events: list[Event]) -> list[list[Event]]:
+    """The events of each job in a log to which several jobs were appended, as by a resume; the earliest job first.
+
+    Those are of one job that were ever together: every member is listed with others, or trains alone. Processes that
+    were to join and never did belong to none.
+    """
+    job_of: dict[str, set[str]] = {}
+    for event in events:
+        together = {event["member"], *event.get("members", ())}
+        jobs = {id(job): job for job in (job_of.get(member, {member}) for member in together)}
+        merged = set().union(*jobs.values())
+        job_of.update(dict.fromkeys(merged, merged))
+    found: dict[int, list[Event]] = {}
+    for event in sorted(events, key=lambda e: e["t"]):
+        found.setdefault(id(job_of[event["member"]]), []).append(event)
+    trained = [job for job in found.values() if len(found) == 1 or any(e["event"] == "step" for e in job)]
+    return trained or [sorted(events, key=lambda e: e["t"])]
+
+
 def rows(events: list[Event]) -> list[tuple[float, int, str]]:
     """The story in order of time: seconds since the start, step, and what happened."""
     start = min(e["t"] for e in events)

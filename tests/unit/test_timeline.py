@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from chaos_mpi.cli.chaosctl import main
-from chaos_mpi.cli.timeline import Event, draw, rows
+from chaos_mpi.cli.timeline import Event, draw, rows, runs
 
 
 def event(name: str, t: float, step: int = 0, epoch: int = 0, rank: int = 0, size: int = 3, **fields: Any) -> Event:
@@ -96,6 +96,38 @@ def test_the_way_of_a_newcomer_is_told_with_the_parts_that_it_had() -> None:
 def test_replicas_that_were_not_compared_are_not_called_identical() -> None:
     story = texts([*STARTED, ended(3, 0, digest=""), ended(4, 1, digest="")])
     assert story[-1] == "finished; the 2 replicas were not compared, as the script has no TrainingState"
+
+
+def job(began: float, *members: str) -> list[Event]:
+    """A job whose last member joins it late."""
+    first = [event("session_started", began, members=list(members[:-1])) | {"member": m} for m in members[:-1]]
+    newcomer = event("session_started", began + 1, members=[members[-1]]) | {"member": members[-1]}
+    joined = [event("view_committed", began + 2, 3, 1, cause="join", members=list(members), lost=[]) | {"member": m}
+              for m in members]  # fmt: skip
+    steps = [event("step", began + 3, 4, 1, loss=1.0) | {"member": m} for m in members]
+    return [*first, newcomer, *joined, *steps]
+
+
+def test_jobs_in_one_log_are_told_apart() -> None:
+    one, two = job(0, "h:1", "h:2", "h:3"), job(100, "h:4", "h:5")
+    home = [event("session_started", 101, members=["h:9"]) | {"member": "h:9"}]  # it was to join, and did not
+    mixed = [*two, *home, *one]
+    random.Random(0).shuffle(mixed)
+    found = runs(mixed)
+    assert [{e["member"] for e in events} for events in found] == [{"h:1", "h:2", "h:3"}, {"h:4", "h:5"}]
+    assert [len(events) for events in found] == [len(one), len(two)]
+    assert rows(found[1])[0][0] == 0.0
+    assert runs(one) == [sorted(one, key=lambda e: e["t"])]
+    assert runs(STARTED) == [STARTED], "nobody has trained yet"
+
+
+def test_a_resumed_job_is_told_after_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    events = [*job(0, "h:1", "h:2"), *job(100, "h:3", "h:4")]
+    path.write_text("".join(json.dumps(e) + "\n" for e in events))
+    told = CliRunner().invoke(main, ["timeline", str(path)]).output.splitlines()
+    assert [line[:10] for line in told if line.startswith("job")] == ["job 1 of 2", "job 2 of 2"]
+    assert sum("joined" in line for line in told) == 2
 
 
 @pytest.mark.parametrize("name", ["nothing", ".", "text", "binary", "fields", "times"])
