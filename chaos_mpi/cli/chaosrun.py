@@ -15,7 +15,7 @@ from typing import NoReturn
 import click
 
 from chaos_mpi import __version__
-from chaos_mpi.cli.control import LAUNCHER_FILE, remove_left_over
+from chaos_mpi.cli.control import LAUNCHER_FILE, MEMORY_FILE, remove_left_over
 from chaos_mpi.cli.doctor import report
 from chaos_mpi.cli.hosts import initial_ranks, slots_here
 from chaos_mpi.cli.options import Seconds
@@ -201,7 +201,8 @@ def _private_directories() -> Iterator[tuple[Path, dict[str, str]]]:
         run_dir = private()
         settings = {"PRTE_MCA_prte_tmpdir_base": run_dir}
         if os.access(SHM_DIRECTORY, os.W_OK | os.X_OK):
-            settings["OMPI_MCA_btl_sm_backing_directory"] = private(SHM_DIRECTORY)
+            memory = settings["OMPI_MCA_btl_sm_backing_directory"] = private(SHM_DIRECTORY)
+            Path(run_dir, MEMORY_FILE).write_text(memory)
         yield Path(run_dir), settings
 
 

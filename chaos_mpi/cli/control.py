@@ -21,6 +21,8 @@ from chaos_mpi.elastic.control import short_name
 CONNECT_LIMIT_S = 2.0
 #: Holds the process id of the launcher, in a job's private directory.
 LAUNCHER_FILE = "launcher"
+#: Holds the path of the job's other private directory, which is in shared memory, if it has one.
+MEMORY_FILE = "memory"
 
 
 def running_jobs() -> list[Path]:
@@ -49,8 +51,20 @@ def remove_left_over() -> None:
         pids = [path.stem.rpartition("-")[2] for path in job.glob("*-*.json")]
         with contextlib.suppress(OSError):
             pids.append((job / LAUNCHER_FILE).read_text())
-        if pids and not any(pid.isdigit() and psutil.pid_exists(int(pid)) for pid in pids):
+        if pids and not any(pid.isdigit() and _runs(int(pid)) for pid in pids):
+            with contextlib.suppress(OSError):
+                memory = Path((job / MEMORY_FILE).read_text())
+                if memory.name.startswith("chaosrun-") and memory.stat().st_uid == os.getuid():
+                    shutil.rmtree(memory, ignore_errors=True)
             shutil.rmtree(job, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    """Whether there is such a process, and not only what its parent has not asked for yet."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def find_job(job: Path | None) -> Path:

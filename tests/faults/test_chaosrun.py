@@ -165,6 +165,19 @@ def test_no_shared_memory_is_left(tmp_path: Path) -> None:
     assert not [path for path in segments if path.parent.exists()], "the directory is left"
 
 
+def test_the_next_job_removes_what_a_killed_one_left(tmp_path: Path) -> None:
+    with started(tmp_path) as job:
+        job.wait_until(lambda: job.steps_finished() > 2, "the first steps")
+        (launcher,) = (tmp_path / "t").glob("chaosrun-*/launcher")
+        left = [launcher.parent, Path((launcher.parent / "memory").read_text())]
+        job.kill(int(launcher.read_text()))
+        job.kill_all()
+    assert all(path.exists() for path in left)
+    environment = {"TMPDIR": str(tmp_path / "t")}
+    assert tool("chaosrun", "-n", "1", sys.executable, "-c", "pass", environment=environment).returncode == 0
+    assert not [path for path in left if path.exists()]
+
+
 def test_all_ranks_crash(tmp_path: Path) -> None:
     rules: list[Rule] = [{"rank": rank, "at": "forward", "step": 3, "do": "raise"} for rank in range(3)]
     with started(tmp_path, rules) as job:
