@@ -24,8 +24,10 @@ from chaos_mpi.elastic.lifecycle import alike, write_record
 
 #: After a signal, the ranks get this long to end before everything is killed.
 GRACE_S = 10.0
-#: When a job is over, what is left of it may hold ``mpirun`` up for so long.
+#: When a job is over, what is left of it may hold ``mpirun`` up for so long; scripts may do something after it.
 LINGER_S = 15.0
+#: The same when none of its ranks is left, but a process that never became one, or ``mpirun`` by itself.
+LEFT_ALONE_S = 2.0
 #: Ranks that are still starting so long after another one died wait for it, and would for ever.
 START_GRACE_S = 5.0
 _POLL_S = 0.1
@@ -85,9 +87,11 @@ class MpirunJob:
             if (loss := self._start.loss(read_records(self._run_dir), now)) is not None:
                 write_record(self._run_dir, "outcome", {"outcome": "failed", "message": loss})
                 self._kill_everything()
-            if self._is_over():
+            if (allowance_s := self._allowance_s()) is None:
+                over_at = None
+            else:
                 over_at = over_at or now
-                if now - over_at > LINGER_S:
+                if now - over_at > allowance_s:
                     self._kill_everything()
             try:
                 self._process.wait(_POLL_S)
@@ -125,14 +129,18 @@ class MpirunJob:
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGINT)
 
-    def _is_over(self) -> bool:
-        """Whether all ranks have ended, or one has ended the whole job: mpirun waits for ever for a stopped process."""
+    def _allowance_s(self) -> float | None:
+        """How long the job may go on; None if it is not over.
+
+        It is when all ranks have ended, or one has ended the whole job: mpirun waits for ever for a stopped process.
+        """
         records = read_records(self._run_dir)
-        if any(record.get("outcome") == "failed" for record in records.outcomes.values()):
-            return True
-        return bool(records.members) and all(
-            pid in records.outcomes or not psutil.pid_exists(pid) for pid in records.members
-        )
+        alive = [pid for pid in records.members if psutil.pid_exists(pid)]
+        if records.members and not alive:
+            return LEFT_ALONE_S
+        failed = any(record.get("outcome") == "failed" for record in records.outcomes.values())
+        ended = bool(records.members) and all(pid in records.outcomes for pid in alive)
+        return LINGER_S if failed or ended else None
 
     def _kill_everything(self) -> None:
         assert self._process is not None

@@ -8,6 +8,7 @@ and the newcomer become an intercommunicator across the bridge, which is merged 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -34,6 +35,7 @@ class Bridge:
         try:
             self.comm = inter.Merge(newcomer)
         except MPI.Exception as error:
+            unblock()
             raise PeerFailedError(f"{error}") from error
         self.comm.Set_errhandler(MPI.ERRORS_RETURN)
         self._other = 1 - self.comm.Get_rank()
@@ -86,6 +88,18 @@ class Bridge:
             return
 
 
+def unblock() -> None:
+    """Let communicators be made again, after a process died while one was made with it. Local; from any thread.
+
+    Open MPI chooses the context id of one new communicator of a process at a time, in the order of their parents'
+    indices, and does not let the next one go on if a peer dies in the middle (5.0, ``ompi/communicator/comm_cid.c``:
+    error paths leave ``ompi_comm_cid_lowest_id`` as it is). All later ones would wait for ever. A duplicate of
+    ``MPI_COMM_SELF``, which comes before any but those of ``MPI_COMM_WORLD``, takes its turn, and passes it on.
+    """
+    with contextlib.suppress(MPI.Exception):
+        MPI.COMM_SELF.Dup().Free()
+
+
 def spawn(command: Sequence[str], *, host: str, directory: str) -> Bridge:
     """Start one process and return the bridge to it, once it has initialised MPI. Blocks; call it in a thread.
 
@@ -105,6 +119,7 @@ def spawn(command: Sequence[str], *, host: str, directory: str) -> Bridge:
     try:
         inter = MPI.COMM_SELF.Spawn(command[0], list(command[1:]), 1, info)
     except MPI.Exception as error:
+        unblock()
         raise EngineError(f"MPI could not start {command[0]}: {error}") from error
     finally:
         info.Free()
@@ -158,6 +173,7 @@ def part(world: World, going: Sequence[int], limit_s: float) -> World | None:
         staying.Free()
         everyone.Free()
     except MPI.Exception as error:
+        unblock()
         raise PeerFailedError(f"{error}") from error
     return World(cast("MPI.Intracomm", comm)) if world.rank not in going else None
 
@@ -169,6 +185,7 @@ def _merged(connect: Callable[[], MPI.Intercomm], newcomer: bool, limit_s: float
             inter.Set_errhandler(MPI.ERRORS_RETURN)
             world = World(inter.Merge(newcomer))
     except MPI.Exception as error:
+        unblock()
         raise PeerFailedError(f"{error}") from error
     _connect(world, limit_s)
     return world
