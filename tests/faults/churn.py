@@ -170,6 +170,7 @@ class Churn:
 
     def _one(self) -> None:
         """Cause one of the events that are possible now."""
+        taken_in = self._being_taken_in()
         staying, pending = self._staying(), self._pending()
         spare = len(staying) - LEAST - sum(IN_JOIN not in kind for kind in self._armed.values())
         room = MOST - len(self._living()) - pending
@@ -178,6 +179,9 @@ class Churn:
             kinds["joins"] = 40, lambda: self._join(self._rng.randint(1, min(room, 3)))
         if spare > 0:
             kinds["leave"] = 20, lambda: self._leave(self._rng.choice(staying))
+        if taken_in:
+            spare = 0  # deaths at any moment of it are armed
+        if spare > 0:
             kinds["death"] = 20, lambda: self._kill(self._rng.choice(staying))
             kinds["death of rank 0"] = 10, lambda: self._kill(staying[0])
             if not self._armed:
@@ -283,6 +287,15 @@ class Churn:
         """Process ids of those that have not opened a session yet."""
         pids = [int(path.read_text()) for path in self._job.folder.glob("mark-pid.*00")]
         return sorted(pid for pid in pids if pid not in self._logs.started and self._lives(pid))
+
+    def _being_taken_in(self) -> bool:
+        """Whether a newcomer is up that is no member yet, so that it may be connected with all at any moment.
+
+        A death in the very milliseconds of that can leave all others in a call to Open MPI that nothing ends.
+        """
+        pids = [int(path.read_text()) for path in self._job.folder.glob("mark-pid.*00")]
+        members = {_pid(member) for member in self._logs.members}
+        return any(pid in self._logs.started and pid not in members and self._lives(pid) for pid in pids)
 
     def _status_joins(self) -> list[dict[str, Any]]:
         for member in self._living():
