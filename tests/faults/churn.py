@@ -34,9 +34,13 @@ JOIN_LIMIT_S = 3 * JOIN_TIMEOUT_S + 30.0
 EARLY_DEATHS = 2
 #: How long after an armed point a process dies, in the mean, if not at once.
 DELAY_S = 0.01
-#: Points at which it dies at once or not at all. Right after them a newcomer is connected, and its death in these few
-#: milliseconds can leave all members in a call to Open MPI that nothing ends.
-AT_ONCE = ("newcomer:register", "newcomer:enter", "members:invite", "members:grow")
+#: Points at which it dies at once or not at all. Right after them all make a communicator, and a death in these few
+#: milliseconds can leave the others in a call to Open MPI that nothing ends, or end them by a segmentation fault: the
+#: new communicator is in Open MPI's table before it can be told of a failure (5.0, ``ompi_comm_set_rank_failed``).
+AT_ONCE = (
+    "newcomer:register", "newcomer:enter", "members:invite", "members:grow", "members:part", "phase:agree",
+    "phase:shrink",
+)  # fmt: skip
 #: Longest pause between two events.
 PAUSE_S = 1.0
 
