@@ -1,0 +1,44 @@
+"""Processes by number: whether one still runs, and signals to a group."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+from pathlib import Path
+from typing import NoReturn
+
+
+def start_time(pid: int) -> int:
+    """When a process started, in clock ticks since boot; with the pid it names one process. 0: it has ended (proc(5))."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return 0 if fields[0] in "ZX" else int(fields[19])
+
+
+def is_running(pid: int, started: int) -> bool:
+    """Whether the process that had this number at that time still runs."""
+    return started != 0 and start_time(pid) == started
+
+
+def kill_group(group: int, number: int) -> None:
+    """Send a signal to all processes of a group; nothing happens when there is none left."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, number)
+
+
+def end_like(status: int) -> NoReturn:
+    """End this process as another one has ended.
+
+    Args:
+        status: its exit status, or the negated number of the signal that killed it.
+    """
+    if status < 0:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the dump of the other one is the one of interest
+        if -status not in (signal.SIGKILL, signal.SIGSTOP):
+            signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    os._exit(status & 0xFF)

@@ -1,0 +1,269 @@
+"""What ``mpirun`` sees as a rank: starts the real one where it belongs, and behaves as it does.
+
+``python -m chaos_mpi.agent.proxy [--host HOST] -- COMMAND ...`` in the place of a rank's command line, for ``mpirun`` and for
+``MPI_Comm_spawn``. The loss of a host is then the loss of a process to ``mpirun``, whose own daemons, which it cannot lose,
+are not on other hosts at all. The rank itself is in the hands of a :mod:`chaos_mpi.agent.supervisor`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import select
+import shlex
+import signal
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from chaos_mpi.agent.environment import carried, server_endpoint
+from chaos_mpi.agent.frames import MAGIC, Decoder, Frame, Kind, encode, encode_json
+from chaos_mpi.agent.processes import end_like, start_time
+from chaos_mpi.agent.relay import Upstream
+from chaos_mpi.agent.ssh import DEFAULT_SSH, remote_command
+from chaos_mpi.errors import ChaosError, ConfigError
+
+log = logging.getLogger("chaos_mpi.agent")
+
+SUPERVISOR_MODULE = "chaos_mpi.agent.supervisor"
+#: How long the last word to a supervisor may take to be sent.
+FAREWELL_LIMIT_S = 5.0
+#: Exit status when the rank could not be started.
+EXIT_NOT_STARTED = 1
+_CHUNK_BYTES = 1 << 16
+_FORWARDED = (
+    signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a rank runs, and how to get there.
+
+    Attributes:
+        host: its name as ssh knows it; None: this host.
+        python: the Python to use there.
+        ssh: command that runs another one on a host, with its options.
+        directory: working directory of the rank.
+        export: further environment variables that the rank is to get.
+        log_directory: for its output when the launcher is gone; None: the user's state directory there.
+    """
+
+    host: str | None
+    python: str = sys.executable
+    ssh: tuple[str, ...] = DEFAULT_SSH
+    directory: str = ""
+    export: tuple[str, ...] = ()
+    log_directory: str | None = None
+
+
+def order(placement: Placement, argv: Sequence[str], environ: Mapping[str, str], terminal: bool) -> dict[str, Any]:
+    """What the supervisor is told to run. Secrets may be in the environment, so it is never on a command line."""
+    launcher = os.getppid()
+    return {
+        "argv": list(argv),
+        "environ": dict(environ) if placement.host is None else carried(environ, placement.export),
+        "directory": placement.directory or os.getcwd(),
+        "prefix": sys.prefix,
+        "python": sys.executable,
+        "launcher": [launcher, start_time(launcher)] if placement.host is None else None,
+        "log_directory": placement.log_directory,
+        "terminal": terminal,
+    }
+
+
+class Proxy:
+    """One rank elsewhere, as seen by ``mpirun``.
+
+    Args:
+        placement: where it is.
+        argv: its command.
+        environ: the environment that ``mpirun`` gave this process.
+    """
+
+    def __init__(self, placement: Placement, argv: Sequence[str], environ: Mapping[str, str]) -> None:
+        self._placement, self._argv, self._environ = placement, argv, environ
+        self._decoder = Decoder()
+        self._process: asyncio.subprocess.Process | None = None
+        self._status: int | None = None
+        self._refused: str | None = None
+        server = server_endpoint(environ)
+        self._upstream = Upstream(server, self._send) if server is not None else None
+
+    async def run(self) -> int:
+        """Run the rank; returns how this process is to end: a status, or a negated signal number."""
+        loop = asyncio.get_running_loop()
+        self._gone = loop.create_future()
+        with contextlib.suppress(OSError):  # a parent that has ended is noticed by the end of its PMIx server
+            parent = os.pidfd_open(os.getppid())
+            loop.add_reader(parent, self._launcher_gone, parent)
+        command = supervisor_command(self._placement)
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, start_new_session=True
+            )
+        except OSError as error:
+            return self._fail(f"'{command[0]}' cannot be run: {error.strerror}")
+        for number in _FORWARDED:
+            loop.add_signal_handler(number, self._forward, number)
+        assert self._process.stdin is not None
+        message = order(self._placement, self._argv, self._environ, os.isatty(1))
+        self._process.stdin.write(MAGIC + encode_json(Kind.START, message))
+        reading = asyncio.create_task(self._read())
+        await asyncio.wait({reading, self._gone}, return_when=asyncio.FIRST_COMPLETED)
+        if self._gone.done():
+            return await self._farewell()
+        return await self._outcome(command)
+
+    async def _read(self) -> None:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        while data := await self._process.stdout.read(_CHUNK_BYTES):
+            noise, frames = self._decoder.feed(data)
+            _write(2, noise)
+            for frame in frames:
+                self._heed(frame)
+        _write(2, b"" if self._decoder.begun else self._decoder.rest())
+
+    def _heed(self, frame: Frame) -> None:
+        match frame.kind:
+            case Kind.STDOUT:
+                _write(1, frame.content)
+            case Kind.STDERR:
+                _write(2, frame.content)
+            case Kind.EXIT:
+                self._status = int(frame.json())
+            case Kind.REFUSED:
+                self._refused = str(frame.json())
+            case Kind.OPEN | Kind.DATA | Kind.CLOSE if self._upstream is not None:
+                self._upstream.deliver(frame)
+            case _:
+                pass
+
+    async def _outcome(self, command: Sequence[str]) -> int:
+        """How to end, when nothing more comes from the supervisor."""
+        assert self._process is not None
+        if self._status is not None:
+            return self._status
+        if self._refused is not None:
+            return self._fail(self._refused)
+        status = await self._process.wait()
+        if self._decoder.begun:
+            log.error("the connection to %s is lost; its rank counts as dead", self._where())
+            return -signal.SIGKILL
+        return self._fail(f"'{shlex.join(command)}' ended with status {status} before the rank was started; see above")
+
+    async def _farewell(self) -> int:
+        """``mpirun`` has gone: tell the supervisor, and leave. Nobody waits for this process any more."""
+        assert self._process is not None
+        stdin = self._process.stdin
+        assert stdin is not None
+        with contextlib.suppress(OSError, TimeoutError):
+            stdin.write(encode(Frame(Kind.LAUNCHER_LOST)))
+            await asyncio.wait_for(stdin.drain(), FAREWELL_LIMIT_S)
+            stdin.close()
+            await asyncio.wait_for(stdin.wait_closed(), FAREWELL_LIMIT_S)
+        return 0
+
+    def _launcher_gone(self, descriptor: int) -> None:
+        asyncio.get_running_loop().remove_reader(descriptor)
+        os.close(descriptor)
+        if not self._gone.done():
+            self._gone.set_result(None)
+
+    def _forward(self, number: int) -> None:
+        self._write(encode_json(Kind.SIGNAL, number))
+
+    def _send(self, frame: Frame) -> None:
+        self._write(encode(frame))
+
+    def _write(self, data: bytes) -> None:
+        if self._process is not None and self._process.stdin is not None and not self._process.stdin.is_closing():
+            self._process.stdin.write(data)
+
+    def _fail(self, reason: str) -> int:
+        log.error("rank %s cannot be started on %s: %s", self._environ.get("PMIX_RANK", "?"), self._where(), reason)
+        return EXIT_NOT_STARTED
+
+    def _where(self) -> str:
+        return self._placement.host or socket.gethostname()
+
+
+def supervisor_command(placement: Placement) -> list[str]:
+    """The command that runs a supervisor where the rank is to be."""
+    argv = [placement.python, "-P", "-m", SUPERVISOR_MODULE]
+    return argv if placement.host is None else remote_command(placement.ssh, placement.host, argv)
+
+
+def placement_of(options: argparse.Namespace, environ: Mapping[str, str]) -> Placement:
+    """Where this rank belongs.
+
+    Raises:
+        ConfigError: it is not said.
+    """
+    hosts = options.hosts.split(",") if options.hosts else []
+    host = options.host
+    if hosts and host is None:
+        rank = int(environ.get("PMIX_RANK", "0"))
+        if rank >= len(hosts):
+            raise ConfigError(f"--hosts names {len(hosts)} hosts, one for each rank; this is rank {rank}")
+        host = hosts[rank]
+    return Placement(
+        host or None,
+        options.remote_python if host else sys.executable,
+        tuple(shlex.split(options.ssh_command)),
+        options.wdir,
+        tuple(options.export),
+        options.log_dir,
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of the proxy."""
+    made = argparse.ArgumentParser(
+        prog="chaos_mpi.agent.proxy", description="Runs a rank of an MPI job on another host."
+    )
+    where = made.add_mutually_exclusive_group()
+    where.add_argument("--host", help="where the rank runs; default: this host")
+    where.add_argument("--hosts", help="the host of each rank, separated by commas; an empty one is this host")
+    made.add_argument("--remote-python", default=sys.executable, help="Python there (default: the same path)")
+    made.add_argument("--ssh-command", default=shlex.join(DEFAULT_SSH), help="what runs a command there")
+    made.add_argument("--wdir", default="", help="working directory of the rank (default: this one)")
+    made.add_argument("--export", action="append", default=[], metavar="NAME", help="variable to take along")
+    made.add_argument("--log-dir", help="for output once mpirun is gone")
+    made.add_argument("argv", nargs="+", metavar="COMMAND")
+    return made
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    """Write all of it. What nobody takes any more is dropped."""
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[os.write(descriptor, view) :]
+        except BlockingIOError:
+            select.select([], [descriptor], [])
+        except OSError:
+            return
+
+
+def main() -> None:
+    """Run a rank elsewhere and end as it ends."""
+    logging.basicConfig(format="chaos_mpi: %(message)s")
+    options = parser().parse_args()
+    try:
+        status = asyncio.run(Proxy(placement_of(options, os.environ), options.argv, os.environ).run())
+    except ChaosError as error:
+        log.error("%s", error)
+        status = EXIT_NOT_STARTED
+    sys.stderr.flush()
+    end_like(status)
+
+
+if __name__ == "__main__":
+    main()

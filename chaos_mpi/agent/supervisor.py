@@ -1,0 +1,238 @@
+"""Starts one rank on this host and stays beside it; ``python -m chaos_mpi.agent.supervisor``, started by a proxy.
+
+It takes its orders as frames on standard input, and answers on standard output. When the proxy says that ``mpirun`` has gone, or
+the way to the proxy is lost, the rank lives on. It is killed when it has been told to end and the proxy has gone, and
+when the proxy alone was killed: ``mpirun`` has then told the other ranks that this one is dead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+import tty
+from pathlib import Path
+from typing import Any
+
+from chaos_mpi.agent.environment import moved, server_endpoint, through_relay
+from chaos_mpi.agent.frames import MAGIC, Decoder, Frame, Kind, encode, encode_json
+from chaos_mpi.agent.output import Output, default_log_directory
+from chaos_mpi.agent.processes import is_running, kill_group
+from chaos_mpi.agent.relay import Relay
+from chaos_mpi.errors import ChaosError, EngineError
+
+log = logging.getLogger("chaos_mpi.agent")
+
+#: The proxy sends its order at once.
+ORDER_LIMIT_S = 60.0
+#: When proxy and launcher are killed together, the launcher may seem to live for a moment.
+LAUNCHER_GRACE_S = 0.5
+#: After the end of a rank, processes that it has left may hold its output open for so long.
+DRAIN_LIMIT_S = 2.0
+_POLL_S = 0.02
+_CHUNK_BYTES = 1 << 16
+_PR_SET_PDEATHSIG = 1
+_ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+
+
+class Supervisor:
+    """One rank, from its start to its end.
+
+    Args:
+        reader: frames from the proxy.
+        writer: frames to it.
+    """
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+        self._decoder = Decoder()
+        self._early: list[Frame] = []
+        self._relay = Relay(self._send)
+        self._process: asyncio.subprocess.Process | None = None
+        self._output: Output | None = None
+        self._launcher: tuple[int, int] | None = None
+        self._told_to_end = False
+        self._lost = False
+
+    async def run(self) -> None:
+        """Take the order, run the rank, report how it ended."""
+        self._writer.write(MAGIC)
+        try:
+            order = await asyncio.wait_for(self._order(), ORDER_LIMIT_S)
+            await self._start(order)
+        except (ChaosError, OSError, TimeoutError, KeyError, TypeError) as error:
+            self._write(encode_json(Kind.REFUSED, f"{error}" or type(error).__name__))
+            return
+        assert self._process is not None
+        listening = asyncio.create_task(self._listen())
+        status = await self._process.wait()
+        await self._finish_output()
+        await self._relay.close()
+        listening.cancel()
+        self._write(encode_json(Kind.EXIT, status))
+
+    def forward(self, number: int) -> None:
+        """Pass a signal on to the rank and its children, as ``mpirun`` does with its own."""
+        if number in _ENDING_SIGNALS:
+            self._told_to_end = True
+        if self._process is not None and self._process.returncode is None:
+            kill_group(self._process.pid, number)
+
+    # -- start ---------------------------------------------------------------------------------------------------
+
+    async def _order(self) -> dict[str, Any]:
+        frames: list[Frame] = []
+        while not frames:
+            data = await self._reader.read(_CHUNK_BYTES)
+            if not data:
+                raise EngineError("the proxy ended before it said what to run")
+            _, frames = self._decoder.feed(data)
+        self._early = frames[1:]
+        if frames[0].kind is not Kind.START:
+            raise EngineError(f"the proxy began with a {frames[0].kind.name} frame")
+        order: dict[str, Any] = frames[0].json()
+        return order
+
+    async def _start(self, order: dict[str, Any]) -> None:
+        environ = {**os.environ, **moved(order["environ"], order["prefix"], sys.prefix)}
+        if server_endpoint(environ) is not None:
+            environ = through_relay(environ, await self._relay.listen())
+        argv = [sys.executable if order["argv"][0] == order["python"] else order["argv"][0], *order["argv"][1:]]
+        directory = order["directory"]
+        if not Path(directory).is_dir():
+            raise EngineError(f"there is no directory {directory} on {socket.gethostname()}: name another with --wdir")
+        if order["launcher"] is not None:
+            self._launcher = (int(order["launcher"][0]), int(order["launcher"][1]))
+        self._output = Output(self._writer, log_file(order, environ))
+        ours, theirs = os.openpty() if order["terminal"] else os.pipe()
+        if order["terminal"]:
+            tty.setraw(theirs)
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *argv, env=environ, cwd=directory, stdin=asyncio.subprocess.DEVNULL, stdout=theirs,
+                stderr=asyncio.subprocess.PIPE, process_group=0, preexec_fn=_die_with_supervisor,
+            )  # fmt: skip
+        except OSError as error:
+            os.close(ours)
+            raise EngineError(f"{argv[0]} cannot be started on {socket.gethostname()}: {error.strerror}") from error
+        finally:
+            os.close(theirs)
+        assert self._process.stderr is not None
+        stdout = await _pipe_reader(ours)
+        self._pumps = [
+            asyncio.create_task(self._output.pump(stdout, Kind.STDOUT)),
+            asyncio.create_task(self._output.pump(self._process.stderr, Kind.STDERR)),
+        ]
+        self._write(encode_json(Kind.STARTED, self._process.pid))
+
+    # -- while the rank runs -------------------------------------------------------------------------------------
+
+    async def _listen(self) -> None:
+        for frame in self._early:
+            self._heed(frame)
+        with contextlib.suppress(OSError, ChaosError):
+            while data := await self._reader.read(_CHUNK_BYTES):
+                for frame in self._decoder.feed(data)[1]:
+                    self._heed(frame)
+        await self._proxy_gone()
+
+    def _heed(self, frame: Frame) -> None:
+        if frame.kind is Kind.SIGNAL:
+            self.forward(int(frame.json()))
+        elif frame.kind is Kind.LAUNCHER_LOST:
+            self._go_on_alone()
+        else:
+            self._relay.deliver(frame)
+
+    async def _proxy_gone(self) -> None:
+        if self._lost:
+            return
+        assert self._process is not None
+        if self._told_to_end or await self._launcher_lives():
+            kill_group(self._process.pid, signal.SIGKILL)
+        else:
+            self._go_on_alone()
+
+    async def _launcher_lives(self) -> bool:
+        """Whether ``mpirun`` outlives the proxy, as far as can be told: only where it is on this host."""
+        if self._launcher is None:
+            return False
+        limit = asyncio.get_running_loop().time() + LAUNCHER_GRACE_S
+        while is_running(*self._launcher):
+            if asyncio.get_running_loop().time() > limit:
+                return True
+            await asyncio.sleep(_POLL_S)
+        return False
+
+    def _go_on_alone(self) -> None:
+        self._lost = True
+        if self._output is not None:
+            self._output.lost = True
+
+    async def _finish_output(self) -> None:
+        _, left = await asyncio.wait(self._pumps, timeout=DRAIN_LIMIT_S)
+        for pump in left:
+            pump.cancel()
+        if self._output is not None:
+            self._output.close()
+
+    def _send(self, frame: Frame) -> None:
+        self._write(encode(frame))
+
+    def _write(self, data: bytes) -> None:
+        if not self._lost and not self._writer.is_closing():
+            self._writer.write(data)
+
+
+def log_file(order: dict[str, Any], environ: dict[str, str]) -> Path:
+    """The file for what the rank prints when the launcher does not take it."""
+    directory = Path(order["log_directory"]) if order["log_directory"] else default_log_directory()
+    job = re.sub(r"[^A-Za-z0-9.-]+", "-", environ.get("PMIX_NAMESPACE", "job"))
+    return directory / job / f"rank-{environ.get('PMIX_RANK', '0')}.log"
+
+
+def _die_with_supervisor() -> None:
+    """In the new process: have the kernel kill it when the supervisor dies (prctl(2))."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+async def _pipe_reader(descriptor: int) -> asyncio.StreamReader:
+    reader = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(descriptor, "rb", buffering=0)
+    )
+    return reader
+
+
+async def _main() -> None:
+    loop = asyncio.get_running_loop()
+    # Handlers, where "ignore" would be handed on to the rank.
+    reader = await _pipe_reader(os.dup(0))
+    transport, protocol = await loop.connect_write_pipe(
+        asyncio.streams.FlowControlMixin, os.fdopen(os.dup(1), "wb", buffering=0)
+    )
+    writer = asyncio.StreamWriter(transport, protocol, reader, loop)
+    supervisor = Supervisor(reader, writer)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
+        loop.add_signal_handler(number, supervisor.forward, number)
+    loop.add_signal_handler(signal.SIGHUP, lambda: None)  # the end of an ssh session is not the end of the rank
+    await supervisor.run()
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+
+
+def main() -> None:
+    """Run one rank, as ordered on standard input."""
+    logging.basicConfig(format=f"chaos_mpi on {socket.gethostname()}: %(message)s")
+    asyncio.run(_main())
+
+
+if __name__ == "__main__":
+    main()
