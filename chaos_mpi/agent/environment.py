@@ -82,8 +82,8 @@ def moved(environ: Mapping[str, str], old_prefix: str, new_prefix: str) -> dict[
 def network_settings(networks: str | None) -> dict[str, str]:
     """Open MPI's parameters (by MCA name) for ranks on several hosts.
 
-    To Open MPI all ranks are on the launch host, where the proxies are. So shared memory must not be used. And a rank that dies
-    after the loss of ``mpirun`` is only noticed by the end of its TCP connections.
+    To Open MPI all ranks are on the launch host, where the proxies are. So shared memory must not be used. And a rank
+    that dies after the loss of ``mpirun`` is only noticed by the end of its TCP connections.
 
     Args:
         networks: interfaces or networks (``10.1.0.0/16``) to use, separated by commas; None: all but loopback.

@@ -1,7 +1,7 @@
 """What proxy and supervisor say to each other: frames in a stream of bytes. Pure.
 
-A frame is a kind (one byte), a connection number (four) and a length (four, all big endian), then its content. Before the first
-frame each way comes :data:`MAGIC`: a login shell may print anything first.
+A frame is a kind (one byte), a connection number (four) and a length (four, all big endian), then its content. Before
+the first frame each way comes :data:`MAGIC`: a login shell may print anything first.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Decoder:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> tuple[bytes, list[Frame]]:
-        """What came before the other side began to speak frames, as far as it is certain; and the frames that are complete.
+        """What came before the first frames, as far as that is certain; and the frames that are complete.
 
         Raises:
             EngineError: these are no frames.

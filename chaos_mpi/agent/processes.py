@@ -11,7 +11,8 @@ from typing import NoReturn
 
 
 def start_time(pid: int) -> int:
-    """When a process started, in clock ticks since boot; with the pid it names one process. 0: it has ended (proc(5))."""
+    """When a process started, in clock ticks since boot (proc(5)); with the pid it names one process. 0: it has
+    ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

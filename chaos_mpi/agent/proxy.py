@@ -1,8 +1,8 @@
 """What ``mpirun`` sees as a rank: starts the real one where it belongs, and behaves as it does.
 
-``python -m chaos_mpi.agent.proxy [--host HOST] -- COMMAND ...`` in the place of a rank's command line, for ``mpirun`` and for
-``MPI_Comm_spawn``. The loss of a host is then the loss of a process to ``mpirun``, whose own daemons, which it cannot lose,
-are not on other hosts at all. The rank itself is in the hands of a :mod:`chaos_mpi.agent.supervisor`.
+``python -m chaos_mpi.agent.proxy [--host HOST] -- COMMAND ...`` in the place of a rank's command line, for ``mpirun``
+and for ``MPI_Comm_spawn``. The loss of a host is then the loss of a process to ``mpirun``, whose own daemons, which
+it cannot lose, are not on other hosts at all. The rank itself is in the hands of a :mod:`chaos_mpi.agent.supervisor`.
 """
 
 from __future__ import annotations

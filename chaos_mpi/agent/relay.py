@@ -1,9 +1,9 @@
 """The PMIx connection of a rank whose PMIx server is elsewhere.
 
-A PMIx client ends its process when it loses the connection to its server, which is ``mpirun``. So the rank connects to a
-:class:`Relay` in its supervisor instead, on the loopback interface. From there the bytes go as frames to the :class:`Upstream`
-in the proxy, which connects to the real server. When that end closes, or all the way to it is lost, the relay keeps the
-rank's end open, and the rank goes on.
+A PMIx client ends its process when it loses the connection to its server, which is ``mpirun``. So the rank connects
+to a :class:`Relay` in its supervisor instead, on the loopback interface. From there the bytes go as frames to the
+:class:`Upstream` in the proxy, which connects to the real server. When that end closes, or all the way to it is lost,
+the relay keeps the rank's end open, and the rank goes on.
 """
 
 from __future__ import annotations

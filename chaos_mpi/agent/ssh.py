@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from chaos_mpi.errors import ConfigError
 
-#: Without questions, which nobody would answer; with a sign of life, so that the loss of the other host is noticed. Its limit
-#: (2 minutes) is long: a link that comes back in time is not to cost a rank, and what is faster watches elsewhere.
+#: Without questions, which nobody would answer; with a sign of life, so that the loss of the other host is noticed.
+#: Its limit (2 minutes) is long: a link that comes back in time is not to cost a rank, and what is faster watches
+#: elsewhere.
 SSH_OPTIONS: dict[str, str] = {
     "BatchMode": "yes",
     "ConnectTimeout": "10",

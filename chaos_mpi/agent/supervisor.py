@@ -1,8 +1,8 @@
 """Starts one rank on this host and stays beside it; ``python -m chaos_mpi.agent.supervisor``, started by a proxy.
 
-It takes its orders as frames on standard input, and answers on standard output. When the proxy says that ``mpirun`` has gone, or
-the way to the proxy is lost, the rank lives on. It is killed when it has been told to end and the proxy has gone, and
-when the proxy alone was killed: ``mpirun`` has then told the other ranks that this one is dead.
+It takes its orders as frames on standard input, and answers on standard output. When the proxy says that ``mpirun``
+has gone, or the way to the proxy is lost, the rank lives on. It is killed when it has been told to end and the proxy
+has gone, and when the proxy alone was killed: ``mpirun`` has then told the other ranks that this one is dead.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A rank that adds up until it is told to stop: ``agent_program.py DIRECTORY``; mpi4py and numpy only.
 
-Every rank appends JSON lines to ``DIRECTORY/<world rank>.jsonl`` (a spawned one to ``spawned.jsonl``). Files in the directory
-are orders: ``stop`` ends all ranks; ``spawn`` holds a command that rank 0 spawns, and all take in.
+Every rank appends JSON lines to ``DIRECTORY/<world rank>.jsonl`` (a spawned one to ``spawned.jsonl``). Files in the
+directory are orders: ``stop`` ends all ranks; ``spawn`` holds a command that rank 0 spawns, and all take in.
 """
 
 import json
