@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from chaos_mpi.agent.frames import Frame, Kind, encode
+from chaos_mpi.agent.streams import PipeWriter
 
 #: A launcher that takes nothing for so long is not waited for: the rank would wait in its next ``print``.
 STALL_S = 5.0
@@ -21,7 +22,7 @@ class Output:
         log_file: takes what the proxy does not; made when first needed.
     """
 
-    def __init__(self, launcher: asyncio.StreamWriter, log_file: Path) -> None:
+    def __init__(self, launcher: PipeWriter, log_file: Path) -> None:
         self._launcher = launcher
         self._log_file = log_file
         self._descriptor: int | None = None
@@ -37,7 +38,7 @@ class Output:
             self._launcher.write(encode(Frame(kind, data)))
             try:
                 await asyncio.wait_for(self._launcher.drain(), STALL_S)
-            except (TimeoutError, OSError):
+            except TimeoutError:
                 self._stalled = True
 
     def close(self) -> None:
@@ -48,9 +49,9 @@ class Output:
 
     def _takes(self) -> bool:
         """Whether the launcher is there and takes output."""
-        if self.lost or self._launcher.is_closing():
+        if self.lost or self._launcher.is_closed:
             return False
-        if self._stalled and self._launcher.transport.get_write_buffer_size() == 0:
+        if self._stalled and self._launcher.kept_bytes == 0:
             self._stalled = False
         return not self._stalled
 

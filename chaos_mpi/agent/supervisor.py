@@ -25,6 +25,7 @@ from chaos_mpi.agent.frames import MAGIC, Decoder, Frame, Kind, encode, encode_j
 from chaos_mpi.agent.output import Output, default_log_directory
 from chaos_mpi.agent.processes import is_running, kill_group
 from chaos_mpi.agent.relay import Relay
+from chaos_mpi.agent.streams import PipeWriter, pipe_reader
 from chaos_mpi.errors import ChaosError, EngineError
 
 log = logging.getLogger("chaos_mpi.agent")
@@ -35,6 +36,8 @@ ORDER_LIMIT_S = 60.0
 LAUNCHER_GRACE_S = 0.5
 #: After the end of a rank, processes that it has left may hold its output open for so long.
 DRAIN_LIMIT_S = 2.0
+#: A launcher that does not take the last words within this time does not get them.
+FLUSH_LIMIT_S = 10.0
 _POLL_S = 0.02
 _CHUNK_BYTES = 1 << 16
 _PR_SET_PDEATHSIG = 1
@@ -49,7 +52,7 @@ class Supervisor:
         writer: frames to it.
     """
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, reader: asyncio.StreamReader, writer: PipeWriter) -> None:
         self._reader, self._writer = reader, writer
         self._decoder = Decoder()
         self._early: list[Frame] = []
@@ -124,7 +127,7 @@ class Supervisor:
         finally:
             os.close(theirs)
         assert self._process.stderr is not None
-        stdout = await _pipe_reader(ours)
+        stdout = await pipe_reader(ours)
         self._pumps = [
             asyncio.create_task(self._output.pump(stdout, Kind.STDOUT)),
             asyncio.create_task(self._output.pump(self._process.stderr, Kind.STDERR)),
@@ -186,7 +189,7 @@ class Supervisor:
         self._write(encode(frame))
 
     def _write(self, data: bytes) -> None:
-        if not self._lost and not self._writer.is_closing():
+        if not self._lost:
             self._writer.write(data)
 
 
@@ -202,30 +205,16 @@ def _die_with_supervisor() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-async def _pipe_reader(descriptor: int) -> asyncio.StreamReader:
-    reader = asyncio.StreamReader()
-    await asyncio.get_running_loop().connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(descriptor, "rb", buffering=0)
-    )
-    return reader
-
-
 async def _main() -> None:
     loop = asyncio.get_running_loop()
-    # Handlers, where "ignore" would be handed on to the rank.
-    reader = await _pipe_reader(os.dup(0))
-    transport, protocol = await loop.connect_write_pipe(
-        asyncio.streams.FlowControlMixin, os.fdopen(os.dup(1), "wb", buffering=0)
-    )
-    writer = asyncio.StreamWriter(transport, protocol, reader, loop)
+    reader, writer = await pipe_reader(os.dup(0)), await PipeWriter.open(os.dup(1))
     supervisor = Supervisor(reader, writer)
+    # Handlers also for what is ignored: to be ignored would be handed on to the rank.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
         loop.add_signal_handler(number, supervisor.forward, number)
     loop.add_signal_handler(signal.SIGHUP, lambda: None)  # the end of an ssh session is not the end of the rank
     await supervisor.run()
-    writer.close()
-    with contextlib.suppress(OSError):
-        await writer.wait_closed()
+    await writer.close(FLUSH_LIMIT_S)
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """A rank that adds up until it is told to stop: ``agent_program.py DIRECTORY``; mpi4py and numpy only.
 
 Every rank appends JSON lines to ``DIRECTORY/<world rank>.jsonl`` (a spawned one to ``spawned.jsonl``). Files in the
-directory are orders: ``stop`` ends all ranks; ``spawn`` holds a command that rank 0 spawns, and all take in.
+directory are orders: ``stop`` ends all ranks; ``spawn`` holds a command that rank 0 spawns, and all take in; ``sever`` holds
+addresses of hosts that are dead.
 """
 
 import json
@@ -19,6 +20,8 @@ mpi4py.rc.finalize = False
 
 from mpi4py import MPI  # noqa: E402
 
+from chaos_mpi.mpi.sever import sever  # noqa: E402
+
 PERIOD_S = 0.02
 LIMIT_S = 60.0
 STOP, SPAWN = 1, 2
@@ -33,6 +36,7 @@ class Rank:
         name = "spawned" if parent != MPI.COMM_NULL else str(MPI.COMM_WORLD.rank)
         self.log = (directory / f"{name}.jsonl").open("a", buffering=1)
         self.sums = 0
+        self.severed = False
         if parent != MPI.COMM_NULL:
             parent.Set_errhandler(MPI.ERRORS_RETURN)
             bridge = parent.Merge(True)
@@ -49,10 +53,17 @@ class Rank:
         request = self.comm.Iallreduce(MPI.IN_PLACE, values, MPI.BOR)
         while not request.Test():
             time.sleep(0.0005)
+            self.sever()
             failed = self.comm.Get_failed()
             if failed.size:
                 raise MPI.Exception(MPI.ERR_PROC_FAILED)
         self.sums += 1
+
+    def sever(self) -> None:
+        order = self.directory / "sever"
+        if not self.severed and order.exists():
+            self.severed = True
+            self.say("severed", connections=sever(json.loads(order.read_text())))
 
     def step(self) -> bool:
         """One sum, and what was ordered; whether there is to be another one."""
