@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import resource
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
+
+_PR_SET_PDEATHSIG = 1
 
 
 def start_time(pid: int) -> int:
@@ -29,6 +33,16 @@ def kill_group(group: int, number: int) -> None:
     """Send a signal to all processes of a group; nothing happens when there is none left."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, number)
+
+
+def die_with_parent(number: int) -> Callable[[], None]:
+    """For a new child: the kernel sends it this signal when the parent dies, whatever kills that (prctl(2))."""
+    libc = ctypes.CDLL(None)
+
+    def prepare() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, number)
+
+    return prepare
 
 
 def end_like(status: int) -> NoReturn:

@@ -23,7 +23,7 @@ from typing import Any
 
 from chaos_mpi.agent.environment import carried, server_endpoint
 from chaos_mpi.agent.frames import MAGIC, Decoder, Frame, Kind, encode, encode_json
-from chaos_mpi.agent.processes import end_like, start_time
+from chaos_mpi.agent.processes import die_with_parent, end_like, start_time
 from chaos_mpi.agent.relay import Upstream
 from chaos_mpi.agent.ssh import DEFAULT_SSH, remote_command
 from chaos_mpi.errors import ChaosError, ConfigError
@@ -31,7 +31,7 @@ from chaos_mpi.errors import ChaosError, ConfigError
 log = logging.getLogger("chaos_mpi.agent")
 
 SUPERVISOR_MODULE = "chaos_mpi.agent.supervisor"
-#: How long the last word to a supervisor may take to be sent.
+#: How long the last word to a supervisor may take.
 FAREWELL_LIMIT_S = 5.0
 #: Exit status when the rank could not be started.
 EXIT_NOT_STARTED = 1
@@ -105,8 +105,9 @@ class Proxy:
         command = supervisor_command(self._placement)
         try:
             self._process = await asyncio.create_subprocess_exec(
-                *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, start_new_session=True
-            )
+                *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, start_new_session=True,
+                preexec_fn=die_with_parent(signal.SIGTERM) if self._placement.host is not None else None,
+            )  # fmt: skip
         except OSError as error:
             return self._fail(f"'{command[0]}' cannot be run: {error.strerror}")
         for number in _FORWARDED:
@@ -117,7 +118,7 @@ class Proxy:
         reading = asyncio.create_task(self._read())
         await asyncio.wait({reading, self._gone}, return_when=asyncio.FIRST_COMPLETED)
         if self._gone.done():
-            return await self._farewell()
+            return await self._farewell(reading)
         return await self._outcome(command)
 
     async def _read(self) -> None:
@@ -158,16 +159,13 @@ class Proxy:
             return -signal.SIGKILL
         return self._fail(f"'{shlex.join(command)}' ended with status {status} before the rank was started; see above")
 
-    async def _farewell(self) -> int:
-        """``mpirun`` has gone: tell the supervisor, and leave. Nobody waits for this process any more."""
-        assert self._process is not None
-        stdin = self._process.stdin
-        assert stdin is not None
-        with contextlib.suppress(OSError, TimeoutError):
-            stdin.write(encode(Frame(Kind.LAUNCHER_LOST)))
-            await asyncio.wait_for(stdin.drain(), FAREWELL_LIMIT_S)
-            stdin.close()
-            await asyncio.wait_for(stdin.wait_closed(), FAREWELL_LIMIT_S)
+    async def _farewell(self, reading: asyncio.Task[None]) -> int:
+        """``mpirun`` has gone: tell the supervisor, and leave when it has heard, which ends ssh as well.
+
+        Nobody waits for this process any more.
+        """
+        self._send(Frame(Kind.LAUNCHER_LOST))
+        await asyncio.wait({reading}, timeout=FAREWELL_LIMIT_S)
         return 0
 
     def _launcher_gone(self, descriptor: int) -> None:

@@ -52,6 +52,11 @@ class PipeWriter(asyncio.BaseProtocol):
         except TimeoutError:
             self._transport.abort()
 
+    def abandon(self) -> None:
+        """Close at once; what is kept is dropped."""
+        if self._transport is not None:
+            self._transport.abort()
+
     # -- called by asyncio ---------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import logging
 import os
 import re
@@ -23,7 +22,7 @@ from typing import Any
 from chaos_mpi.agent.environment import moved, server_endpoint, through_relay
 from chaos_mpi.agent.frames import MAGIC, Decoder, Frame, Kind, encode, encode_json
 from chaos_mpi.agent.output import Output, default_log_directory
-from chaos_mpi.agent.processes import is_running, kill_group
+from chaos_mpi.agent.processes import die_with_parent, is_running, kill_group
 from chaos_mpi.agent.relay import Relay
 from chaos_mpi.agent.streams import PipeWriter, pipe_reader
 from chaos_mpi.errors import ChaosError, EngineError
@@ -40,7 +39,6 @@ DRAIN_LIMIT_S = 2.0
 FLUSH_LIMIT_S = 10.0
 _POLL_S = 0.02
 _CHUNK_BYTES = 1 << 16
-_PR_SET_PDEATHSIG = 1
 _ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -109,7 +107,7 @@ class Supervisor:
         argv = [sys.executable if order["argv"][0] == order["python"] else order["argv"][0], *order["argv"][1:]]
         directory = order["directory"]
         if not Path(directory).is_dir():
-            raise EngineError(f"there is no directory {directory} on {socket.gethostname()}: name another with --wdir")
+            raise EngineError(f"there is no directory {directory}; name another with --wdir")
         if order["launcher"] is not None:
             self._launcher = (int(order["launcher"][0]), int(order["launcher"][1]))
         self._output = Output(self._writer, log_file(order, environ))
@@ -119,11 +117,11 @@ class Supervisor:
         try:
             self._process = await asyncio.create_subprocess_exec(
                 *argv, env=environ, cwd=directory, stdin=asyncio.subprocess.DEVNULL, stdout=theirs,
-                stderr=asyncio.subprocess.PIPE, process_group=0, preexec_fn=_die_with_supervisor,
+                stderr=asyncio.subprocess.PIPE, process_group=0, preexec_fn=die_with_parent(signal.SIGKILL),
             )  # fmt: skip
         except OSError as error:
             os.close(ours)
-            raise EngineError(f"{argv[0]} cannot be started on {socket.gethostname()}: {error.strerror}") from error
+            raise EngineError(f"{argv[0]}: {error.strerror}") from error
         finally:
             os.close(theirs)
         assert self._process.stderr is not None
@@ -174,9 +172,17 @@ class Supervisor:
         return False
 
     def _go_on_alone(self) -> None:
+        """Let go of the way to the proxy, which waits for that. Output goes to the file from here on."""
+        if self._lost:
+            return
         self._lost = True
         if self._output is not None:
             self._output.lost = True
+        self._writer.abandon()
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for descriptor in (0, 1, 2):
+            os.dup2(nowhere, descriptor)
+        os.close(nowhere)
 
     async def _finish_output(self) -> None:
         _, left = await asyncio.wait(self._pumps, timeout=DRAIN_LIMIT_S)
@@ -198,11 +204,6 @@ def log_file(order: dict[str, Any], environ: dict[str, str]) -> Path:
     directory = Path(order["log_directory"]) if order["log_directory"] else default_log_directory()
     job = re.sub(r"[^A-Za-z0-9.-]+", "-", environ.get("PMIX_NAMESPACE", "job"))
     return directory / job / f"rank-{environ.get('PMIX_RANK', '0')}.log"
-
-
-def _die_with_supervisor() -> None:
-    """In the new process: have the kernel kill it when the supervisor dies (prctl(2))."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 async def _main() -> None:

@@ -1,8 +1,8 @@
 """A rank that adds up until it is told to stop: ``agent_program.py DIRECTORY``; mpi4py and numpy only.
 
 Every rank appends JSON lines to ``DIRECTORY/<world rank>.jsonl`` (a spawned one to ``spawned.jsonl``). Files in the
-directory are orders: ``stop`` ends all ranks; ``spawn`` holds a command that rank 0 spawns, and all take in; ``sever`` holds
-addresses of hosts that are dead.
+directory are orders: ``stop`` ends all ranks; ``spawn`` holds a command that rank 0 spawns, and all take in;
+``sever`` holds addresses of hosts that are dead.
 """
 
 import json

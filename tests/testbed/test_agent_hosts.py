@@ -68,7 +68,12 @@ class Job:
 
     def proxy(self, *where: str) -> list[str]:
         argv = [sys.executable, "-P", "-m", "chaos_mpi.agent.proxy", *where, "--remote-python", self._python]
-        argv += ["--ssh-command", shlex.join(self._ssh.command), "--log-dir", str(self.logs)]
+        argv += [
+            "--ssh-command",
+            shlex.join([*self._ssh.command, "-oServerAliveInterval=1", "-oServerAliveCountMax=3"]),
+            "--log-dir",
+            str(self.logs),
+        ]
         return [*argv, "--", sys.executable, PROGRAM, str(self.directory)]
 
     def events(self, rank: int | str, event: str) -> list[dict[str, object]]:
