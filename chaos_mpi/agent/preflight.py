@@ -103,7 +103,7 @@ def _run(command: Sequence[str], source: str, limit_s: float) -> Answer:
             command, input=source, capture_output=True, text=True, errors="replace", timeout=limit_s, check=False
         )
     except subprocess.TimeoutExpired:
-        return Answer(None, error=f"no answer within {limit_s:.0f} s")
+        return Answer(None, error=f"no answer within {limit_s:g} s")
     except OSError as error:
         return Answer(None, error=f"'{command[0]}' cannot be run: {error.strerror}")
     return Answer(done.returncode, done.stdout, done.stderr)
