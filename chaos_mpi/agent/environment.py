@@ -14,6 +14,9 @@ CARRIED_NAMES = frozenset({"OMP_NUM_THREADS"})
 #: Directories of the launch host. Where MPI needs one on the rank's host, it makes its own.
 LEFT_BEHIND = frozenset({"PMIX_SERVER_TMPDIR", "PMIX_SYSTEM_TMPDIR", "OMPI_FILE_LOCATION", "PRTE_MCA_prte_tmpdir_base"})
 
+#: The directory that ``mpirun`` makes for the time that it runs.
+SESSION_DIRECTORY = "PMIX_SERVER_TMPDIR"
+
 #: For a job over several hosts, in ``mpirun``'s own environment. PMIx hands data out in shared memory otherwise, and
 #: ``mpirun`` crashes on the next spawn when only its clients are told not to.
 LAUNCHER_SETTINGS = {"PMIX_MCA_gds": "hash"}

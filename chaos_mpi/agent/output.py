@@ -20,11 +20,15 @@ class Output:
     Args:
         launcher: stream to the proxy.
         log_file: takes what the proxy does not; made when first needed.
+        stall_s: how long a proxy that takes nothing is waited for.
+
+    Attributes:
+        lost: to be set when the launcher has gone.
     """
 
-    def __init__(self, launcher: PipeWriter, log_file: Path) -> None:
+    def __init__(self, launcher: PipeWriter, log_file: Path, stall_s: float = STALL_S) -> None:
         self._launcher = launcher
-        self._log_file = log_file
+        self._log_file, self._stall_s = log_file, stall_s
         self._descriptor: int | None = None
         self._stalled = False
         self.lost = False
@@ -37,7 +41,7 @@ class Output:
                 continue
             self._launcher.write(encode(Frame(kind, data)))
             try:
-                await asyncio.wait_for(self._launcher.drain(), STALL_S)
+                await asyncio.wait_for(self._launcher.drain(), self._stall_s)
             except TimeoutError:
                 self._stalled = True
 

@@ -45,6 +45,11 @@ def die_with_parent(number: int) -> Callable[[], None]:
     return prepare
 
 
+def live_without_parent() -> None:
+    """Undo :func:`die_with_parent`, in the process that was started so."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0)
+
+
 def end_like(status: int) -> NoReturn:
     """End this process as another one has ended.
 

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from chaos_mpi.agent.environment import carried, server_endpoint
+from chaos_mpi.agent.environment import SESSION_DIRECTORY, carried, server_endpoint
 from chaos_mpi.agent.frames import MAGIC, Decoder, Frame, Kind, encode, encode_json
 from chaos_mpi.agent.processes import die_with_parent, end_like, start_time
 from chaos_mpi.agent.relay import Upstream
@@ -164,7 +164,11 @@ class Proxy:
 
         Nobody waits for this process any more.
         """
-        self._send(Frame(Kind.LAUNCHER_LOST))
+        if ended_in_good_order(self._environ):
+            # So ends a job with fault tolerance that a rank aborts: the ranks are not told, but lose their server.
+            self._forward(signal.SIGKILL)
+        else:
+            self._send(Frame(Kind.LAUNCHER_LOST))
         await asyncio.wait({reading}, timeout=FAREWELL_LIMIT_S)
         return 0
 
@@ -196,6 +200,16 @@ def supervisor_command(placement: Placement) -> list[str]:
     """The command that runs a supervisor where the rank is to be."""
     argv = [placement.python, "-P", "-m", SUPERVISOR_MODULE]
     return argv if placement.host is None else remote_command(placement.ssh, placement.host, argv)
+
+
+def ended_in_good_order(environ: Mapping[str, str]) -> bool:
+    """Whether ``mpirun``, which has ended, ended on purpose: it has removed its directory then.
+
+    Args:
+        environ: what it gave its ranks.
+    """
+    directory = environ.get(SESSION_DIRECTORY)
+    return directory is not None and not os.path.exists(directory)
 
 
 def placement_of(options: argparse.Namespace, environ: Mapping[str, str]) -> Placement:

@@ -50,11 +50,11 @@ class PipeWriter(asyncio.BaseProtocol):
         try:
             await asyncio.wait_for(self._over.wait(), limit_s)
         except TimeoutError:
-            self._transport.abort()
+            self.abandon()
 
     def abandon(self) -> None:
         """Close at once; what is kept is dropped."""
-        if self._transport is not None:
+        if self._transport is not None and not self._over.is_set():
             self._transport.abort()
 
     # -- called by asyncio ---------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from typing import Any
 from chaos_mpi.agent.environment import moved, server_endpoint, through_relay
 from chaos_mpi.agent.frames import MAGIC, Decoder, Frame, Kind, encode, encode_json
 from chaos_mpi.agent.output import Output, default_log_directory
-from chaos_mpi.agent.processes import die_with_parent, is_running, kill_group
+from chaos_mpi.agent.processes import die_with_parent, is_running, kill_group, live_without_parent
 from chaos_mpi.agent.relay import Relay
 from chaos_mpi.agent.streams import PipeWriter, pipe_reader
 from chaos_mpi.errors import ChaosError, EngineError
@@ -220,6 +220,7 @@ async def _main() -> None:
 
 def main() -> None:
     """Run one rank, as ordered on standard input."""
+    live_without_parent()  # where ssh is a program that becomes this one
     logging.basicConfig(format=f"chaos_mpi on {socket.gethostname()}: %(message)s")
     asyncio.run(_main())
 

@@ -1,8 +1,8 @@
 """A rank that adds up until it is told to stop: ``agent_program.py DIRECTORY``; mpi4py and numpy only.
 
 Every rank appends JSON lines to ``DIRECTORY/<world rank>.jsonl`` (a spawned one to ``spawned.jsonl``). Files in the
-directory are orders: ``stop`` ends all ranks; ``spawn`` holds a command that rank 0 spawns, and all take in;
-``sever`` holds addresses of hosts that are dead.
+directory are orders: ``stop`` ends all ranks, ``abort`` by an abort of rank 0; ``spawn`` holds a command that rank 0
+spawns, and all take in; ``sever`` holds addresses of hosts that are dead.
 """
 
 import json
@@ -25,6 +25,7 @@ from chaos_mpi.mpi.sever import sever  # noqa: E402
 PERIOD_S = 0.02
 LIMIT_S = 60.0
 STOP, SPAWN = 1, 2
+ABORT_STATUS = 5
 
 
 class Rank:
@@ -54,6 +55,8 @@ class Rank:
         while not request.Test():
             time.sleep(0.0005)
             self.sever()
+            if self.comm.rank == 0 and (self.directory / "abort").exists():
+                self.comm.Abort(ABORT_STATUS)
             failed = self.comm.Get_failed()
             if failed.size:
                 raise MPI.Exception(MPI.ERR_PROC_FAILED)

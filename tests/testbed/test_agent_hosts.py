@@ -147,6 +147,15 @@ def sever(job: Job, address: str) -> None:
     give(job, "sever", [address])
 
 
+def ranks_in(bed: TestBed, host: str) -> list[bytes]:
+    """Command lines of ranks and supervisors in a host."""
+    found = []
+    for pid in bed.pids(host):
+        with contextlib.suppress(OSError):
+            found.append(Path(f"/proc/{pid}/cmdline").read_bytes())
+    return [line for line in found if b"agent_program" in line or b"supervisor" in line]
+
+
 def test_ranks_on_hosts_have_what_they_need_and_nothing_else(start: Callable[..., Job], ssh_bed: Bed) -> None:
     job = start("edge1", "edge2")
     for rank, host in ((0, "edge1"), (1, "edge2")):
@@ -189,6 +198,22 @@ def test_a_killed_rank(start: Callable[..., Job]) -> None:
     job.wait_for_sums(0)
     job.stop()
     job.mpirun.wait(20)
+
+
+@pytest.mark.parametrize("how", ["abort", "SIGINT", "SIGTERM"])
+def test_a_job_that_is_ended_leaves_nothing(start: Callable[..., Job], ssh_bed: Bed, how: str) -> None:
+    bed, _ = ssh_bed
+    job = start("edge1", "edge2", "")
+    job.wait_for_sums(0)
+    here = pid_in(job, 2)
+    if how == "abort":
+        give(job, "abort", None)
+    else:
+        job.mpirun.send_signal(signal.Signals[how])
+    assert job.mpirun.wait(20) != 0
+    wait_for("the end of all ranks", lambda: ranks_in(bed, "edge1") + ranks_in(bed, "edge2") == [])
+    wait_for("the end of the rank here", lambda: not Path(f"/proc/{here}").exists())
+    assert not job.logs.exists()
 
 
 def test_a_spawned_rank_on_another_host(start: Callable[..., Job]) -> None:
