@@ -19,11 +19,13 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from chaos_mpi.agent.environment import SESSION_DIRECTORY, carried, server_endpoint
 from chaos_mpi.agent.frames import MAGIC, Decoder, Frame, Kind, encode, encode_json
 from chaos_mpi.agent.processes import die_with_parent, end_like, start_time
+from chaos_mpi.agent.registry import register
 from chaos_mpi.agent.relay import Upstream
 from chaos_mpi.agent.ssh import DEFAULT_SSH, remote_command
 from chaos_mpi.errors import ChaosError, ConfigError
@@ -248,6 +250,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--wdir", default="", help="working directory of the rank (default: this one)")
     made.add_argument("--export", action="append", default=[], metavar="NAME", help="variable to take along")
     made.add_argument("--log-dir", help="for output once mpirun is gone")
+    made.add_argument("--register", type=Path, metavar="DIRECTORY", help="where the job notes down its proxies")
     made.add_argument("argv", nargs="+", metavar="COMMAND")
     return made
 
@@ -269,7 +272,11 @@ def main() -> None:
     logging.basicConfig(format="chaos_mpi: %(message)s")
     options = parser().parse_args()
     try:
-        status = asyncio.run(Proxy(placement_of(options, os.environ), options.argv, os.environ).run())
+        placement = placement_of(options, os.environ)
+        if options.register is not None:
+            job, rank = os.environ.get("PMIX_NAMESPACE", ""), int(os.environ.get("PMIX_RANK", "0"))
+            register(options.register, placement.host or "", job, rank)
+        status = asyncio.run(Proxy(placement, options.argv, os.environ).run())
     except ChaosError as error:
         log.error("%s", error)
         status = EXIT_NOT_STARTED

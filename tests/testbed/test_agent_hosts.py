@@ -20,6 +20,7 @@ import pytest
 
 from chaos_mpi.agent.environment import LAUNCHER_SETTINGS, network_settings
 from chaos_mpi.agent.preflight import ask, ask_here, judge
+from chaos_mpi.agent.registry import fence, registered
 from launch.testbed.sshd import SshServers
 from launch.testbed.testbed import TestBed
 
@@ -52,7 +53,8 @@ class Job:
     def __init__(self, bed: TestBed, ssh: SshServers, hosts: list[str], python: str, tmp_path: Path) -> None:
         self.directory = tmp_path / "job"
         self.directory.mkdir()
-        self.logs = tmp_path / "logs"
+        self.logs, self.proxies = tmp_path / "logs", tmp_path / "proxies"
+        self.proxies.mkdir()
         self._ssh, self._python = ssh, python
         self._output = (tmp_path / "output").open("w+")
         command = [str(Path(sys.executable).with_name("mpirun")), "--with-ft", "ulfm", "-n", str(len(hosts))]
@@ -74,6 +76,7 @@ class Job:
             "--log-dir",
             str(self.logs),
         ]
+        argv += ["--register", str(self.proxies)]
         return [*argv, "--", sys.executable, PROGRAM, str(self.directory)]
 
     def events(self, rank: int | str, event: str) -> list[dict[str, object]]:
@@ -264,6 +267,29 @@ def test_the_host_of_a_spawned_rank_vanishes(start: Callable[..., Job], ssh_bed:
     for rank in (0, 1):
         assert job.wait_for_event(rank, "shrunk")["size"] == 2
     job.wait_for_sums(0)
+
+
+@pytest.mark.parametrize("launcher", [True, False])
+def test_a_host_that_only_paused_and_was_given_up_harms_nobody(
+    start: Callable[..., Job], ssh_bed: Bed, launcher: bool
+) -> None:
+    bed, _ = ssh_bed
+    job = start("edge1", "edge2", "edge3")
+    job.wait_for_sums(0)
+    if not launcher:
+        job.mpirun.kill()
+        wait_for("the end of the proxies", lambda: not list(registered(job.proxies)))
+    paused = pid_in(job, 2)
+    os.kill(paused, signal.SIGSTOP)
+    assert fence(job.proxies, "edge3") == launcher
+    sever(job, bed.address("edge3"))
+    for rank in (0, 1):
+        assert job.wait_for_event(rank, "shrunk")["size"] == 2
+    os.kill(paused, signal.SIGCONT)
+    job.wait_for_event(2, "failure")
+    for rank in (0, 1):
+        job.wait_for_sums(rank, 100)
+        assert len(job.events(rank, "failure")) == 1
 
 
 def test_hosts_are_checked(ssh_bed: Bed, remote_python: str, tmp_path: Path, launcher_directory: Path) -> None:

@@ -1,0 +1,86 @@
+"""Which proxies a job has on its launch host, and for which hosts; so that a host can be fenced off.
+
+A host that was given up may only have paused. When its ranks wake, they find their connections with all others
+severed, and report those as dead; through ``mpirun`` that report reaches the living, which Open MPI then aborts. So the
+proxies of a host are killed *before* the connections with it are severed: what its ranks say after that reaches nobody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from chaos_mpi.agent.processes import is_running, start_time
+
+
+class Registered(NamedTuple):
+    """A proxy.
+
+    Attributes:
+        host: where its rank is, as ssh knows it; empty for the launch host.
+        job: the PMIx namespace of its rank; every spawn makes a new one.
+        rank: number of its rank in that.
+        pid: its process id.
+        started: when it was started, which tells it from a later process with the same number.
+    """
+
+    host: str
+    job: str
+    rank: int
+    pid: int
+    started: int
+
+
+def register(directory: Path, host: str, job: str, rank: int) -> None:
+    """Enter this process. Does nothing when the directory is not there: the job is then not watched by anyone.
+
+    Args:
+        directory: of the job, on this host.
+        host: where the rank is.
+        job: its PMIx namespace.
+        rank: its number in that.
+    """
+    pid = os.getpid()
+    entry = Registered(host, job, rank, pid, start_time(pid))
+    new = directory / f"{_name(pid)}.new"
+    try:
+        new.write_text(json.dumps(entry))
+        new.rename(directory / _name(pid))
+    except OSError:
+        with contextlib.suppress(OSError):
+            new.unlink()
+
+
+def registered(directory: Path) -> Iterator[Registered]:
+    """All proxies of a job that run."""
+    for path in sorted(directory.glob(_name("*"))):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            entry = Registered(*json.loads(path.read_text()))
+            if is_running(entry.pid, entry.started):
+                yield entry
+
+
+def fence(directory: Path, host: str) -> int:
+    """Cut the ranks of a host off from ``mpirun``, for which they are dead from here on.
+
+    Args:
+        directory: of the job, on this host.
+        host: name of the host, as ssh knows it.
+
+    Returns:
+        How many ranks it had.
+    """
+    doomed = [entry for entry in registered(directory) if entry.host == host]
+    for entry in doomed:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(entry.pid, signal.SIGKILL)
+    return len(doomed)
+
+
+def _name(pid: int | str) -> str:
+    return f"proxy-{pid}.json"
