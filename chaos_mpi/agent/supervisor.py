@@ -21,6 +21,7 @@ from typing import Any
 
 from chaos_mpi.agent.environment import moved, server_endpoint, through_relay
 from chaos_mpi.agent.frames import MAGIC, Decoder, Frame, Kind, encode, encode_json
+from chaos_mpi.agent.launcher import LauncherPipe
 from chaos_mpi.agent.output import Output, default_log_directory
 from chaos_mpi.agent.processes import die_with_parent, is_running, kill_group, live_without_parent
 from chaos_mpi.agent.relay import Relay
@@ -59,6 +60,7 @@ class Supervisor:
         self._output: Output | None = None
         self._launcher: tuple[int, int] | None = None
         self._told_to_end = False
+        self._launcher_pipe = LauncherPipe()
         self._lost = False
 
     async def run(self) -> None:
@@ -102,6 +104,7 @@ class Supervisor:
 
     async def _start(self, order: dict[str, Any]) -> None:
         environ = {**os.environ, **moved(order["environ"], order["prefix"], sys.prefix)}
+        environ |= self._launcher_pipe.variables()
         if server_endpoint(environ) is not None:
             environ = through_relay(environ, await self._relay.listen())
         argv = [sys.executable if order["argv"][0] == order["python"] else order["argv"][0], *order["argv"][1:]]
@@ -117,13 +120,15 @@ class Supervisor:
         try:
             self._process = await asyncio.create_subprocess_exec(
                 *argv, env=environ, cwd=directory, stdin=asyncio.subprocess.DEVNULL, stdout=theirs,
-                stderr=asyncio.subprocess.PIPE, process_group=0, preexec_fn=die_with_parent(signal.SIGKILL),
+                stderr=asyncio.subprocess.PIPE, process_group=0,
+                pass_fds=[self._launcher_pipe.descriptor], preexec_fn=die_with_parent(signal.SIGKILL),
             )  # fmt: skip
         except OSError as error:
             os.close(ours)
             raise EngineError(f"{argv[0]}: {error.strerror}") from error
         finally:
             os.close(theirs)
+            self._launcher_pipe.passed_on()
         assert self._process.stderr is not None
         stdout = await pipe_reader(ours)
         self._pumps = [
@@ -176,6 +181,7 @@ class Supervisor:
         if self._lost:
             return
         self._lost = True
+        self._launcher_pipe.close()
         if self._output is not None:
             self._output.lost = True
         self._writer.abandon()

@@ -20,6 +20,7 @@ mpi4py.rc.finalize = False
 
 from mpi4py import MPI  # noqa: E402
 
+from chaos_mpi.agent.launcher import is_lost  # noqa: E402
 from chaos_mpi.mpi.sever import sever  # noqa: E402
 
 PERIOD_S = 0.02
@@ -47,7 +48,14 @@ class Rank:
         self.comm.Set_errhandler(MPI.ERRORS_RETURN)
 
     def say(self, event: str, **found: object) -> None:
-        line = {"event": event, "t": time.time(), "size": self.comm.size, "sums": self.sums, **found}
+        line = {
+            "event": event,
+            "t": time.time(),
+            "size": self.comm.size,
+            "sums": self.sums,
+            "launcher_lost": is_lost(),
+            **found,
+        }
         self.log.write(json.dumps(line) + "\n")
 
     def add_up(self, values: np.ndarray) -> None:

@@ -185,6 +185,8 @@ def test_the_loss_of_mpirun_and_then_of_a_rank(start: Callable[..., Job]) -> Non
     job.wait_for_sums(2)
     job.mpirun.kill()
     job.wait_for_sums(2, 50)
+    lost = [line["launcher_lost"] for line in job.events(2, "sums")]
+    assert (lost[0], lost[-1]) == (False, True)
     os.kill(pid_in(job, 2), signal.SIGKILL)
     for rank in (0, 1):
         assert job.wait_for_event(rank, "shrunk")["size"] == 2
