@@ -6,11 +6,9 @@ Every host has its own network, name, shared memory and temporary directory of M
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,24 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from chaos_mpi.agent.environment import LAUNCHER_SETTINGS, network_settings
 from chaos_mpi.agent.preflight import ask, ask_here, judge
 from chaos_mpi.agent.registry import fence, registered
 from launch.testbed.sshd import SshServers
 from launch.testbed.testbed import TestBed
-
-ROOT = Path(__file__).parents[2]
-PROGRAM = str(ROOT / "tests" / "faults" / "agent_program.py")
-LIMIT_S = 60.0
+from tests.faults.agent_jobs import ROOT, Job, give, pid_in, wait_for
 
 Bed = tuple[TestBed, SshServers]
-
-
-def wait_for(what: str, condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + LIMIT_S
-    while not condition():
-        assert time.monotonic() < deadline, f"waited for {what}"
-        time.sleep(0.05)
 
 
 @pytest.fixture
@@ -47,98 +34,19 @@ def remote_python(tmp_path: Path) -> str:
     return str(script)
 
 
-class Job:
-    """``mpirun`` in the launcher's namespace with a rank on each of some hosts."""
-
-    def __init__(self, bed: TestBed, ssh: SshServers, hosts: list[str], python: str, tmp_path: Path) -> None:
-        self.directory = tmp_path / "job"
-        self.directory.mkdir()
-        self.logs, self.proxies = tmp_path / "logs", tmp_path / "proxies"
-        self.proxies.mkdir()
-        self._ssh, self._python = ssh, python
-        self._output = (tmp_path / "output").open("w+")
-        command = [str(Path(sys.executable).with_name("mpirun")), "--with-ft", "ulfm", "-n", str(len(hosts))]
-        command += ["--oversubscribe", "--bind-to", "none", "--allow-run-as-root"]
-        settings = network_settings(bed.subnet) | {"pml": "ob1", "coll": "^han,hcoll,portals4,cuda"}
-        for name, value in settings.items():
-            command += ["--mca", name, value]
-        environ = os.environ | LAUNCHER_SETTINGS | {"PYTHONPATH": str(ROOT), "SECRET": "x", "CHAOS_TEST": "y"}
-        environ["PRTE_MCA_prte_tmpdir_base"] = str(tmp_path / "launcher")
-        self.mpirun = subprocess.Popen(
-            [*command, *self.proxy("--hosts", ",".join(hosts))], env=environ, stdout=self._output, stderr=self._output
-        )
-
-    def proxy(self, *where: str) -> list[str]:
-        argv = [sys.executable, "-P", "-m", "chaos_mpi.agent.proxy", *where, "--remote-python", self._python]
-        argv += [
-            "--ssh-command",
-            shlex.join([*self._ssh.command, "-oServerAliveInterval=1", "-oServerAliveCountMax=3"]),
-            "--log-dir",
-            str(self.logs),
-        ]
-        argv += ["--register", str(self.proxies)]
-        return [*argv, "--", sys.executable, PROGRAM, str(self.directory)]
-
-    def events(self, rank: int | str, event: str) -> list[dict[str, object]]:
-        path = self.directory / f"{rank}.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [line for line in map(json.loads, lines) if line["event"] == event]
-
-    def up(self, rank: int | str) -> dict[str, object]:
-        wait_for(f"rank {rank}; output: {self.output()}", lambda: self.events(rank, "up"))
-        return self.events(rank, "up")[0]
-
-    def wait_for_sums(self, rank: int | str, more: int = 20) -> None:
-        """Wait until a rank has done so many more sums."""
-        before = self._sums(rank)
-        wait_for(f"sums of rank {rank}", lambda: self._sums(rank) >= before + more)
-
-    def wait_for_event(self, rank: int | str, event: str) -> dict[str, object]:
-        wait_for(f"{event} of rank {rank}", lambda: self.events(rank, event))
-        return self.events(rank, event)[-1]
-
-    def stop(self) -> None:
-        (self.directory / "stop").touch()
-
-    def output(self) -> str:
-        self._output.flush()
-        return Path(self._output.name).read_text()
-
-    def _sums(self, rank: int | str) -> int:
-        found = self.events(rank, "sums")
-        return int(str(found[-1]["sums"])) if found else 0
-
-    def close(self) -> None:
-        self.stop()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.mpirun.wait(10)
-        self.mpirun.kill()
-        self.mpirun.wait()
-        self._output.close()
-
-
 @pytest.fixture
 def start(ssh_bed: Bed, remote_python: str, tmp_path: Path) -> Iterator[Callable[..., Job]]:
+    bed, ssh = ssh_bed
+    command = shlex.join([*ssh.command, "-oServerAliveInterval=1", "-oServerAliveCountMax=3"])
+    way = ["--remote-python", remote_python, "--ssh-command", command]
     with contextlib.ExitStack() as stack:
 
         def make(*hosts: str) -> Job:
-            job = Job(*ssh_bed, list(hosts), remote_python, tmp_path)
+            job = Job(tmp_path, len(hosts), bed.subnet, ["--hosts", ",".join(hosts)], way)
             stack.callback(job.close)
             return job
 
         yield make
-
-
-def pid_in(job: Job, rank: int | str) -> int:
-    """Process id of a rank; hosts of a bed share the numbers."""
-    return int(str(job.up(rank)["pid"]))
-
-
-def give(job: Job, order: str, content: object) -> None:
-    """Put an order where the ranks see it, at once and whole."""
-    new = job.directory / "new"
-    new.write_text(json.dumps(content))
-    new.rename(job.directory / order)
 
 
 def spawn(job: Job, host: str) -> None:
