@@ -125,6 +125,12 @@ def read_traces(folder: Path) -> dict[str, Trace]:
     return traces
 
 
+def as_trained(problem: Problem, folder: Path) -> Problem:
+    """A problem that was to go on until it was told to stop, with the epochs that it came to."""
+    batches = [batch for trace in read_traces(folder).values() for batch in trace.batches.values()]
+    return dataclasses.replace(problem, epochs=1 + max(batch["epoch"] for batch in batches))
+
+
 def check_exactly_once(problem: Problem, steps: Mapping[int, Sequence[str]], traces: Mapping[str, Trace]) -> None:
     """Assert that the finished steps of each epoch hold each sample of the dataset exactly once."""
     seen: dict[int, Counter[int]] = {epoch: Counter() for epoch in range(problem.epochs)}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 from checks import check_history
 from churn import JOIN_TIMEOUT_S, LEAST, MOST, Churn
 from jobs import Finished, start_training
-from problem import Problem, read_traces
+from problem import Problem, as_trained, read_traces
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
@@ -50,8 +49,7 @@ def check_churn(job: Finished, churn: Churn) -> None:
     traces = read_traces(job.folder)
     last_step = max(max(trace.steps, default=0) for trace in traces.values())
     final = {member for member, trace in traces.items() if last_step in trace.steps}
-    epochs = 1 + max(batch["epoch"] for member in final for batch in traces[member].batches.values())
-    steps = check_history(job, dataclasses.replace(PROBLEM, epochs=epochs), final)
+    steps = check_history(job, as_trained(PROBLEM, job.folder), final)
     assert LEAST <= len(final) <= MOST
     assert set(steps[last_step]) <= final
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 from fault_points import Rule
 from jobs import start_training
-from problem import Problem, read_traces
+from problem import Problem, as_trained
 from test_membership_changes import FIRST, SECOND, check_changes, rule
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(150, method="signal")]
@@ -49,8 +48,6 @@ def test_a_newcomer(case: str, tmp_path: Path) -> None:
         job.wait_until(trains, "another newcomer trains")
         (tmp_path / "stop").touch()
         finished = job.finish()
-        batches = [batch for trace in read_traces(tmp_path).values() for batch in trace.batches.values()]
-        trained = dataclasses.replace(ENDLESS, epochs=1 + max(batch["epoch"] for batch in batches))
-        check_changes(finished, trained, dead={lost}, joined=joined)
+        check_changes(finished, as_trained(ENDLESS, tmp_path), dead={lost}, joined=joined)
     failures = [event for event in finished.events("failure_detected") if event["failed"]]
     assert not failures, "no member has failed"
