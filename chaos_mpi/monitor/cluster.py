@@ -1,0 +1,140 @@
+"""Which nodes make up the cluster, and when some of them may go on without the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+#: What happens when the last view falls apart into two halves of equal size.
+EVEN_SPLITS = ("lowest", "none")
+
+
+class Node(NamedTuple):
+    """One life of one machine in the job. Ordered by name, then by incarnation.
+
+    A node whose agent lost its memory (crash, reboot), or that was removed, comes back with a higher incarnation only:
+    what it has promised in its former life it cannot keep.
+    """
+
+    name: str
+    incarnation: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.name}#{self.incarnation}" if self.incarnation else self.name
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterView:
+    """The nodes that take part, as a quorum of the view before has agreed on them.
+
+    Attributes:
+        epoch: 0 for the view a job starts with, one more for each that was agreed on.
+        members: in order; never two incarnations of a name.
+        removed: for every name that is no member any more, its last incarnation, in order. It never comes back.
+    """
+
+    epoch: int
+    members: tuple[Node, ...]
+    removed: tuple[Node, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.members:
+            raise ValueError("a cluster needs at least one node")
+        if len({node.name for node in self.members}) != len(self.members):
+            raise ValueError(f"a machine appears twice in {', '.join(map(str, self.members))}")
+        object.__setattr__(self, "members", tuple(sorted(self.members)))
+
+    def next(self, members: Iterable[Node]) -> ClusterView:
+        """The view that follows with these members."""
+        kept = tuple(sorted(members))
+        names = {node.name for node in kept}
+        last = {node.name: node for node in (*self.removed, *self.members)}
+        return ClusterView(self.epoch + 1, kept, tuple(sorted(n for name, n in last.items() if name not in names)))
+
+    def admits(self, node: Node) -> bool:
+        """Whether this may become a member: no life of that machine is one, and it is a new life."""
+        return all(node.name != member.name for member in self.members) and all(
+            node.name != gone.name or node.incarnation > gone.incarnation for gone in self.removed
+        )
+
+    def is_quorum(self, nodes: Iterable[Node], even_split: str = "lowest") -> bool:
+        """Whether these may decide what follows this view. Any two quorums of a view have a member in common.
+
+        Args:
+            nodes: those who agree; others than members do not count.
+            even_split: ``lowest``: exactly half of the members is enough if the lowest of them is among these;
+                ``none``: it takes more than half. The same on all nodes.
+        """
+        agreeing = set(nodes).intersection(self.members)
+        if 2 * len(agreeing) == len(self.members):
+            return even_split == "lowest" and self.members[0] in agreeing
+        return 2 * len(agreeing) > len(self.members)
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON-able dict."""
+        return {
+            "epoch": self.epoch,
+            "members": [list(n) for n in self.members],
+            "removed": [list(n) for n in self.removed],
+        }
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        """The reverse of :meth:`to_json`."""
+        members, removed = (tuple(Node(*pair) for pair in fields[name]) for name in ("members", "removed"))
+        return cls(fields["epoch"], members, removed)
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """The settings of detection and decision; the same on all nodes.
+
+    Attributes:
+        limit_s: a node that nobody has heard for so long is dead. To be several times the round-trip time.
+        period_s: time between two heartbeats; None for a fifth of the limit.
+        heal_s: how long a cut link may stay cut (a detour may heal it) before one end is removed.
+        give_up_s: a node that is cut off from the quorum for so long stops.
+        drift: by how much, relatively, the clocks of two nodes may differ in speed.
+        even_split: see :meth:`ClusterView.is_quorum`.
+    """
+
+    limit_s: float = 0.5
+    period_s: float | None = None
+    heal_s: float = 3.0
+    give_up_s: float = 10.0
+    drift: float = 0.1
+    even_split: str = "lowest"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.limit_s < float("inf"):
+            raise ValueError(f"limit_s is {self.limit_s}; it must be a positive number of seconds")
+        if self.period_s is not None and not 0 < self.period_s <= self.limit_s / 3:
+            raise ValueError(
+                f"period_s is {self.period_s}; it must be positive and at most a third of limit_s ({self.limit_s}), "
+                "or one late heartbeat would count as a death"
+            )
+        if self.heal_s < 0 or self.give_up_s < self.limit_s:
+            raise ValueError(
+                f"heal_s is {self.heal_s} and give_up_s is {self.give_up_s}; the first cannot be negative, and the "
+                f"second must be at least limit_s ({self.limit_s})"
+            )
+        if not 0 <= self.drift < 0.5:
+            raise ValueError(f"drift is {self.drift}; it must be from 0 to below 0.5")
+        if self.even_split not in EVEN_SPLITS:
+            raise ValueError(f"even_split is {self.even_split!r}; choose one of {', '.join(EVEN_SPLITS)}")
+
+    @property
+    def beat_s(self) -> float:
+        """Time between two heartbeats."""
+        return self.limit_s / 5 if self.period_s is None else self.period_s
+
+    @property
+    def late_s(self) -> float:
+        """A node that was not heard for so long is reported as late."""
+        return 2 * self.beat_s
+
+    @property
+    def licence_s(self) -> float:
+        """How long a heartbeat that a quorum has heard entitles to act, counted from when it was sent."""
+        return self.limit_s * (1 - self.drift)
