@@ -6,7 +6,7 @@ When somebody is dead, cut off, or new, the lowest node that is alive proposes t
 view changes of Viewstamped Replication (Oki and Liskov, PODC 1988). Acting needs a licence
 (:mod:`chaos_mpi.monitor.licence`).
 
-**Never two sides.** Claim: a node that has a licence is a member of every view that has been agreed on since its own. So
+**Never two sides.** Claim: a node that has a licence is a member of every view that was agreed on since its own. So
 any two nodes with a licence are both members of the newest view: there is one side. Delay, loss and reordering of
 messages, and pauses of any length, change nothing about it. Two assumptions are made. The clocks of two nodes run
 equally fast within ``Timing.drift``, and go on while a node is paused (CLOCK_MONOTONIC does not while a machine is
@@ -15,7 +15,7 @@ suspended; CLOCK_BOOTTIME does). And no node forgets: an agent that starts again
 1. For each epoch at most one view is chosen (Paxos; any two quorums of a view have a member in common), so the views
    form one chain.
 2. Let X have a licence in view e at time t: a quorum S of e has echoed stamps of X from after t - licence. Let the
-   view of e + 1, without X, be chosen by the votes of a quorum Q, the last of them at time v. Some m is in both. If m is
+   view of e + 1, without X, be chosen by the votes of a quorum Q, the last one at time v. Some m is in both. If m is
    X, it has voted for its own removal, which ends its licence. Else m got the stamp after it was sent, and before its
    own vote, because who has voted promises nothing more in e. From then on it promised not to vote against X for
    limit. The licence is shorter than limit, and counts from the sending, so it ended before v. And as no m can renew

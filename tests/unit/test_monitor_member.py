@@ -209,7 +209,7 @@ def test_a_node_must_be_a_member_of_its_view() -> None:
 
 
 class AnyTrouble(RuleBasedStateMachine):
-    """Loss, delay, reordering, cuts, pauses, crashes and joins in any order; the network checks safety at every event."""
+    """Loss, delay, reordering, cuts, pauses, crashes, joins in any order; the network checks safety at every event."""
 
     @initialize(count=st.integers(2, 6), seed=st.integers(0, 2**16), even_split=st.sampled_from(["lowest", "none"]))
     def start(self, count: int, seed: int, even_split: str) -> None:
