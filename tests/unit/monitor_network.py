@@ -9,7 +9,7 @@ import random
 from chaos_mpi.monitor.ballots import NO_BALLOT
 from chaos_mpi.monitor.cluster import ClusterView, Node, Timing
 from chaos_mpi.monitor.member import Member, State
-from chaos_mpi.monitor.messages import Ballot, Decided, JoinRequest, Message, Sent, from_json, to_json
+from chaos_mpi.monitor.messages import Ballot, Decided, JoinRequest, Message, Sent
 
 START_S = 1000.0
 
@@ -186,10 +186,3 @@ class Network:
                 held = self.members[other].view.epoch
                 for epoch in range(held + 1, newest.epoch + 1):
                     assert other in self.chosen[epoch].members, f"{other} acts in {held}, but is out in epoch {epoch}"
-
-
-def through_json(message: Message) -> Message:
-    """A message after a way over a wire that carries JSON."""
-    import json
-
-    return from_json(json.loads(json.dumps(to_json(message))))
