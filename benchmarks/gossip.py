@@ -3,9 +3,9 @@
 Nothing is sent: nodes, messages and time are simulated, so the numbers do not depend on this machine. Two questions:
 
     spread   one node says something new: how long until all know it, and what does a node send meanwhile? Each sends
-             at most a fixed number of bytes to a few others per round, so traffic per node does not grow with the cluster.
+             at most a fixed number of bytes to a few others per round, so this does not grow with the cluster.
     removal  one node dies: how long until all others hold the view without it, and what does a node send for
-             heartbeats? Here everybody hears everybody, so a node's traffic grows with the cluster, and a link's does not.
+             heartbeats? Here everybody hears everybody: what a node sends grows with the cluster, a link's part not.
 
     python benchmarks/gossip.py            # up to 1,000 nodes (removal: up to 60)
     python benchmarks/gossip.py --quick    # a look, not a result
@@ -59,7 +59,7 @@ def spread(count: int, loss: float, rng: random.Random) -> dict[str, Any]:
         node.publish(bytes(PAYLOAD_BYTES))
     everything = [node.records[node.me] for node in nodes]
     for node in nodes:
-        node.receive(everything)
+        node.receive(everything, settled=True)
     others = [[j for j in range(count) if j != i] for i in range(count)]
     nodes[0].publish(bytes(PAYLOAD_BYTES))
     version, sent = nodes[0].records[0].version, [0] * count

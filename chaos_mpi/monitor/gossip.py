@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
 OriginT = TypeVar("OriginT", bound=Hashable)
+#: How often something counts as passed on that is no news: more often than any news is.
+_SETTLED = 1 << 30
 
 
 class Record(NamedTuple, Generic[OriginT]):
@@ -67,12 +69,19 @@ class Gossip(Generic[OriginT]):
             raise ValueError(f"a record of {record.nbytes} bytes does not fit into {self.budget_bytes} bytes")
         self._store(record)
 
-    def receive(self, records: Iterable[Record[OriginT]]) -> None:
-        """Take in what another node sent. Nobody else's word on this node itself counts."""
+    def receive(self, records: Iterable[Record[OriginT]], *, settled: bool = False) -> None:
+        """Take in what another node sent. Nobody else's word on this node itself counts.
+
+        Args:
+            records: what came.
+            settled: it is no news to others (all that a member knows, given to a newcomer), so it is not spread as such.
+        """
         for record in records:
             known = self.records.get(record.origin)
             if record.origin != self.me and (known is None or record.version > known.version):
                 self._store(record)
+                if settled:
+                    self._sent[record.origin] = _SETTLED
 
     def _store(self, record: Record[OriginT]) -> None:
         self.records[record.origin] = record
