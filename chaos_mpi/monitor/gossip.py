@@ -74,7 +74,7 @@ class Gossip(Generic[OriginT]):
 
         Args:
             records: what came.
-            settled: it is no news to others (all that a member knows, given to a newcomer), so it is not spread as such.
+            settled: it is no news to others (all that a member knows, told to a newcomer), so it is not spread.
         """
         for record in records:
             known = self.records.get(record.origin)

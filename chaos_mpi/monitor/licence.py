@@ -44,6 +44,11 @@ class Licence:
             self._stamps_s[node] = stamp_s
             self._promised_until_s[node] = now_s + self.timing.limit_s
 
+    @property
+    def present(self) -> frozenset[Node]:
+        """The members that were heard in this view, and this node."""
+        return frozenset((self.me, *self._stamps_s))
+
     def echo_s(self, node: Node) -> float | None:
         """What to send back to a member: its newest stamp that this node stands by."""
         return self._stamps_s.get(node)

@@ -228,7 +228,7 @@ class Member:
         if self._proposer is not None:
             return self._send_attempt(now_s) if now_s >= self._next_send_s else []
         diagnosis = self._hearing.diagnosis(now_s)
-        wanted = self._succession.wanted(diagnosis, now_s)
+        wanted = self._succession.wanted(diagnosis, self._licence.present, now_s)
         pending = self.acceptor.asked is not None or self.acceptor.vote is not None
         if not self._succession.is_turn(wanted, diagnosis, pending, now_s):
             return []

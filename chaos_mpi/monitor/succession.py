@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from chaos_mpi.monitor.cluster import ClusterView, Node, Timing
@@ -61,16 +61,31 @@ class Succession:
         """Somebody else is trying, or an attempt of this node came to nothing."""
         self._rival_s = now_s
 
-    def wanted(self, diagnosis: Diagnosis, now_s: float) -> tuple[Node, ...]:
-        """The members that should follow, in order: those that are alive and not cut off for long, and newcomers."""
+    def wanted(self, diagnosis: Diagnosis, present: Collection[Node], now_s: float) -> tuple[Node, ...]:
+        """The members that should follow, in order: those that are alive and not cut off for long, and newcomers.
+
+        Args:
+            diagnosis: what this node thinks of the members.
+            present: the members that have taken on the present view, this node too.
+            now_s: the time.
+        """
         self._cut_since_s = {ends: self._cut_since_s.get(ends, now_s) for ends in diagnosis.cut}
         hopeless = [ends for ends, since_s in self._cut_since_s.items() if now_s - since_s >= self.timing.heal_s]
         stay = mutually_reachable(diagnosis.alive, hopeless)
+        return tuple(sorted((*stay, *self._admitted(stay, present, now_s))))
+
+    def _admitted(self, stay: Collection[Node], present: Collection[Node], now_s: float) -> list[Node]:
+        """Newcomers, no more than could all die at once without taking the quorum with them; one if all are present."""
         names = {node.name for node in stay}
         # Of two lives of a machine that both ask, the later.
         asking = sorted(n for n, at_s in self._joiners_s.items() if now_s - at_s < self.timing.limit_s)
-        joiners = {n.name: n for n in asking if n.name not in names}
-        return tuple(sorted((*stay, *joiners.values())))
+        joiners = sorted({n.name: n for n in asking if n.name not in names}.values())
+        firm = set(stay).intersection(present)
+        while joiners and not self.view.next((*stay, *joiners)).is_quorum(firm, self.timing.even_split):
+            if len(joiners) == 1 and firm.issuperset(stay):
+                break
+            joiners.pop()
+        return joiners
 
     def is_turn(self, wanted: Iterable[Node], diagnosis: Diagnosis, pending: bool, now_s: float) -> bool:
         """Whether this node is to begin an attempt now. To be asked whenever something may have changed.

@@ -45,7 +45,6 @@ class Network:
         self.loss = 0.0
         self.delay_s = (0.0005, 0.002)
         self.chosen: dict[int, ClusterView] = {0: self.first}
-        self.views: dict[int, ClusterView] = {0: self.first}
         self.bytes_sent: dict[Node, int] = {}
         self._votes: dict[tuple[int, Ballot], set[Node]] = {}
         self._wires: list[tuple[float, int, Node, Node, Message]] = []
@@ -171,7 +170,8 @@ class Network:
     def _check(self, node: Node) -> None:
         """Safety: one view for each epoch, and nobody acts whom the newest view leaves out."""
         member = self.members[node]
-        known = self.views.setdefault(member.view.epoch, member.view)
+        # Its own vote, if it was the last that was missing, is no longer to be seen, but the view is.
+        known = self.chosen.setdefault(member.view.epoch, member.view)
         assert known == member.view, f"two views of epoch {known.epoch}: {known} and {member.view}"
         vote = member.acceptor.vote
         if vote is not None and vote.ballot > NO_BALLOT:

@@ -271,12 +271,11 @@ class AnyTrouble(RuleBasedStateMachine):
 def calm_down(net: Network) -> None:
     """Liveness: once the network is stable, a quorum of the newest view comes to one view and acts."""
     net.heal()
-    for joiner in sorted(net.joiners):
-        net.crash(joiner)
     net._wires.clear()
     newest = net.chosen[max(net.chosen)]
     living = [node for node in net.members if net.state(node) is not State.STOPPED]
-    knows = [node for node in living if net.members[node].view == newest]
+    living += net.joiners  # those of the newest view will learn that they are in it
+    knows = [node for node in living if node in net.members and net.members[node].view == newest]
     net.run(8.0)
     last = net.chosen[max(net.chosen)]
     if knows and newest.is_quorum([n for n in living if n in newest.members], net.timing.even_split):
