@@ -278,7 +278,9 @@ def calm_down(net: Network) -> None:
     knows = [node for node in living if node in net.members and net.members[node].view == newest]
     net.run(8.0)
     last = net.chosen[max(net.chosen)]
-    if knows and newest.is_quorum([n for n in living if n in newest.members], net.timing.even_split):
+    # What was voted for before the network was stable must still be decided, and may count on nodes that died since.
+    able = [view.is_quorum(set(living), net.timing.even_split) for view in (newest, last)]
+    if knows and all(able):
         going = net.going()
         assert views(net, going) == {last.members}
         assert tuple(going) == last.members
@@ -287,4 +289,4 @@ def calm_down(net: Network) -> None:
 
 
 TestAnyTrouble = AnyTrouble.TestCase
-TestAnyTrouble.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+TestAnyTrouble.settings = settings(max_examples=20, stateful_step_count=25, deadline=None)
