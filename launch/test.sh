@@ -16,9 +16,9 @@ echo "== collective tests on 4 ranks"
 root=()
 [ "$(id -u)" -ne 0 ] || root=(--allow-run-as-root)
 timeout 300 mpirun --with-ft ulfm --oversubscribe "${root[@]}" -n 4 python -m pytest --with-mpi tests/collective
-echo "== fault tests: real jobs, real kills (about ten minutes on two cores)"
+echo "== fault tests: real jobs, real kills (about fifteen minutes on two cores)"
 timeout 2400 python -m pytest tests/faults
 echo "== network test bed (skipped without root)"
-timeout 300 python -m pytest tests/testbed
+timeout 600 python -m pytest tests/testbed
 echo "== the demonstration"
 timeout 240 python launch/demo.py --kill-at-step 100
