@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from monitor_network import Network
@@ -211,9 +211,14 @@ def test_a_node_must_be_a_member_of_its_view() -> None:
 class AnyTrouble(RuleBasedStateMachine):
     """Loss, delay, reordering, cuts, pauses, crashes, joins in any order; the network checks safety at every event."""
 
-    @initialize(count=st.integers(2, 6), seed=st.integers(0, 2**16), even_split=st.sampled_from(["lowest", "none"]))
-    def start(self, count: int, seed: int, even_split: str) -> None:
-        timing = Timing(limit_s=0.5, heal_s=1.0, give_up_s=4.0, even_split=even_split)
+    @initialize(
+        count=st.integers(2, 6),
+        seed=st.integers(0, 2**16),
+        even_split=st.sampled_from(["lowest", "none"]),
+        give_up_s=st.sampled_from([4.0, 1e6]),
+    )
+    def start(self, count: int, seed: int, even_split: str, give_up_s: float) -> None:
+        timing = Timing(limit_s=0.5, heal_s=1.0, give_up_s=give_up_s, even_split=even_split)
         self.net = Network(list("abcdefgh"[:count]), timing, seed)
         self.incarnations = itertools.count(1)
 
@@ -280,13 +285,18 @@ def calm_down(net: Network) -> None:
     last = net.chosen[max(net.chosen)]
     # What was voted for before the network was stable must still be decided, and may count on nodes that died since.
     able = [view.is_quorum(set(living), net.timing.even_split) for view in (newest, last)]
-    if knows and all(able):
+    # Who was about to give up when the network became stable may do so yet.
+    patient = net.timing.give_up_s > 1000
+    if patient and knows and all(able):
         going = net.going()
         assert views(net, going) == {last.members}
         assert tuple(going) == last.members
     stuck = [node for node in net.members if net.state(node) is not State.STOPPED and node not in last.members]
-    assert not stuck or not knows
+    assert not (patient and knows and stuck)
 
 
 TestAnyTrouble = AnyTrouble.TestCase
-TestAnyTrouble.settings = settings(max_examples=20, stateful_step_count=25, deadline=None)
+# Runs that failed are not shortened: each takes seconds of simulated trouble, and the steps are told anyway.
+TestAnyTrouble.settings = settings(
+    max_examples=20, stateful_step_count=25, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate]
+)
