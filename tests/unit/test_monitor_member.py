@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import pytest
 from hypothesis import Phase, settings
@@ -206,6 +207,34 @@ def test_a_stopped_node_says_no_more() -> None:
 def test_a_node_must_be_a_member_of_its_view() -> None:
     with pytest.raises(ValueError, match="e is no member"):
         Member(E, ClusterView(0, (A, B)), TIMING, 0.0)
+
+
+@pytest.mark.parametrize("seed", range(6, 12))
+def test_storms_of_cuts_pauses_and_late_messages_never_make_two_sides(seed: int) -> None:
+    """Short troubles in quick succession, so that many ballots and licences overlap; safety is checked at every event."""
+    rng = random.Random(seed)
+    timing = Timing(limit_s=0.5, heal_s=0.3, give_up_s=1e6, drift=0.1)
+    net = Network(list("abcde"), timing, seed)
+    for round_ in range(60):
+        nodes = sorted(net.members)
+        net.loss, net.delay_s = rng.choice([0.0, 0.1, 0.3]), (0.0005, rng.choice([0.002, 0.05, 0.4, 1.5]))
+        net.cut = {(a, b) for a in nodes for b in nodes if a != b and rng.random() < rng.choice([0.0, 0.1, 0.4])}
+        if rng.random() < 0.3:
+            side = [node for node in nodes if rng.random() < 0.5]
+            net.partition(side, [node for node in nodes if node not in side])
+        for node in nodes:
+            if rng.random() < 0.15:
+                net.pause(node)
+            elif rng.random() < 0.5:
+                net.resume(node)
+            if net.state(node) is State.STOPPED:
+                net.crash(node)
+                net.join(Node(node.name, node.incarnation + 1 + round_))
+        net.run(rng.choice([0.05, 0.3, 0.8]))
+        if rng.random() < 0.3:
+            net.heal()
+            net.run(rng.choice([0.3, 1.0]))
+    assert max(net.chosen) >= 5
 
 
 class AnyTrouble(RuleBasedStateMachine):
