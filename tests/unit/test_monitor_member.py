@@ -211,7 +211,7 @@ def test_a_node_must_be_a_member_of_its_view() -> None:
 
 @pytest.mark.parametrize("seed", range(6, 12))
 def test_storms_of_cuts_pauses_and_late_messages_never_make_two_sides(seed: int) -> None:
-    """Short troubles in quick succession, so that many ballots and licences overlap; safety is checked at every event."""
+    """Short troubles in quick succession, so that ballots and licences overlap; safety is checked at every event."""
     rng = random.Random(seed)
     timing = Timing(limit_s=0.5, heal_s=0.3, give_up_s=1e6, drift=0.1)
     net = Network(list("abcde"), timing, seed)
