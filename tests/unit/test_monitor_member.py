@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from monitor_network import Network
@@ -208,12 +209,45 @@ def test_a_node_must_be_a_member_of_its_view() -> None:
         Member(E, ClusterView(0, (A, B)), TIMING, 0.0)
 
 
+@pytest.mark.parametrize("seed", range(6, 12))
+def test_storms_of_cuts_pauses_and_late_messages_never_make_two_sides(seed: int) -> None:
+    """Short troubles in quick succession, so that ballots and licences overlap; safety is checked at every event."""
+    rng = random.Random(seed)
+    timing = Timing(limit_s=0.5, heal_s=0.3, give_up_s=1e6, drift=0.1)
+    net = Network(list("abcde"), timing, seed)
+    for round_ in range(60):
+        nodes = sorted(net.members)
+        net.loss, net.delay_s = rng.choice([0.0, 0.1, 0.3]), (0.0005, rng.choice([0.002, 0.05, 0.4, 1.5]))
+        net.cut = {(a, b) for a in nodes for b in nodes if a != b and rng.random() < rng.choice([0.0, 0.1, 0.4])}
+        if rng.random() < 0.3:
+            side = [node for node in nodes if rng.random() < 0.5]
+            net.partition(side, [node for node in nodes if node not in side])
+        for node in nodes:
+            if rng.random() < 0.15:
+                net.pause(node)
+            elif rng.random() < 0.5:
+                net.resume(node)
+            if net.state(node) is State.STOPPED:
+                net.crash(node)
+                net.join(Node(node.name, node.incarnation + 1 + round_))
+        net.run(rng.choice([0.05, 0.3, 0.8]))
+        if rng.random() < 0.3:
+            net.heal()
+            net.run(rng.choice([0.3, 1.0]))
+    assert max(net.chosen) >= 5
+
+
 class AnyTrouble(RuleBasedStateMachine):
     """Loss, delay, reordering, cuts, pauses, crashes, joins in any order; the network checks safety at every event."""
 
-    @initialize(count=st.integers(2, 6), seed=st.integers(0, 2**16), even_split=st.sampled_from(["lowest", "none"]))
-    def start(self, count: int, seed: int, even_split: str) -> None:
-        timing = Timing(limit_s=0.5, heal_s=1.0, give_up_s=4.0, even_split=even_split)
+    @initialize(
+        count=st.integers(2, 6),
+        seed=st.integers(0, 2**16),
+        even_split=st.sampled_from(["lowest", "none"]),
+        give_up_s=st.sampled_from([4.0, 1e6]),
+    )
+    def start(self, count: int, seed: int, even_split: str, give_up_s: float) -> None:
+        timing = Timing(limit_s=0.5, heal_s=1.0, give_up_s=give_up_s, even_split=even_split)
         self.net = Network(list("abcdefgh"[:count]), timing, seed)
         self.incarnations = itertools.count(1)
 
@@ -280,13 +314,18 @@ def calm_down(net: Network) -> None:
     last = net.chosen[max(net.chosen)]
     # What was voted for before the network was stable must still be decided, and may count on nodes that died since.
     able = [view.is_quorum(set(living), net.timing.even_split) for view in (newest, last)]
-    if knows and all(able):
+    # Who was about to give up when the network became stable may do so yet.
+    patient = net.timing.give_up_s > 1000
+    if patient and knows and all(able):
         going = net.going()
         assert views(net, going) == {last.members}
         assert tuple(going) == last.members
     stuck = [node for node in net.members if net.state(node) is not State.STOPPED and node not in last.members]
-    assert not stuck or not knows
+    assert not (patient and knows and stuck)
 
 
 TestAnyTrouble = AnyTrouble.TestCase
-TestAnyTrouble.settings = settings(max_examples=20, stateful_step_count=25, deadline=None)
+# Runs that failed are not shortened: each takes seconds of simulated trouble, and the steps are told anyway.
+TestAnyTrouble.settings = settings(
+    max_examples=20, stateful_step_count=25, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate]
+)
