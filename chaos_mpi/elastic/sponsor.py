@@ -125,14 +125,14 @@ class Sponsorship:
         return first_difference(self._requirements["signature"], word["signature"])
 
     def _ended(self) -> None:
-        growth.unblock()  # MPI may be making a communicator with it
         self._tell("failed", reason="the process ended before it was connected; its output says why")
+        growth.unblock()  # MPI may be making a communicator with it
 
     def _expired(self) -> None:
-        growth.unblock()
         self._tell("failed", reason=f"the newcomer was not ready within {self._limit_s:.0f} s")
         if self.bridge is not None:
             self.bridge.give_up()
+        growth.unblock()
 
     def _tell(self, kind: str, *, member: str = "", reason: str = "") -> bool:
         """Propose what the start came to, once and never again; whether it was this time."""

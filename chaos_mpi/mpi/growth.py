@@ -89,12 +89,14 @@ class Bridge:
 
 
 def unblock() -> None:
-    """Let communicators be made again, after a process died while one was made with it. Local; from any thread.
+    """Let communicators be made again, after a newcomer died while one was made with it alone. Local; for a thread.
 
     Open MPI chooses the context id of one new communicator of a process at a time, in the order of their parents'
     indices, and does not let the next one go on if a peer dies in the middle (5.0, ``ompi/communicator/comm_cid.c``:
     error paths leave ``ompi_comm_cid_lowest_id`` as it is). All later ones would wait for ever. A duplicate of
-    ``MPI_COMM_SELF``, which comes before any but those of ``MPI_COMM_WORLD``, takes its turn, and passes it on.
+    ``MPI_COMM_SELF``, which comes before any but those of ``MPI_COMM_WORLD``, takes its turn, and passes it on. After a
+    failure among the members, the shrink of their communicator does the same, also if that is ``MPI_COMM_WORLD``, for
+    which this would wait: so it is not to be called in between.
     """
     with contextlib.suppress(MPI.Exception):
         MPI.COMM_SELF.Dup().Free()
@@ -173,7 +175,6 @@ def part(world: World, going: Sequence[int], limit_s: float) -> World | None:
         staying.Free()
         everyone.Free()
     except MPI.Exception as error:
-        unblock()
         raise PeerFailedError(f"{error}") from error
     return World(cast("MPI.Intracomm", comm)) if world.rank not in going else None
 
@@ -185,7 +186,6 @@ def _merged(connect: Callable[[], MPI.Intercomm], newcomer: bool, limit_s: float
             inter.Set_errhandler(MPI.ERRORS_RETURN)
             world = World(inter.Merge(newcomer))
     except MPI.Exception as error:
-        unblock()
         raise PeerFailedError(f"{error}") from error
     _connect(world, limit_s)
     return world
