@@ -348,6 +348,19 @@ def test_newcomers_come_to_the_same_bits(kind: str, guests: int) -> None:
         assert bits(newcomer.model, newcomer.optimizers) == bits(members[0].model, members[0].optimizers)
 
 
+def with_the_cut(kind: str) -> tuple[list[Member], Newcomer]:
+    """Two members, and a newcomer that has fetched the cut from them."""
+    network, build = Network(), OPTIMIZERS[kind]
+    members = [Member(network, rank, 2, build) for rank in range(2)]
+    newcomer = Newcomer(network, 2, 2, build)
+    rates = newcomer.measure()
+    for member in members:
+        assert member.source.await_rates(LIMIT_S)
+        member.cut()
+    newcomer.take_cut(rates)
+    return members, newcomer
+
+
 def _before_cut(member: Member) -> int:
     """Steps made between the start and the cut, from what was recorded since."""
     return member.step - 3 - len(member.source._steps) // len(member.optimizers)
@@ -356,14 +369,7 @@ def _before_cut(member: Member) -> int:
 def test_what_is_not_recorded_any_more_ends_the_following(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recording, "KEPT_BYTES", 1000)
     monkeypatch.setattr(recording, "KEPT_SHARE", 0.0)
-    network, build = Network(), OPTIMIZERS["momentum"]
-    members = [Member(network, rank, 2, build) for rank in range(2)]
-    newcomer = Newcomer(network, 2, 2, build)
-    rates = newcomer.measure()
-    for member in members:
-        assert member.source.await_rates(LIMIT_S)
-        member.cut()
-    newcomer.take_cut(rates)
+    members, newcomer = with_the_cut("momentum")
     for _ in range(8):
         for member in members:
             member.train()
@@ -469,14 +475,7 @@ def test_a_guest_that_waits_for_the_members_is_not_silent() -> None:
 
 
 def test_members_that_stopped_keeping_at_different_steps_end_the_following() -> None:
-    network, build = Network(), OPTIMIZERS["sgd"]
-    members = [Member(network, rank, 2, build) for rank in range(2)]
-    newcomer = Newcomer(network, 2, 2, build)
-    rates = newcomer.measure()
-    for member in members:
-        assert member.source.await_rates(LIMIT_S)
-        member.cut()
-    newcomer.take_cut(rates)
+    members, newcomer = with_the_cut("sgd")
     for index in range(6):
         for member in members:
             if index == 3 + member.rank:
@@ -491,14 +490,7 @@ def test_members_that_stopped_keeping_at_different_steps_end_the_following() -> 
 
 
 def test_members_that_left_are_told_of() -> None:
-    network = Network()
-    members = [Member(network, rank, 2, OPTIMIZERS["sgd"]) for rank in range(2)]
-    newcomer = Newcomer(network, 2, 2, OPTIMIZERS["sgd"])
-    rates = newcomer.measure()
-    for member in members:
-        assert member.source.await_rates(LIMIT_S)
-        member.cut()
-    newcomer.take_cut(rates)
+    members, newcomer = with_the_cut("sgd")
     members[1].source.abandon()
     members[0].source.tell_gone([1])
     with pytest.raises(FollowError, match="died or left"):
