@@ -15,11 +15,8 @@ from typing import Any
 
 from jobs import Link, join_driver
 
-#: Between two reductions the floor computes for so long.
-_COMPUTE_S = 0.005
 
-
-def train_chaos(link: Link, model: str) -> None:
+def train_chaos(link: Link, model: str, device_s: float) -> None:
     """An elastic training loop."""
     import torch
     import torch.nn.functional as F
@@ -42,13 +39,14 @@ def train_chaos(link: Link, model: str) -> None:
     for state.epoch in range(10**9):
         sampler.set_epoch(state.epoch)
         for x, y in loader:
+            time.sleep(device_s)
             optimizer.zero_grad()
             loss = F.cross_entropy(ddp(x), y)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
 
 
-def run_floor(link: Link) -> None:
+def run_floor(link: Link, device_s: float) -> None:
     """Bare MPI and ULFM; it tells the driver the times of each leave, in seconds of the monotonic clock."""
     import numpy as np
     from mpi4py import MPI
@@ -66,9 +64,7 @@ def run_floor(link: Link) -> None:
             os.sched_yield()
 
     while True:
-        until = time.monotonic() + _COMPUTE_S
-        while time.monotonic() < until:  # and does not sleep: who has computed is scheduled later
-            pass
+        time.sleep(device_s)
         word = np.array([wanted[0] + 1 if wanted else 0], dtype=np.int64)
         arrived = time.monotonic()
         complete(comm.Iallreduce(MPI.IN_PLACE, word, MPI.MAX))
@@ -114,9 +110,9 @@ def main() -> None:
     """Train as the driver says."""
     link, spec = join_driver()
     if spec["system"] == "chaos":
-        train_chaos(link, spec["model"])
+        train_chaos(link, spec["model"], spec["device_s"])
     else:
-        run_floor(link)
+        run_floor(link, spec["device_s"])
 
 
 if __name__ == "__main__":

@@ -113,6 +113,7 @@ def _random_text() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 WORKLOADS = {
+    "linear": Workload("linear model", lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), _digits, 32, 200, 30),
     "digits": Workload("digits net", DigitsNet, _digits, 32, 60, 30),
     "10m": Workload("GPT 10 M", lambda: GPT(8, 320, 5), _random_text, 2, 5, 14),
     "50m": Workload("GPT 50 M", lambda: GPT(10, 640, 10), _random_text, 2, 3, 7),

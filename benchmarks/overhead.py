@@ -221,7 +221,7 @@ def _enough_memory(model: str, ranks: int) -> bool:
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--models", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--models", nargs="+", choices=list(WORKLOADS), default=["digits", "10m", "50m"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4])
     parser.add_argument("--steps", type=int, help="timed steps of a turn (default: about a second's worth)")
     parser.add_argument("--rounds", type=int, help="turns of each system (default: by model)")

@@ -119,9 +119,10 @@ def init(
         EngineError: MPI is missing or was started without fault tolerance.
         WaitTimeoutError: the other ranks did not start in time.
     """
-    from chaos_mpi.elastic.lifecycle import tidy_uncaught
+    from chaos_mpi.elastic.lifecycle import end_quickly, tidy_uncaught
 
     tidy_uncaught()  # before anything that can fail
+    end_quickly()
     from chaos_mpi.config import load_settings
     from chaos_mpi.elastic.session import open_session
 

@@ -17,7 +17,7 @@ import torch
 from synthetic import BATCH_SIZE, Journal, SyntheticModel, dataset, loss_of
 
 from baselines import storage, strategies
-from chaos_mpi.elastic.sponsor import START_DIRECTORY, own_command
+from chaos_mpi.elastic.sponsor import START_DIRECTORY
 from chaos_mpi.mpi import growth, runtime
 from chaos_mpi.mpi.growth import Bridge
 from chaos_mpi.mpi.world import World
@@ -136,7 +136,7 @@ class Member:
 
     def _start_newcomer(self) -> None:
         begun = time.monotonic()
-        bridge = growth.spawn(own_command(), host="", directory=START_DIRECTORY)
+        bridge = growth.spawn([sys.executable, *sys.orig_argv[1:]], host="", directory=START_DIRECTORY)
         bridge.receive(LIMIT_S, "the newcomer to build its model")
         self._bridge = bridge
         self._timing = {"launch_s": time.monotonic() - begun, "ready_at": time.monotonic()}

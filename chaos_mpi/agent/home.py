@@ -1,0 +1,100 @@
+"""The private directory of a job on the host of a rank.
+
+There the rank writes down how it fares, and has its control socket; ``chaosctl`` finds the job by it. All ranks of a
+job on one host share it. It is named after the host as well: several may share their directory for temporary files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from chaos_mpi.errors import EngineError
+
+#: What a rank writes down, in the order in which it does.
+RECORDS = ("starting", "member", "outcome")
+
+
+def note_down(directory: Path, kind: str, fields: dict[str, Any]) -> None:
+    """Write ``<kind>-<pid>.json`` for this process into a job's private directory, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = directory / f"{kind}-{os.getpid()}.json"
+    new = path.with_suffix(".tmp")
+    new.write_text(json.dumps(fields), encoding="utf-8")
+    new.replace(path)
+
+
+class Home:
+    """The directory, as one supervisor sees it.
+
+    Args:
+        job: name of the job's directory on the launch host, which begins with ``chaosrun-``.
+
+    Attributes:
+        path: of the directory.
+
+    Raises:
+        EngineError: there is something else in its place, or it cannot be made.
+    """
+
+    def __init__(self, job: str) -> None:
+        self.path = Path(tempfile.gettempdir()) / f"{job}-{socket.gethostname()}"
+        self._mark = self.path / f"supervisor-{os.getpid()}.json"
+        self._seen: dict[str, bytes] = {}
+        for _ in range(3):  # another supervisor may be removing it at this very moment
+            try:
+                self.path.mkdir(mode=0o700, exist_ok=True)
+                self._refuse_foreign()
+                self._mark.write_text("{}")
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise EngineError(f"the job's directory {self.path} cannot be used: {error.strerror}") from error
+            return
+        raise EngineError(f"the job's directory {self.path} is removed again and again")
+
+    def control_socket(self, pid: int) -> Path:
+        """Where a rank listens to ``chaosctl``."""
+        return self.path / f"control-{pid}.sock"
+
+    def new_records(self, pid: int) -> Iterator[tuple[str, dict[str, Any]]]:
+        """What a rank has written down since the last call: kind, and fields."""
+        for kind in RECORDS:
+            with contextlib.suppress(OSError, ValueError):
+                text = (self.path / f"{kind}-{pid}.json").read_bytes()
+                if text != self._seen.get(kind):
+                    self._seen[kind] = text
+                    yield kind, json.loads(text)
+
+    def close(self, pid: int | None) -> None:
+        """Remove what one rank has left, and with the last one the directory."""
+        if pid is not None:
+            self.control_socket(pid).unlink(missing_ok=True)
+            for kind in RECORDS:
+                (self.path / f"{kind}-{pid}.json").unlink(missing_ok=True)
+        self._mark.unlink(missing_ok=True)
+        if any(self.path.glob("supervisor-*.json")):
+            return
+        for left in list(self.path.glob("*")):
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a supervisor that has come meanwhile keeps it
+            self.path.rmdir()
+
+    def _refuse_foreign(self) -> None:
+        found = self.path.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+            raise EngineError(f"{self.path} is there already, and is not this user's alone")
