@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from chaos_mpi.errors import EngineError
 
@@ -80,6 +80,20 @@ def moved(environ: Mapping[str, str], old_prefix: str, new_prefix: str) -> dict[
         else value
         for name, value in environ.items()
     }
+
+
+def host_variables(order: Mapping[str, Any], environ: Mapping[str, str], cores: int) -> dict[str, str]:
+    """What a rank is told of the host that it runs on.
+
+    Args:
+        order: of the proxy: ``host`` by name, and ``neighbours``, how many ranks are started there together.
+        environ: what the rank has so far; its number of threads stays as it is.
+        cores: of the host.
+    """
+    told = {"CHAOS_HOST": str(order["host"])} if order["host"] else {}
+    if "OMP_NUM_THREADS" not in environ:
+        told["OMP_NUM_THREADS"] = str(max(1, cores // max(1, int(order["neighbours"]))))
+    return told
 
 
 def network_settings(networks: str | None) -> dict[str, str]:

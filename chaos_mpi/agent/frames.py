@@ -34,10 +34,14 @@ class Kind(IntEnum):
     STARTED = 9  #: supervisor: the rank's process id, JSON
     EXIT = 10  #: supervisor: how the rank ended, JSON; nothing follows
     REFUSED = 11  #: supervisor: why the rank could not be started, JSON; nothing follows
+    RECORD = 12  #: supervisor: what the rank has written down, kind and fields, JSON
+    CONTROL_OPEN = 13  #: proxy: a client has connected to the rank's control socket
+    CONTROL_DATA = 14  #: both: bytes of such a connection
+    CONTROL_CLOSE = 15  #: both: its end
 
 
 class Frame(NamedTuple):
-    """One frame; ``connection`` numbers the PMIx connections of a rank and is 0 in other frames."""
+    """One frame; ``connection`` is the number of a PMIx connection, or of one to the control socket, else 0."""
 
     kind: Kind
     content: bytes = b""

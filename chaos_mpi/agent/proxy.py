@@ -22,8 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from chaos_mpi.agent.control import ControlListener
 from chaos_mpi.agent.environment import SESSION_DIRECTORY, carried, server_endpoint
 from chaos_mpi.agent.frames import MAGIC, Decoder, Frame, Kind, encode, encode_json
+from chaos_mpi.agent.home import RECORDS, note_down
 from chaos_mpi.agent.processes import die_with_parent, end_like, start_time
 from chaos_mpi.agent.registry import register
 from chaos_mpi.agent.relay import Upstream
@@ -37,6 +39,8 @@ SUPERVISOR_MODULE = "chaos_mpi.agent.supervisor"
 FAREWELL_LIMIT_S = 5.0
 #: Exit status when the rank could not be started.
 EXIT_NOT_STARTED = 1
+#: Tells this process to have the rank killed, and then end.
+KILL_SIGNAL = signal.SIGALRM
 _CHUNK_BYTES = 1 << 16
 _FORWARDED = (
     signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2,
@@ -49,33 +53,46 @@ class Placement:
 
     Attributes:
         host: its name as ssh knows it; None: this host.
+        remote: whether it is another one than this.
         python: the Python to use there.
         ssh: command that runs another one on a host, with its options.
         directory: working directory of the rank.
         export: further environment variables that the rank is to get.
         log_directory: for its output when the launcher is gone; None: the user's state directory there.
+        neighbours: how many ranks are started on that host together.
     """
 
     host: str | None
+    remote: bool
     python: str = sys.executable
     ssh: tuple[str, ...] = DEFAULT_SSH
     directory: str = ""
     export: tuple[str, ...] = ()
     log_directory: str | None = None
+    neighbours: int = 1
 
 
-def order(placement: Placement, argv: Sequence[str], environ: Mapping[str, str], terminal: bool) -> dict[str, Any]:
-    """What the supervisor is told to run. Secrets may be in the environment, so it is never on a command line."""
+def order(
+    placement: Placement, argv: Sequence[str], environ: Mapping[str, str], terminal: bool, job: str | None = None
+) -> dict[str, Any]:
+    """What the supervisor is told to run. Secrets may be in the environment, so it is never on a command line.
+
+    Args:
+        job: name of the job's private directory; None: it has none.
+    """
     launcher = os.getppid()
     return {
         "argv": list(argv),
-        "environ": dict(environ) if placement.host is None else carried(environ, placement.export),
+        "environ": dict(environ) if not placement.remote else carried(environ, placement.export),
         "directory": placement.directory or os.getcwd(),
         "prefix": sys.prefix,
         "python": sys.executable,
-        "launcher": [launcher, start_time(launcher)] if placement.host is None else None,
+        "launcher": [launcher, start_time(launcher)] if not placement.remote else None,
         "log_directory": placement.log_directory,
         "terminal": terminal,
+        "job": job,
+        "host": placement.host,
+        "neighbours": placement.neighbours,
     }
 
 
@@ -86,10 +103,14 @@ class Proxy:
         placement: where it is.
         argv: its command.
         environ: the environment that ``mpirun`` gave this process.
+        run_dir: the job's private directory on this host, if it has one.
     """
 
-    def __init__(self, placement: Placement, argv: Sequence[str], environ: Mapping[str, str]) -> None:
-        self._placement, self._argv, self._environ = placement, argv, environ
+    def __init__(
+        self, placement: Placement, argv: Sequence[str], environ: Mapping[str, str], run_dir: Path | None = None
+    ) -> None:
+        self._placement, self._argv, self._environ, self._run_dir = placement, argv, environ, run_dir
+        self._control: ControlListener | None = None
         self._decoder = Decoder()
         self._process: asyncio.subprocess.Process | None = None
         self._status: int | None = None
@@ -108,17 +129,21 @@ class Proxy:
         try:
             self._process = await asyncio.create_subprocess_exec(
                 *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, start_new_session=True,
-                preexec_fn=die_with_parent(signal.SIGTERM) if self._placement.host is not None else None,
+                preexec_fn=die_with_parent(signal.SIGTERM) if self._placement.remote else None,
             )  # fmt: skip
         except OSError as error:
             return self._fail(f"'{command[0]}' cannot be run: {error.strerror}")
         for number in _FORWARDED:
             loop.add_signal_handler(number, self._forward, number)
+        loop.add_signal_handler(KILL_SIGNAL, self._forward, signal.SIGKILL)
         assert self._process.stdin is not None
-        message = order(self._placement, self._argv, self._environ, os.isatty(1))
+        job = self._run_dir.name if self._run_dir is not None else None
+        message = order(self._placement, self._argv, self._environ, os.isatty(1), job)
         self._process.stdin.write(MAGIC + encode_json(Kind.START, message))
         reading = asyncio.create_task(self._read())
         await asyncio.wait({reading, self._gone}, return_when=asyncio.FIRST_COMPLETED)
+        if self._control is not None:
+            await self._control.close()
         if self._gone.done():
             return await self._farewell(reading)
         return await self._outcome(command)
@@ -130,10 +155,10 @@ class Proxy:
             noise, frames = self._decoder.feed(data)
             _write(2, noise)
             for frame in frames:
-                self._heed(frame)
+                await self._heed(frame)
         _write(2, b"" if self._decoder.begun else self._decoder.rest())
 
-    def _heed(self, frame: Frame) -> None:
+    async def _heed(self, frame: Frame) -> None:
         match frame.kind:
             case Kind.STDOUT:
                 _write(1, frame.content)
@@ -143,10 +168,29 @@ class Proxy:
                 self._status = int(frame.json())
             case Kind.REFUSED:
                 self._refused = str(frame.json())
+            case Kind.RECORD:
+                await self._note(**frame.json())
+            case Kind.CONTROL_DATA | Kind.CONTROL_CLOSE if self._control is not None:
+                self._control.deliver(frame)
             case Kind.OPEN | Kind.DATA | Kind.CLOSE if self._upstream is not None:
                 self._upstream.deliver(frame)
             case _:
                 pass
+
+    async def _note(self, kind: str, fields: dict[str, Any]) -> None:
+        """Write down here what the rank has written down there: to the launcher, this process is the rank."""
+        if self._run_dir is None or kind not in RECORDS:
+            return
+        try:
+            note_down(self._run_dir, kind, fields)
+        except OSError as error:
+            log.warning("could not write to %s for chaosrun: %s", self._run_dir, error)
+        if kind == "member" and self._control is None:
+            self._control = ControlListener(self._run_dir / f"control-{os.getpid()}.sock", self._send)
+            try:
+                await self._control.open()
+            except OSError as error:
+                log.warning("chaosctl cannot reach %s from here: %s", self._where(), error)
 
     async def _outcome(self, command: Sequence[str]) -> int:
         """How to end, when nothing more comes from the supervisor."""
@@ -201,7 +245,13 @@ class Proxy:
 def supervisor_command(placement: Placement) -> list[str]:
     """The command that runs a supervisor where the rank is to be."""
     argv = [placement.python, "-P", "-m", SUPERVISOR_MODULE]
-    return argv if placement.host is None else remote_command(placement.ssh, placement.host, argv)
+    return argv if not placement.remote else remote_command(placement.ssh, str(placement.host), argv)
+
+
+def is_here(host: str) -> bool:
+    """Whether this is a name of the machine that this process runs on."""
+    name = host.rpartition("@")[2]
+    return name in ("localhost", "127.0.0.1", socket.gethostname(), socket.gethostname().partition(".")[0])
 
 
 def ended_in_good_order(environ: Mapping[str, str]) -> bool:
@@ -227,13 +277,16 @@ def placement_of(options: argparse.Namespace, environ: Mapping[str, str]) -> Pla
         if rank >= len(hosts):
             raise ConfigError(f"--hosts names {len(hosts)} hosts, one for each rank; this is rank {rank}")
         host = hosts[rank]
+    remote = bool(host) and not is_here(str(host))
     return Placement(
         host or None,
-        options.remote_python if host else sys.executable,
+        remote,
+        options.remote_python if remote else sys.executable,
         tuple(shlex.split(options.ssh_command)),
         options.wdir,
         tuple(options.export),
         options.log_dir,
+        max(1, hosts.count(host or "")),
     )
 
 
@@ -250,7 +303,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--wdir", default="", help="working directory of the rank (default: this one)")
     made.add_argument("--export", action="append", default=[], metavar="NAME", help="variable to take along")
     made.add_argument("--log-dir", help="for output once mpirun is gone")
-    made.add_argument("--register", type=Path, metavar="DIRECTORY", help="where the job notes down its proxies")
+    made.add_argument("--register", type=Path, metavar="DIRECTORY", help="the job's private directory on this host")
     made.add_argument("argv", nargs="+", metavar="COMMAND")
     return made
 
@@ -276,7 +329,7 @@ def main() -> None:
         if options.register is not None:
             job, rank = os.environ.get("PMIX_NAMESPACE", ""), int(os.environ.get("PMIX_RANK", "0"))
             register(options.register, placement.host or "", job, rank)
-        status = asyncio.run(Proxy(placement, options.argv, os.environ).run())
+        status = asyncio.run(Proxy(placement, options.argv, os.environ, options.register).run())
     except ChaosError as error:
         log.error("%s", error)
         status = EXIT_NOT_STARTED

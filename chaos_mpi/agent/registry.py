@@ -11,11 +11,14 @@ import contextlib
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from chaos_mpi.agent.processes import is_running, start_time
+
+_POLL_S = 0.02
 
 
 class Registered(NamedTuple):
@@ -80,6 +83,25 @@ def fence(directory: Path, host: str) -> int:
         with contextlib.suppress(ProcessLookupError):
             os.kill(entry.pid, signal.SIGKILL)
     return len(doomed)
+
+
+def end(directory: Path, number: int, limit_s: float) -> None:
+    """End all proxies of a job: with this signal, and with SIGKILL those that are left.
+
+    Args:
+        directory: of the job, on this host.
+        number: the signal that they heed by having their rank ended.
+        limit_s: how long they have.
+    """
+    limit = time.monotonic() + limit_s
+    for entry in registered(directory):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(entry.pid, number)
+    while (left := list(registered(directory))) and time.monotonic() < limit:
+        time.sleep(_POLL_S)
+    for entry in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(entry.pid, signal.SIGKILL)
 
 
 def _name(pid: int | str) -> str:

@@ -19,8 +19,10 @@ import tty
 from pathlib import Path
 from typing import Any
 
-from chaos_mpi.agent.environment import moved, server_endpoint, through_relay
+from chaos_mpi.agent.control import ControlConnector
+from chaos_mpi.agent.environment import host_variables, moved, server_endpoint, through_relay
 from chaos_mpi.agent.frames import MAGIC, Decoder, Frame, Kind, encode, encode_json
+from chaos_mpi.agent.home import Home
 from chaos_mpi.agent.launcher import LauncherPipe
 from chaos_mpi.agent.output import Output, default_log_directory
 from chaos_mpi.agent.processes import die_with_parent, is_running, kill_group, live_without_parent
@@ -39,7 +41,10 @@ DRAIN_LIMIT_S = 2.0
 #: A launcher that does not take the last words within this time does not get them.
 FLUSH_LIMIT_S = 10.0
 _POLL_S = 0.02
+#: Time between two looks at what the rank has written down.
+_RECORDS_PERIOD_S = 0.1
 _CHUNK_BYTES = 1 << 16
+_CONTROL = frozenset({Kind.CONTROL_OPEN, Kind.CONTROL_DATA, Kind.CONTROL_CLOSE})
 _ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -61,6 +66,8 @@ class Supervisor:
         self._launcher: tuple[int, int] | None = None
         self._told_to_end = False
         self._launcher_pipe = LauncherPipe()
+        self._home: Home | None = None
+        self._control: ControlConnector | None = None
         self._lost = False
 
     async def run(self) -> None:
@@ -71,13 +78,17 @@ class Supervisor:
             await self._start(order)
         except (ChaosError, OSError, TimeoutError, KeyError, TypeError) as error:
             self._write(encode_json(Kind.REFUSED, f"{error}" or type(error).__name__))
+            self._leave_home()
             return
         assert self._process is not None
-        listening = asyncio.create_task(self._listen())
+        beside = [asyncio.create_task(self._listen()), asyncio.create_task(self._report())]
         status = await self._process.wait()
         await self._finish_output()
+        self._report_new()
         await self._relay.close()
-        listening.cancel()
+        for task in beside:
+            task.cancel()
+        self._leave_home()
         self._write(encode_json(Kind.EXIT, status))
 
     def forward(self, number: int) -> None:
@@ -104,7 +115,10 @@ class Supervisor:
 
     async def _start(self, order: dict[str, Any]) -> None:
         environ = {**os.environ, **moved(order["environ"], order["prefix"], sys.prefix)}
-        environ |= self._launcher_pipe.variables()
+        environ |= self._launcher_pipe.variables() | host_variables(order, environ, len(os.sched_getaffinity(0)))
+        if order["job"] is not None:
+            self._home = Home(order["job"])
+            environ["CHAOS_RUN_DIR"] = str(self._home.path)
         if server_endpoint(environ) is not None:
             environ = through_relay(environ, await self._relay.listen())
         argv = [sys.executable if order["argv"][0] == order["python"] else order["argv"][0], *order["argv"][1:]]
@@ -135,6 +149,8 @@ class Supervisor:
             asyncio.create_task(self._output.pump(stdout, Kind.STDOUT)),
             asyncio.create_task(self._output.pump(self._process.stderr, Kind.STDERR)),
         ]
+        if self._home is not None:
+            self._control = ControlConnector(self._home.control_socket(self._process.pid), self._send)
         self._write(encode_json(Kind.STARTED, self._process.pid))
 
     # -- while the rank runs -------------------------------------------------------------------------------------
@@ -153,8 +169,26 @@ class Supervisor:
             self.forward(int(frame.json()))
         elif frame.kind is Kind.LAUNCHER_LOST:
             self._go_on_alone()
+        elif frame.kind in _CONTROL:
+            if self._control is not None:
+                self._control.deliver(frame)
         else:
             self._relay.deliver(frame)
+
+    async def _report(self) -> None:
+        while True:
+            self._report_new()
+            await asyncio.sleep(_RECORDS_PERIOD_S)
+
+    def _report_new(self) -> None:
+        """Tell the proxy what the rank has written down since the last look."""
+        if self._home is not None and self._process is not None:
+            for kind, fields in self._home.new_records(self._process.pid):
+                self._write(encode_json(Kind.RECORD, {"kind": kind, "fields": fields}))
+
+    def _leave_home(self) -> None:
+        if self._home is not None:
+            self._home.close(self._process.pid if self._process is not None else None)
 
     async def _proxy_gone(self) -> None:
         if self._lost:

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from chaos_mpi import __version__
+from chaos_mpi.cli.cluster import check_further
 from chaos_mpi.cli.control import ask, find_job
 from chaos_mpi.cli.options import Seconds
 from chaos_mpi.cli.outcome import EXIT_USAGE
@@ -90,6 +91,8 @@ def status(job: Path | None, as_json: bool) -> None:
 def add(job: Path | None, limit_s: float, ranks: int, host: str) -> None:
     """Let more ranks join a running job, and wait until they take part."""
     where = find_job(job)
+    if problems := check_further(where, host) if host else []:
+        raise click.ClickException("; ".join(problems))
     request = {"do": "add", "host": host}
     with ThreadPoolExecutor(ranks) as pool:
         outcomes = list(pool.map(lambda _: _follow(where, request, limit_s), range(ranks)))

@@ -1,4 +1,4 @@
-"""``chaosrun``: starts a job on this machine, passes its output on, and says how it ended."""
+"""``chaosrun``: starts a job here or on several hosts, passes its output on, and says how it ended."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
 from chaos_mpi import __version__
+from chaos_mpi.cli import cluster
+from chaos_mpi.cli.cluster import Cluster, cluster_of
 from chaos_mpi.cli.control import LAUNCHER_FILE, MEMORY_FILE, remove_left_over
 from chaos_mpi.cli.doctor import report
 from chaos_mpi.cli.hosts import initial_ranks, slots_here
 from chaos_mpi.cli.options import Seconds
-from chaos_mpi.cli.outcome import EXIT_STOPPED, EXIT_USAGE, judge, read_records
-from chaos_mpi.cli.process import MpirunJob
+from chaos_mpi.cli.outcome import EXIT_LAUNCHER_LOST, EXIT_STOPPED, EXIT_USAGE, judge, read_records
+from chaos_mpi.cli.process import LauncherLostError, MpirunJob
 from chaos_mpi.config import BATCH_POLICIES, JOIN_POLICIES, LOG_LEVELS, SCALE_POLICIES
-from chaos_mpi.errors import ConfigError, EngineError
+from chaos_mpi.errors import ChaosError, ConfigError
 from chaos_mpi.mpi.launch import SHM_DIRECTORY, mpirun_command
 
 #: Exit status of mpirun when its own services did not come up; seen about once in a thousand starts on a busy machine.
@@ -42,9 +45,8 @@ class _Command(click.Command):
 
 
 @click.command(cls=_Command, context_settings=_SETTINGS)
-@click.option(
-    "-n", "--np", "ranks", type=click.IntRange(min=1), help="Ranks to start with. Default: the slots here, or 1."
-)
+@click.option("-n", "--np", "ranks", type=click.IntRange(min=1), help="Ranks to start with. Default: all slots, or 1.")
+@cluster.options
 @click.option("--min-ranks", type=click.IntRange(min=1), help="Stop, with the state saved, when fewer are left.")
 @click.option("--max-ranks", type=click.IntRange(min=1), help="Refuse joins that would make the job larger.")
 @click.option("--join-policy", type=click.Choice(JOIN_POLICIES), help="Train on while a newcomer gets the state?")
@@ -90,15 +92,21 @@ def main(
     dry_run: bool,
     doctor: bool,
     script: tuple[str, ...],
+    **where: Any,
 ) -> None:
     """Run SCRIPT with its arguments on -n ranks that may die while training goes on.
 
     Exit status: 0 when training finished, even if ranks died on the way; 3 when the job stopped itself (too few
-    ranks left); 2 for wrong arguments; 128 + signal when interrupted; 1 when it failed.
+    ranks left); 4 when mpirun was lost and the ranks train on without it, on several hosts; 2 for wrong arguments or
+    hosts; 128 + signal when interrupted; 1 when it failed.
     """
     if doctor:
         sys.exit(report(ranks or 1, click.echo))
-    ranks = _size(ranks, min_ranks, max_ranks, hosts_from, scale_policy)
+    try:
+        hosts = cluster_of(ranks, **where)
+    except ConfigError as error:
+        _refuse(str(error))
+    ranks = _size(len(hosts.hosts) if hosts is not None else ranks, min_ranks, max_ranks, hosts_from, scale_policy)
     if resume and checkpoint_dir is None:
         _refuse("--resume needs --checkpoint-dir")
     if checkpoint_dir is not None:
@@ -119,19 +127,17 @@ def main(
         "CHAOS_LOG_LEVEL": log_level,
     }
     chosen = {name: str(value) for name, value in settings.items() if value is not None}
+    start = _Start(ranks, _program(script, module), chosen, hosts, tag_output, drop_noise=log_level != "debug")
     try:
-        line = mpirun_command(
-            ranks,
-            _program(script, module),
-            forward=sorted({*chosen, "CHAOS_RUN_DIR", *(v for v in os.environ if v.startswith("CHAOS_"))}),
-            tag_output=tag_output,
-        )
-    except EngineError as error:
+        if dry_run:
+            print(start.shown())
+            return
+        if hosts is not None:
+            hosts.needs(os.getcwd(), *_files(script, checkpoint_dir, event_log, hosts_from))
+            _refuse_hosts(hosts.check())
+        sys.exit(_run(start))
+    except ChaosError as error:
         _refuse(str(error))
-    if dry_run:
-        print(" ".join([*(f"{name}={shlex.quote(value)}" for name, value in chosen.items()), shlex.join(line)]))
-        return
-    sys.exit(_run(line, chosen, ranks, tag_output, drop_noise=log_level != "debug"))
 
 
 def _size(
@@ -159,15 +165,73 @@ def _size(
     return ranks
 
 
-def _run(line: list[str], chosen: dict[str, str], ranks: int, tag_output: bool, drop_noise: bool) -> int:
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """All that is needed to start the job.
+
+    Attributes:
+        ranks: how many.
+        program: the command of each.
+        chosen: variables for them.
+        hosts: where they run, if not all on this machine.
+        tag_output: let mpirun say which rank each line is from.
+        drop_noise: leave out what Open MPI remarks.
+    """
+
+    ranks: int
+    program: list[str]
+    chosen: dict[str, str]
+    hosts: Cluster | None
+    tag_output: bool
+    drop_noise: bool
+
+    def line(self, run_dir: Path) -> list[str]:
+        """The mpirun line, with the job's private directory."""
+        hosts, program = self.hosts, self.program
+        names = {*self.variables(run_dir), "CHAOS_RUN_DIR", *os.environ}
+        return mpirun_command(
+            self.ranks,
+            program if hosts is None else hosts.rank_command(run_dir, program),
+            forward=sorted(name for name in names if name.startswith("CHAOS_")),
+            tag_output=self.tag_output,
+            settings=None if hosts is None else hosts.mca_settings(os.environ),
+        )
+
+    def variables(self, run_dir: Path) -> dict[str, str]:
+        """For mpirun, beside those that are there and that of the job's private directory."""
+        return {**self.chosen, **({} if self.hosts is None else self.hosts.environment(run_dir))}
+
+    def shown(self) -> str:
+        """The mpirun line, with the variables, for a person to read."""
+        run_dir = Path("CHAOS_RUN_DIR")
+        variables = self.variables(run_dir).items()
+        return " ".join(
+            [*(f"{name}={shlex.quote(value)}" for name, value in variables), shlex.join(self.line(run_dir))]
+        )
+
+    def job(self, run_dir: Path, environment: dict[str, str]) -> MpirunJob:
+        """Start it."""
+        return MpirunJob(
+            self.line(run_dir), environment, run_dir, ranks=self.ranks, tagged=self.tag_output,
+            drop_noise=self.drop_noise, outlived=self.hosts is not None,
+        )  # fmt: skip
+
+
+def _run(start: _Start) -> int:
     """Run the job and return chaosrun's exit status."""
     remove_left_over()
     with _private_directories() as (run_dir, settings):
         (run_dir / LAUNCHER_FILE).write_text(str(os.getpid()))
-        environment = {**settings, **os.environ, **chosen, "CHAOS_RUN_DIR": str(run_dir)}
+        if start.hosts is not None:
+            start.hosts.note(run_dir)
+        environment = {**settings, **os.environ, **start.variables(run_dir), "CHAOS_RUN_DIR": str(run_dir)}
         for attempt in range(1, START_ATTEMPTS + 1):
-            job = MpirunJob(line, environment, run_dir, ranks=ranks, tagged=tag_output, drop_noise=drop_noise)
-            status = job.wait()
+            job = start.job(run_dir, environment)
+            try:
+                status = job.wait()
+            except LauncherLostError as error:
+                print(f"chaosrun: {error}", file=sys.stderr)
+                return EXIT_LAUNCHER_LOST
             records = read_records(run_dir)
             unstarted = status == LAUNCHER_NOT_UP and not records.starting and job.interrupted_by is None
             if not unstarted or attempt == START_ATTEMPTS:
@@ -222,6 +286,22 @@ def _program(script: tuple[str, ...], module: bool) -> list[str]:
     if shutil.which(name) is None:
         _refuse(f"{name} is neither a Python file (.py) nor an executable")
     return list(script)
+
+
+def _files(script: tuple[str, ...], *more: Path | str | None) -> list[Path]:
+    """What has to be on every host: the script, and the directories that it is told to write to."""
+    program = [Path(script[0]).absolute()] if script and Path(script[0]).suffix == ".py" else []
+    checkpoints, event_log, hosts_from = more
+    found = [Path(checkpoints).absolute()] if checkpoints is not None else []
+    found += [Path(event_log).absolute().parent] if event_log is not None else []
+    return program + found + ([Path(hosts_from).absolute()] if hosts_from is not None else [])
+
+
+def _refuse_hosts(problems: list[str]) -> None:
+    for problem in problems:
+        print(f"chaosrun: {problem}", file=sys.stderr)
+    if problems:
+        sys.exit(EXIT_USAGE)
 
 
 def _refuse_unwritable(directory: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import click
 import psutil
 
-from chaos_mpi.elastic.control import short_name
+from chaos_mpi.agent import sockets
 
 #: A member that does not take a connection, or does not greet, within this time is passed over.
 CONNECT_LIMIT_S = 2.0
@@ -26,13 +26,16 @@ MEMORY_FILE = "memory"
 
 
 def running_jobs() -> list[Path]:
-    """The private directories of this user's jobs that have a member to talk to."""
-    running = []
-    for job in own_directories():
-        if (member := _first_member(job)) is not None:
+    """A private directory of each of this user's jobs that have a member to talk to."""
+    running: dict[str, Path] = {}
+    for directory in own_directories():
+        # A job on several hosts has more than one where these share their temporary files: that of the launcher, and
+        # for each host one with its name behind.
+        job = "-".join(directory.name.split("-")[:2])
+        if job not in running and (member := _first_member(directory)) is not None:
             member.close()
-            running.append(job)
-    return running
+            running[job] = directory
+    return list(running.values())
 
 
 def own_directories() -> list[Path]:
@@ -165,12 +168,7 @@ def _first_member(job: Path) -> _Member | None:
 
 
 def _reach(path: Path) -> socket.socket | None:
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.settimeout(CONNECT_LIMIT_S)
     try:
-        with short_name(path) as name:
-            connection.connect(name)
-    except OSError:
-        connection.close()  # a member that was killed leaves its socket behind
+        return sockets.connect(path, CONNECT_LIMIT_S)
+    except OSError:  # a member that was killed leaves its socket behind
         return None
-    return connection

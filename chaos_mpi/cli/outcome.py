@@ -16,6 +16,8 @@ EXIT_FINISHED = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_STOPPED = 3
+#: mpirun is gone, and ranks on several hosts train on without it.
+EXIT_LAUNCHER_LOST = 4
 #: From here on an exit status is that of a process that a signal has ended.
 _SIGNALLED = 128
 

@@ -11,16 +11,20 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import IO
 
 import psutil
 
+from chaos_mpi.agent import registry
+from chaos_mpi.agent.proxy import KILL_SIGNAL
 from chaos_mpi.cli.control import end_ranks
 from chaos_mpi.cli.outcome import Records, read_records
 from chaos_mpi.cli.output import OutputFilter
 from chaos_mpi.elastic.lifecycle import alike, write_record
+from chaos_mpi.errors import ChaosError
 
 #: After a signal, the ranks get this long to end before everything is killed.
 GRACE_S = 10.0
@@ -33,12 +37,27 @@ START_GRACE_S = 5.0
 _POLL_S = 0.1
 #: Output that may be the beginning of a launcher's notice is shown when nothing follows for so long.
 _QUIET_S = 1.0
+#: When ranks are told to end through their proxies, these get so long to see it done.
+_PROXIES_LIMIT_S = 3.0
 _PR_SET_PDEATHSIG = 1
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+class LauncherLostError(ChaosError):
+    """``mpirun`` was killed, and the ranks train on without it."""
+
+
 class MpirunJob:
     """Starts ``mpirun`` in a process group of its own; to be used from the main thread.
+
+    Args:
+        line: its command line.
+        environment: for it.
+        run_dir: the job's private directory.
+        ranks: how many it starts.
+        tagged: whether it says which rank each line is from.
+        drop_noise: leave out what Open MPI remarks.
+        outlived: the ranks are started by proxies, and train on when ``mpirun`` is killed, or this process.
 
     Attributes:
         interrupted_by: the first signal that was forwarded, or None.
@@ -53,16 +72,18 @@ class MpirunJob:
         ranks: int,
         tagged: bool,
         drop_noise: bool,
+        outlived: bool = False,
     ) -> None:
         self.interrupted_by: signal.Signals | None = None
-        self._run_dir = run_dir
+        self._run_dir, self._outlived = run_dir, outlived
         self._deadline: float | None = None
+        self._killed = False
         # Handlers first: a signal that comes while mpirun starts is remembered and forwarded.
         self._process: subprocess.Popen[bytes] | None = None
         self._previous = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
         self._process = subprocess.Popen(
             line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-            preexec_fn=_prepare_mpirun,  # noqa: PLW1509 - no other thread runs yet
+            preexec_fn=_prepared(signal.SIGKILL if outlived else signal.SIGINT),  # noqa: PLW1509 - no other thread yet
         )  # fmt: skip
         self._filters = [OutputFilter(tagged=tagged, drop_noise=drop_noise) for _ in range(2)]
         assert self._process.stdout is not None
@@ -77,7 +98,11 @@ class MpirunJob:
         self._start = _StartWatch(self._process.pid, ranks)
 
     def wait(self) -> int:
-        """Wait for the end, end what does not end by itself, and return ``mpirun``'s exit status."""
+        """Wait for the end, end what does not end by itself, and return ``mpirun``'s exit status.
+
+        Raises:
+            LauncherLostError: it was killed by something else, and the ranks train on.
+        """
         assert self._process is not None
         over_at: float | None = None
         while self._process.poll() is None:
@@ -97,11 +122,18 @@ class MpirunJob:
                 self._process.wait(_POLL_S)
             except subprocess.TimeoutExpired:
                 continue
-        self._kill_ranks()
+        lost = self._outlived and self._process.returncode == -signal.SIGKILL and not self._killed
+        if not lost:
+            self._kill_ranks()
         for pump in self._pumps:
             pump.join(GRACE_S)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if lost:
+            raise LauncherLostError(
+                "mpirun was killed; the ranks train on without it. None can be added any more. chaosctl works on each "
+                "of their hosts, and what they print goes to the directory of --log-dir there"
+            )
         return self._process.returncode
 
     def has_shown(self, message: str) -> bool:
@@ -144,12 +176,18 @@ class MpirunJob:
 
     def _kill_everything(self) -> None:
         assert self._process is not None
+        self._killed = True
+        if self._outlived:  # the ranks first: those that lose mpirun before they are told to end would train on
+            self._kill_ranks()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._kill_ranks()
 
     def _kill_ranks(self) -> None:
         """Ranks that outlived mpirun; only those that carry this job's directory in their environment."""
+        if self._outlived:
+            registry.end(self._run_dir, KILL_SIGNAL, _PROXIES_LIMIT_S)
+            return
         records = read_records(self._run_dir)
         for pid in {*records.starting, *records.members}:
             try:
@@ -199,14 +237,20 @@ class _StartWatch:
         )
 
 
-def _prepare_mpirun() -> None:
-    """In the new process: have the kernel end it when chaosrun dies, whatever kills it (prctl(2)); hold SIGTERM off.
+def _prepared(number: signal.Signals) -> Callable[[], None]:
+    """In the new process: have the kernel send it a signal when chaosrun dies, whatever kills that; hold SIGTERM off.
 
-    A machine that goes down sends SIGTERM to all processes. ``mpirun`` would kill its ranks half a second later, which
-    have a state to save; it does not pass on to them that the signal is blocked.
+    With SIGINT ``mpirun`` ends its ranks. With SIGKILL (prctl(2)) those that can do without it train on. A machine that
+    goes down sends SIGTERM to all processes: ``mpirun`` would kill its ranks half a second later, which have a state to
+    save; it does not pass on to them that the signal is blocked.
     """
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGINT)
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    libc = ctypes.CDLL(None)
+
+    def prepare() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, number)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+
+    return prepare
 
 
 def _pump(source: IO[bytes], target: IO[str], output: OutputFilter) -> None:

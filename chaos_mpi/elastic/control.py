@@ -16,11 +16,11 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from chaos_mpi.agent import sockets
 from chaos_mpi.errors import ChaosError
 
 if TYPE_CHECKING:
@@ -52,14 +52,7 @@ class ControlSocket:
     def __init__(self, session: Session, path: Path) -> None:
         self._session, self._path = session, path
         self._answered: list[threading.Thread] = []
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        before = os.umask(0o177)
-        try:
-            with short_name(path) as name:
-                self._socket.bind(name)
-        finally:
-            os.umask(before)
-        self._socket.listen(8)
+        self._socket = sockets.listen(path)
         threading.Thread(target=self._serve, name="chaos_mpi-control", daemon=True).start()
 
     def close(self) -> None:
@@ -120,16 +113,6 @@ class ControlSocket:
             yield message
             if message["last"]:
                 return
-
-
-@contextlib.contextmanager
-def short_name(path: Path) -> Iterator[str]:
-    """Another name of ``path`` in this process, short enough for a socket: the kernel takes 107 bytes."""
-    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
-    try:
-        yield f"/proc/self/fd/{directory}/{path.name}"
-    finally:
-        os.close(directory)
 
 
 def _status(session: Session) -> dict[str, Any]:

@@ -11,22 +11,49 @@ from collections.abc import Callable
 
 import psutil
 
+from chaos_mpi.agent import launcher
+from chaos_mpi.agent.spawning import VARIABLE, spawn_command
 from chaos_mpi.errors import JoinError
 from chaos_mpi.membership import Join
+from chaos_mpi.mpi import growth
+from chaos_mpi.mpi.growth import Bridge
 
 #: Tells a newcomer's process from others: Python takes any ``-X`` option, and shows it in ``sys._xoptions``.
 _OPTION = "chaos_mpi_join"
 _LOOK_PERIOD_S = 0.25
 
 
-def own_command(join: Join) -> list[str]:
-    """The command line of this process, to start another one like it, which bears the name of the join."""
+def start(join: Join, directory: str) -> Bridge:
+    """Start another process like this one and return the bridge to it. Blocks; call it in a thread.
+
+    Args:
+        join: which it is started for.
+        directory: its working directory.
+
+    Raises:
+        JoinError: there is nobody left who could start it.
+        EngineError: MPI could not start it.
+        PeerFailedError: it died at once.
+    """
+    if launcher.is_lost():
+        raise JoinError(
+            "mpirun, which starts ranks, is gone; those that are left train on, but none can be added to this job"
+        )
+    arguments = own_arguments(join)
+    proxied = spawn_command(os.environ, join.host, directory, arguments)
+    if proxied is not None:
+        return growth.spawn(proxied, host="", directory="")
+    return growth.spawn([sys.executable, *arguments], host=join.host, directory=directory)
+
+
+def own_arguments(join: Join) -> list[str]:
+    """The arguments of this Python process, to start another one like it, which bears the name of the join."""
     arguments = list(sys.orig_argv[1:])
     for index in range(len(arguments) - 1):
         if arguments[index] == "-X" and arguments[index + 1].startswith(f"{_OPTION}="):
             del arguments[index : index + 2]
             break
-    return [sys.executable, "-X", _mark(join), *arguments]
+    return ["-X", _mark(join), *arguments]
 
 
 def refuse_orphan() -> None:
@@ -47,7 +74,7 @@ class LaunchWatch:
     """Sees the process of a newcomer end before MPI connects it.
 
     MPI says nothing of it: whoever waits for the process to come up waits for ever. The launcher of this machine starts
-    it as a child of its own, as it did with this process. On another machine nothing is seen.
+    it as a child of its own, as it did with this process. In a job on several machines nothing is seen.
 
     Args:
         join: what the process is started for.
@@ -57,7 +84,8 @@ class LaunchWatch:
     def __init__(self, join: Join, ended: Callable[[], None]) -> None:
         self._mark, self._ended = _mark(join), ended
         self._over = threading.Event()
-        self._local = join.host in ("", "localhost", socket.gethostname(), os.environ.get("PMIX_HOSTNAME", ""))
+        here = ("", "localhost", socket.gethostname(), os.environ.get("PMIX_HOSTNAME", ""))
+        self._local = VARIABLE not in os.environ and join.host in here
 
     def start(self) -> None:
         """Begin to look."""

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
+from chaos_mpi.agent.launcher import is_lost
 from chaos_mpi.elastic.attached import AttachedSamplers
 from chaos_mpi.elastic.changes import ChangingSession
 from chaos_mpi.elastic.control import ControlSocket, leave_on_sigterm, open_control
@@ -77,7 +79,7 @@ class Session(ChangingSession):
     def __init__(self, settings: Settings) -> None:
         set_log_level(settings.log_level)
         self.settings = settings
-        self.host = socket.gethostname()
+        self.host = os.environ.get("CHAOS_HOST") or socket.gethostname()
         self.member = f"{self.host}:{os.getpid()}"
         self.step = 0
         self._ended = False
@@ -303,6 +305,8 @@ class Session(ChangingSession):
         )
         self._end("failed", message, "")
         say_once(self.settings.run_dir, WaitTimeoutError(message))
+        if is_lost():  # MPI would wait for mpirun to do it
+            os.kill(os.getpid(), signal.SIGKILL)
         self._sequence.world.abort(1)
         raise WaitTimeoutError(message) from error
 

@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from chaos_mpi.elastic.launching import LaunchWatch, own_command
+from chaos_mpi.elastic import launching
+from chaos_mpi.elastic.launching import LaunchWatch
 from chaos_mpi.elastic.signature import first_difference
 from chaos_mpi.errors import ChaosError, PeerFailedError, WaitTimeoutError
 from chaos_mpi.membership import Join, Proposal
@@ -84,7 +85,7 @@ class Sponsorship:
 
     def _run(self) -> None:
         try:
-            bridge = growth.spawn(own_command(self.join), host=self.join.host, directory=START_DIRECTORY)
+            bridge = launching.start(self.join, START_DIRECTORY)
             self.bridge = bridge
             self._watch.stop()
             bridge.send({"welcome": self.join.id, "requirements": self._requirements["versions"]})

@@ -108,14 +108,15 @@ def spawn(command: Sequence[str], *, host: str, directory: str) -> Bridge:
     Args:
         command: program and arguments.
         host: machine it is to run on; empty for any that the launcher knows.
-        directory: its working directory.
+        directory: its working directory; empty for the launcher's.
 
     Raises:
         EngineError: MPI could not start it.
         PeerFailedError: it died at once.
     """
     info = MPI.Info.Create()
-    info.Set("wdir", directory)
+    if directory:
+        info.Set("wdir", directory)
     if host:
         info.Set("host", host)
     try:

@@ -95,10 +95,11 @@ def mpirun_command(
     forward: Sequence[str] = (),
     tag_output: bool = False,
     private_dir: Path | None = None,
+    settings: Mapping[str, str] | None = None,
     mpirun: str | os.PathLike[str] | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> list[str]:
-    """The command line that starts ``n`` fault tolerant ranks of ``argv`` on this machine.
+    """The command line that starts ``n`` fault tolerant ranks of ``argv``.
 
     Args:
         n: number of ranks; they may outnumber the cores.
@@ -107,6 +108,8 @@ def mpirun_command(
         tag_output: let ``mpirun`` say which rank each line of output is from.
         private_dir: directory for everything the job leaves on disk and in shared memory, which a killed rank
             cannot tidy up itself; default: where Open MPI puts it, ``/tmp`` and ``/dev/shm``.
+        settings: MCA parameters for ranks on several machines, which are not told a number of threads either;
+            default: those for this machine.
         mpirun: path of ``mpirun``; default :func:`mpirun_path`.
         environ: environment that the command is going to be run with.
 
@@ -117,12 +120,12 @@ def mpirun_command(
     command += ["--oversubscribe", "--bind-to", "none"]
     if os.geteuid() == 0:
         command.append("--allow-run-as-root")
-    for name, value in mca_settings(n, environ).items():
+    for name, value in (mca_settings(n, environ) if settings is None else settings).items():
         command += ["--mca", name, value]
     if private_dir is not None:
         command += ["--prtemca", "prte_tmpdir_base", str(private_dir)]
         command += ["--mca", "btl_sm_backing_directory", str(private_dir)]
-    if "OMP_NUM_THREADS" not in environ:
+    if settings is None and "OMP_NUM_THREADS" not in environ:
         command += ["-x", f"OMP_NUM_THREADS={threads_per_rank(n)}"]
     for name in forward:
         command += ["-x", name]

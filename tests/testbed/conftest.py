@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,11 +12,23 @@ from launch.testbed import sshd, testbed
 from launch.testbed.sshd import SshServers
 from launch.testbed.testbed import TestBed
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture(scope="session")
 def ssh_reason() -> str | None:
     """Why there can be no ssh to hosts of a bed here; None: there can."""
     return testbed.why_not() or sshd.why_not()
+
+
+@pytest.fixture
+def remote_python(tmp_path: Path) -> str:
+    """What ``--remote-python`` names in a host: this Python, this package, and where temporary files go."""
+    script, temporary = tmp_path / "python", tmp_path / "tmp"
+    temporary.mkdir()
+    script.write_text(f'#!/bin/sh\nTMPDIR={temporary} PYTHONPATH={ROOT} exec {sys.executable} "$@"\n')
+    script.chmod(0o755)
+    return str(script)
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import contextlib
 import os
 import shlex
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,18 +19,9 @@ from chaos_mpi.agent.preflight import ask, ask_here, judge
 from chaos_mpi.agent.registry import fence, registered
 from launch.testbed.sshd import SshServers
 from launch.testbed.testbed import TestBed
-from tests.faults.agent_jobs import ROOT, Job, give, pid_in, wait_for
+from tests.faults.agent_jobs import Job, give, pid_in, wait_for
 
 Bed = tuple[TestBed, SshServers]
-
-
-@pytest.fixture
-def remote_python(tmp_path: Path) -> str:
-    """What ``--remote-python`` names in a host: this Python, and this copy of the package."""
-    script = tmp_path / "python"
-    script.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} "$@"\n')
-    script.chmod(0o755)
-    return str(script)
 
 
 @pytest.fixture

@@ -261,9 +261,12 @@ def test_placement() -> None:
 
 def test_what_is_said_where() -> None:
     environ = {"PMIX_RANK": "0", "SECRET": "x"}
-    here, there = order(Placement(None), ["a"], environ, False), order(Placement("b"), ["a"], environ, False)
+    here, there = (
+        order(Placement(None, False), ["a"], environ, False),
+        order(Placement("b", True), ["a"], environ, False),
+    )
     assert here["environ"] == environ
     assert there["environ"] == {"PMIX_RANK": "0"}
     assert here["launcher"] == [os.getppid(), start_time(os.getppid())]
     assert there["launcher"] is None
-    assert supervisor_command(Placement("b", "/py", ("rsh", "-x")))[:3] == ["rsh", "-x", "b"]
+    assert supervisor_command(Placement("b", True, "/py", ("rsh", "-x")))[:3] == ["rsh", "-x", "b"]

@@ -1,0 +1,171 @@
+"""``chaosrun`` on several hosts: which they are, how they are reached, and whether they have what the job needs."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+
+from chaos_mpi.agent.environment import LAUNCHER_SETTINGS, network_settings
+from chaos_mpi.agent.hosts import Host, parse_host_list, parse_hostfile, place
+from chaos_mpi.agent.preflight import ask, ask_here, judge
+from chaos_mpi.agent.proxy import is_here
+from chaos_mpi.agent.spawning import proxy_command, variables
+from chaos_mpi.agent.ssh import ssh_command
+from chaos_mpi.errors import ConfigError
+from chaos_mpi.mpi.launch import MCA_DEFAULTS
+
+#: Holds what ``chaosctl add --host`` needs to check a host, in the job's private directory.
+HOSTS_FILE = "hosts"
+
+_OPTIONS = (
+    click.option("--hosts", help="Run on these hosts, over ssh: edge1:1,edge2:2,edge3 (host:ranks)."),
+    click.option(
+        "--hostfile", type=click.Path(dir_okay=False, path_type=Path), help="The same from a file in Open MPI's syntax."
+    ),
+    click.option("--ssh-args", default="", help="Options for ssh, as in a shell: '-p 2222 -i ~/.ssh/cluster'."),
+    click.option("--remote-python", help="Python on the hosts. Default: the same path as here."),
+    click.option("--network", help="Interfaces or networks (10.1.0.0/16) for the ranks. Default: all but loopback."),
+    click.option(
+        "--log-dir", type=click.Path(file_okay=False, path_type=Path),
+        help="On each host, for output once mpirun is gone. Default: ~/.local/state/chaos_mpi/logs.",
+    ),
+)  # fmt: skip
+
+
+def options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command line options that say where a job runs."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """Where the ranks of a job are to run.
+
+    Attributes:
+        hosts: the host of each rank.
+        ssh: command that runs another one on a host.
+        python: the Python to use there.
+        network: see ``--network``.
+        log_dir: see ``--log-dir``.
+    """
+
+    hosts: tuple[str, ...]
+    ssh: tuple[str, ...]
+    python: str
+    network: str | None = None
+    log_dir: Path | None = None
+    _paths: list[str] = field(default_factory=list)
+
+    def needs(self, *paths: str | Path) -> None:
+        """These have to exist on every host."""
+        self._paths.extend(str(path) for path in paths)
+
+    @property
+    def remote(self) -> list[str]:
+        """The hosts that are not this one, each once."""
+        return [host for host in dict.fromkeys(self.hosts) if not is_here(host)]
+
+    def check(self) -> list[str]:
+        """What keeps the hosts from being used, a line for each problem."""
+        return check(self.remote, self.python, self.ssh, self._paths)
+
+    def proxy(self, run_dir: Path) -> list[str]:
+        """The beginning of a proxy's command line."""
+        way = ["--ssh-command", shlex.join(self.ssh), "--remote-python", self.python, "--register", str(run_dir)]
+        if self.log_dir is not None:
+            way += ["--log-dir", str(self.log_dir)]
+        return proxy_command(sys.executable, way)
+
+    def rank_command(self, run_dir: Path, argv: Sequence[str]) -> list[str]:
+        """What ``mpirun`` is to start for each rank."""
+        return [*self.proxy(run_dir), "--hosts", ",".join(self.hosts), "--", *argv]
+
+    def environment(self, run_dir: Path) -> dict[str, str]:
+        """Variables for ``mpirun`` and the ranks."""
+        return {**LAUNCHER_SETTINGS, **variables(self.proxy(run_dir))}
+
+    def mca_settings(self, environ: Mapping[str, str]) -> dict[str, str]:
+        """Open MPI's parameters; what the user set in the environment is left alone."""
+        settings = MCA_DEFAULTS | network_settings(self.network)
+        return {name: value for name, value in settings.items() if f"OMPI_MCA_{name}" not in environ}
+
+    def note(self, run_dir: Path) -> None:
+        """Leave what is needed to check further hosts in the job's directory."""
+        fields = {"python": self.python, "ssh": self.ssh, "paths": self._paths}
+        (run_dir / HOSTS_FILE).write_text(json.dumps(fields), encoding="utf-8")
+
+
+def cluster_of(
+    ranks: int | None,
+    hosts: str | None,
+    hostfile: Path | None,
+    ssh_args: str,
+    remote_python: str | None,
+    network: str | None,
+    log_dir: Path | None,
+) -> Cluster | None:
+    """Where the ranks are to run, from the command line; None for this machine alone.
+
+    Args:
+        ranks: how many; None for all slots.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
+    if hosts is not None and hostfile is not None:
+        raise ConfigError("--hosts and --hostfile both say where to run: give one of them")
+    if hosts is None and hostfile is None:
+        given = {"--ssh-args": ssh_args, "--remote-python": remote_python, "--network": network, "--log-dir": log_dir}
+        if unused := [name for name, value in given.items() if value]:
+            raise ConfigError(f"{unused[0]} is for jobs on several hosts: give --hosts or --hostfile as well")
+        return None
+    found = parse_host_list(hosts) if hosts is not None else _read(hostfile)
+    python = remote_python or sys.executable
+    return Cluster(place(found, ranks), ssh_command(ssh_args), python, network, log_dir)
+
+
+def check(hosts: Sequence[str], python: str, ssh: Sequence[str], paths: Sequence[str]) -> list[str]:
+    """Ask hosts whether they can be used; a line for each problem.
+
+    Raises:
+        ChaosError: this host itself cannot be.
+    """
+    if not hosts:
+        return []
+    answers = ask(hosts, python, ssh, paths)
+    return [str(problem) for problem in judge(answers, ask_here(paths), python)]
+
+
+def check_further(job: Path, host: str) -> list[str]:
+    """What keeps a host from being added to a running job, as far as that can be told from here.
+
+    Args:
+        job: its private directory on this machine.
+        host: its name for ssh.
+    """
+    try:
+        fields = json.loads((job / HOSTS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []  # a job on one machine, or not the machine that it was started on
+    if is_here(host):
+        return []
+    return check([host], fields["python"], fields["ssh"], fields["paths"])
+
+
+def _read(hostfile: Path | None) -> tuple[Host, ...]:
+    assert hostfile is not None
+    try:
+        return parse_hostfile(hostfile.read_text(encoding="utf-8"), str(hostfile))
+    except OSError as error:
+        raise ConfigError(f"the host file {hostfile} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the host file {hostfile} is not text in UTF-8: {error}") from error

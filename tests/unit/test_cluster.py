@@ -1,0 +1,136 @@
+"""Where the ranks of a job run: from the command line to that of ``mpirun``."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from chaos_mpi.agent.environment import host_variables
+from chaos_mpi.agent.proxy import is_here, parser, placement_of
+from chaos_mpi.agent.spawning import VARIABLE, proxy_command, spawn_command, variables
+from chaos_mpi.cli.chaosrun import main
+from chaos_mpi.cli.cluster import Cluster, check_further, cluster_of
+from chaos_mpi.errors import ConfigError
+
+
+def cluster(ranks: int | None = None, hosts: str | None = "a:2,b", hostfile: Path | None = None) -> Cluster | None:
+    return cluster_of(ranks, hosts, hostfile, "-p 2222", None, None, None)
+
+
+def test_ranks_are_placed() -> None:
+    found = cluster()
+    assert found is not None
+    assert found.hosts == ("a", "a", "b")
+    assert found.remote == ["a", "b"]
+    assert found.ssh[:3] == ("ssh", "-p", "2222")
+    fewer = cluster(2)
+    assert fewer is not None
+    assert fewer.hosts == ("a", "a")
+
+
+def test_a_host_file(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("a slots=2 # here\nb\n")
+    found = cluster(hosts=None, hostfile=tmp_path / "hosts")
+    assert found is not None
+    assert found.hosts == ("a", "a", "b")
+
+
+@pytest.mark.parametrize(
+    ("hosts", "hostfile", "says"),
+    [
+        ("a", Path("x"), "give one of them"),
+        (None, Path("/nowhere"), "/nowhere cannot be read"),
+        (None, None, "--ssh-args is for jobs on several hosts"),
+        ("a:0", None, "--hosts: 'a:0'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(hosts: str | None, hostfile: Path | None, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        cluster(None, hosts, hostfile)
+
+
+def test_one_machine_needs_no_cluster() -> None:
+    assert cluster_of(2, None, None, "", None, None, None) is None
+
+
+def test_the_command_of_a_rank_is_understood_by_the_proxy(tmp_path: Path) -> None:
+    found = cluster_of(None, "a,b", None, "-o 'User x'", "/py", None, tmp_path / "logs")
+    assert found is not None
+    command = found.rank_command(tmp_path, ["/here/python", "t.py", "--", "-n", "3"])
+    assert command[:4] == [sys.executable, "-P", "-m", "chaos_mpi.agent.proxy"]
+    options = parser().parse_args(command[4:])
+    placement = placement_of(options, {"PMIX_RANK": "1"})
+    assert (placement.host, placement.remote, placement.python, placement.neighbours) == ("b", True, "/py", 1)
+    assert placement.ssh[:3] == ("ssh", "-o", "User x")
+    assert options.argv == ["/here/python", "t.py", "--", "-n", "3"]
+    assert options.register == tmp_path
+    assert placement.log_directory == str(tmp_path / "logs")
+
+
+def test_a_rank_has_another_one_started() -> None:
+    prefix = proxy_command("/head/python", ["--ssh-command", "ssh -p 1"])
+    environ = {**variables(prefix), "CHAOS_HOST": "edge1"}
+    there = spawn_command(environ, "edge2", "/work", ["-X", "mark", "t.py"])
+    assert there is not None
+    assert there[: len(prefix)] == prefix
+    options = parser().parse_args(there[4:])
+    assert (options.host, options.wdir, options.argv) == ("edge2", "/work", ["/head/python", "-X", "mark", "t.py"])
+    beside = spawn_command(environ, "", "/work", ["t.py"])
+    assert beside is not None
+    assert parser().parse_args(beside[4:]).host == "edge1"
+    assert spawn_command({}, "edge2", "/work", ["t.py"]) is None
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3"])
+def test_a_spoilt_variable_is_named(text: str) -> None:
+    with pytest.raises(ConfigError, match=VARIABLE):
+        spawn_command({VARIABLE: text}, "", "/", [])
+
+
+def test_names_of_this_host() -> None:
+    assert all(map(is_here, ["localhost", socket.gethostname(), f"me@{socket.gethostname()}"]))
+    assert not is_here("edge1")
+
+
+def test_cores_are_shared_among_neighbours() -> None:
+    assert host_variables({"host": "a", "neighbours": 2}, {}, 8) == {"CHAOS_HOST": "a", "OMP_NUM_THREADS": "4"}
+    assert host_variables({"host": None, "neighbours": 9}, {}, 8) == {"OMP_NUM_THREADS": "1"}
+    assert host_variables({"host": None, "neighbours": 1}, {"OMP_NUM_THREADS": "2"}, 8) == {}
+
+
+def test_further_hosts_are_checked_as_the_first_were(tmp_path: Path) -> None:
+    assert check_further(tmp_path, "anywhere") == []
+    found = Cluster(("a",), ("false",), sys.executable)
+    found.note(tmp_path)
+    (problem,) = check_further(tmp_path, "edge7")
+    assert problem.startswith("edge7: the check with ")
+    assert check_further(tmp_path, "localhost") == []
+
+
+def test_dry_run_shows_the_proxies(tmp_path: Path) -> None:
+    script = tmp_path / "t.py"
+    script.touch()
+    shown = CliRunner().invoke(main, ["--hosts", "a:2,b", "--dry-run", str(script)])
+    assert shown.exit_code == 0
+    words = shlex.split(shown.output)
+    assert words[words.index("--hosts") + 1] == "a,a,b"
+    assert words[words.index("-n") + 1] == "3"
+    assert "PMIX_MCA_gds=hash" in words
+    assert words[words.index("btl") + 1] == "self,tcp"
+    (told,) = [word.partition("=")[2] for word in words if word.startswith("CHAOS_PROXY=")]
+    assert json.loads(told)[0] == sys.executable
+    assert not [word for word in words if word.startswith("OMP_NUM_THREADS")]
+
+
+def test_hosts_and_ranks_have_to_fit(tmp_path: Path) -> None:
+    script = tmp_path / "t.py"
+    script.touch()
+    refused = CliRunner().invoke(main, ["--hosts", "a,b", "-n", "3", str(script)])
+    assert refused.exit_code == 2
+    assert "3 ranks need as many slots" in refused.output
