@@ -86,6 +86,10 @@ def join_driver() -> tuple[Link, dict[str, Any]]:
     return Link(connection), spec
 
 
+#: Exit status of mpirun when its own services did not come up; seen about once in a thousand starts on a busy machine.
+_LAUNCHER_NOT_UP = 213
+
+
 class Job:
     """A group of ranks. Use as a context manager: its processes are gone at the end of the block.
 
@@ -110,6 +114,8 @@ class Job:
         self.name, self.ranks, self.spec = name, ranks, dict(spec)
         self._commands, self._start_limit_s = commands, start_limit_s
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._started: list[tuple[list[str], dict[str, str]]] = []
+        self._starts_left = 3
         self._directory = tempfile.TemporaryDirectory(prefix="bench-")
         self._listener = socket.socket(socket.AF_UNIX)
         self._members: list[psutil.Process] = []
@@ -138,17 +144,26 @@ class Job:
         self._listener.listen(self.ranks)
         told = {SOCKET_VARIABLE: str(path), SPEC_VARIABLE: json.dumps(self.spec)}
         atexit.register(self.end)
-        for command, environ in self._commands(self.directory):
-            self._processes.append(
-                subprocess.Popen(
-                    list(command),
-                    env={**os.environ, **environ, **told},
-                    stdin=subprocess.DEVNULL,
-                    stdout=self._output,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            )
+        self._started = [(list(command), {**environ, **told}) for command, environ in self._commands(self.directory)]
+        self._processes = [self._start(*started) for started in self._started]
+
+    def _start(self, command: Sequence[str], environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            command,
+            env={**os.environ, **environ},
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def _start_again(self) -> bool:
+        """Once more start what ``mpirun`` could not, if that is why it has ended."""
+        failed = [i for i, process in enumerate(self._processes) if process.poll() == _LAUNCHER_NOT_UP]
+        for i in failed:
+            self._processes[i] = self._start(*self._started[i])
+        self._starts_left -= 1
+        return bool(failed) and self._starts_left > 0
 
     def wait_ready(self) -> None:
         """Return when every rank has connected and said hello.
@@ -163,7 +178,7 @@ class Job:
                 raise JobError(
                     f"{self.name}: {len(self.links)} of {self.ranks} ranks are ready in time; {self.output()}"
                 )
-            if any(p.poll() is not None for p in self._processes):
+            if any(p.poll() is not None for p in self._processes) and not self._start_again():
                 raise JobError(f"{self.name}: a process ended while the job started; {self.output()}")
             with selectors.DefaultSelector() as selector:
                 sources: list[socket.socket | Link] = [self._listener, *waiting]

@@ -21,6 +21,7 @@ import contextlib
 import random
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +108,11 @@ def planning(repeats: int, rng: random.Random) -> list[dict[str, Any]]:
     for count in (10, 100, 1000):
         case = links(count, rng)
         ways: dict[str, Callable[[], Plan]] = {
-            "v2, 1 MiB": lambda case=case: sharding.plan(total, case, shard_sizes=[MIB]),
-            "v2, all sizes": lambda case=case: sharding.plan(total, case),
-            "v2, all sizes, shared downlink": lambda case=case: sharding.plan(total, case, downlink_bytes_per_s=1e9),
-            "v1, 1 MiB": lambda case=case: sharding.bisected(total, case, shard_sizes=[MIB]),
-            "v1, bisection": lambda case=case: sharding.bisected(total, case),
+            "v2, 1 MiB": partial(sharding.plan, total, case, shard_sizes=[MIB]),
+            "v2, all sizes": partial(sharding.plan, total, case),
+            "v2, all sizes, shared downlink": partial(sharding.plan, total, case, downlink_bytes_per_s=1e9),
+            "v1, 1 MiB": partial(sharding.bisected, total, case, shard_sizes=[MIB]),
+            "v1, bisection": partial(sharding.bisected, total, case),
         }
         for way, make in ways.items():
             took = []

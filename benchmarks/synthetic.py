@@ -43,10 +43,10 @@ class SyntheticModel(nn.Module):
         self.flat = torch.empty(state_bytes // 4)
         free = self.flat.numel() - sum(p.numel() for p in trained)
         sizes = [free // TENSORS + (i < free % TENSORS) for i in range(TENSORS)]
-        *views, rest = self.flat.split([*[p.numel() for p in trained], free])
+        *views, rest = torch.split(self.flat, [*[p.numel() for p in trained], free])
         for param, view in zip(trained, views, strict=True):
             param.data = view.view_as(param).copy_(param.data)
-        self.frozen = nn.ParameterList([nn.Parameter(part, requires_grad=False) for part in rest.split(sizes)])
+        self.frozen = nn.ParameterList([nn.Parameter(part, requires_grad=False) for part in torch.split(rest, sizes)])
         if blank:
             self.flat.zero_()
         else:

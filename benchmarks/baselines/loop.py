@@ -49,7 +49,8 @@ class Member:
         numbers = [p.numel() for p in self._model.trained()]
         self._flat = torch.zeros(sum(numbers) + 1)
         self._views = [
-            part.view_as(p) for part, p in zip(self._flat[:-1].split(numbers), self._model.trained(), strict=True)
+            part.view_as(p)
+            for part, p in zip(torch.split(self._flat[:-1], numbers), self._model.trained(), strict=True)
         ]
         self._bridge: Bridge | None = None
         self._wanted = threading.Event()
@@ -85,7 +86,7 @@ class Member:
     def _step(self, inputs: torch.Tensor, labels: torch.Tensor) -> bool:
         """One step; whether rank 0 wants all to stop now."""
         self._optimizer.zero_grad()
-        loss_of(self._model, inputs, labels).backward()
+        loss_of(self._model, inputs, labels).backward()  # type: ignore[no-untyped-call]
         gradients = [p.grad for p in self._model.trained() if p.grad is not None]
         torch._foreach_copy_(self._views, gradients)
         self._flat[-1] = float(self._wanted.is_set())
@@ -145,14 +146,16 @@ class Member:
     # -- through storage -----------------------------------------------------------------------------
 
     def _write_checkpoint_and_end(self) -> None:
+        address, port = self._spec["storage"]
         self.journal.note("stopped")
         if self.world.rank == 0:
-            storage.put(*self._spec["storage"], memoryview(self._model.flat.numpy()).cast("B"))
+            storage.put(address, port, memoryview(self._model.flat.numpy().data).cast("B"))
         self._agree()
         self.journal.note("saved")
         os._exit(0)
 
     def _read_checkpoint(self) -> None:
+        address, port = self._spec["storage"]
         self.journal.note("reading")
-        storage.get(*self._spec["storage"], memoryview(self._model.flat.numpy()).cast("B"))
+        storage.get(address, port, memoryview(self._model.flat.numpy().data).cast("B"))
         self.journal.note("read")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 
+from chaos_mpi.agent.spawning import VARIABLE
 from chaos_mpi.autoscale.hostlist import parse_hosts, split_usable
 from chaos_mpi.errors import ConfigError
 from chaos_mpi.membership import HostSlots
@@ -52,7 +53,12 @@ def read_hosts(path: Path, limit_s: float = SCRIPT_LIMIT_S) -> tuple[HostSlots, 
 
 
 def usable_hosts(entries: tuple[HostSlots, ...]) -> tuple[tuple[HostSlots, ...], tuple[HostSlots, ...]]:
-    """Those on which this job can start ranks, and the others; see :func:`split_usable`."""
+    """Those on which this job can start ranks, and the others; see :func:`split_usable`.
+
+    A job that was started on several hosts can start ranks on any.
+    """
+    if VARIABLE in os.environ:
+        return entries, ()
     own = socket.gethostname()
     addresses = {address.address for of_card in psutil.net_if_addrs().values() for address in of_card}
     return split_usable(entries, {own, own.partition(".")[0], "localhost", *addresses}, own)
@@ -118,7 +124,7 @@ class Discovery:
             if host not in self._warned:
                 self._warned.add(host)
                 log.warning(
-                    "host %s: starting ranks on other machines is not supported yet; its %d slots are not used",
+                    "host %s is another machine; its %d slots are only used by jobs that are started with --hosts",
                     host, slots,
                 )  # fmt: skip
 

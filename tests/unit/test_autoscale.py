@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chaos_mpi.agent.spawning import VARIABLE
 from chaos_mpi.autoscale import Available, Decision, Manual, ScaleInputs
 from chaos_mpi.autoscale.discovery import Discovery, read_hosts, usable_hosts
 from chaos_mpi.autoscale.hostlist import parse_hosts, split_usable
@@ -64,9 +65,12 @@ def test_all_names_of_this_machine_are_one_host() -> None:
     assert split_usable(others, {"me"}, "me") == ((), others)
 
 
-def test_which_names_this_machine_has() -> None:
+def test_which_hosts_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     entries = parse_hosts(f"localhost:1\n127.0.0.1:2\n{HERE}:4\nno-such-machine.example:8\n", "hosts")
+    monkeypatch.delenv(VARIABLE, raising=False)
     assert usable_hosts(entries) == ((HostSlots(HERE, 7),), (HostSlots("no-such-machine.example", 8),))
+    monkeypatch.setenv(VARIABLE, "[]")
+    assert usable_hosts(entries) == (entries, ())
 
 
 # -- finding out -------------------------------------------------------------------------------------------
@@ -162,7 +166,7 @@ def test_trouble_is_told_once_and_changes_nothing(tmp_path: Path, caplog: pytest
     with caplog.at_level(logging.WARNING):
         looking.look(3)
         assert [r.message for r in caplog.records] == [
-            "host far: starting ranks on other machines is not supported yet; its 3 slots are not used"
+            "host far is another machine; its 3 slots are only used by jobs that are started with --hosts"
         ]
         caplog.clear()
         path.unlink()
