@@ -23,17 +23,20 @@ SSH_OPTIONS: dict[str, str] = {
 DEFAULT_SSH: tuple[str, ...] = ("ssh", *(f"-o{name}={value}" for name, value in SSH_OPTIONS.items()))
 
 
-def ssh_command(arguments: str = "") -> tuple[str, ...]:
+def ssh_command(arguments: str = "", program: str | None = None) -> tuple[str, ...]:
     """``ssh`` with this package's options, after those of the user: ssh takes the first that it is given.
 
     Args:
         arguments: the user's, as in a shell: ``-p 2222 -i ~/.ssh/cluster``.
+        program: another one that takes its place, called as ``PROGRAM ARGUMENTS HOST COMMAND``, where a shell on the
+            host is to run the command. Gets no options but the user's.
 
     Raises:
         ConfigError: a quote is not closed.
     """
     try:
-        return (DEFAULT_SSH[0], *shlex.split(arguments), *DEFAULT_SSH[1:])
+        given = shlex.split(arguments)
+        return (DEFAULT_SSH[0], *given, *DEFAULT_SSH[1:]) if program is None else (program, *given)
     except ValueError as error:
         raise ConfigError(f"the ssh arguments {arguments!r} cannot be understood: {error}") from error
 

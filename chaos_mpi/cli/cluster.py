@@ -30,6 +30,7 @@ _OPTIONS = (
         "--hostfile", type=click.Path(dir_okay=False, path_type=Path), help="The same from a file in Open MPI's syntax."
     ),
     click.option("--ssh-args", default="", help="Options for ssh, as in a shell: '-p 2222 -i ~/.ssh/cluster'."),
+    click.option("--ssh-program", help="Runs commands on hosts in the place of ssh: PROGRAM HOST COMMAND."),
     click.option("--remote-python", help="Python on the hosts. Default: the same path as here."),
     click.option("--network", help="Interfaces or networks (10.1.0.0/16) for the ranks. Default: all but loopback."),
     click.option(
@@ -109,6 +110,7 @@ def cluster_of(
     hosts: str | None,
     hostfile: Path | None,
     ssh_args: str,
+    ssh_program: str | None,
     remote_python: str | None,
     network: str | None,
     log_dir: Path | None,
@@ -124,13 +126,16 @@ def cluster_of(
     if hosts is not None and hostfile is not None:
         raise ConfigError("--hosts and --hostfile both say where to run: give one of them")
     if hosts is None and hostfile is None:
-        given = {"--ssh-args": ssh_args, "--remote-python": remote_python, "--network": network, "--log-dir": log_dir}
+        given = {
+            "--ssh-args": ssh_args, "--ssh-program": ssh_program, "--remote-python": remote_python,
+            "--network": network, "--log-dir": log_dir,
+        }  # fmt: skip
         if unused := [name for name, value in given.items() if value]:
             raise ConfigError(f"{unused[0]} is for jobs on several hosts: give --hosts or --hostfile as well")
         return None
     found = parse_host_list(hosts) if hosts is not None else _read(hostfile)
     python = remote_python or sys.executable
-    return Cluster(place(found, ranks), ssh_command(ssh_args), python, network, log_dir)
+    return Cluster(place(found, ranks), ssh_command(ssh_args, ssh_program), python, network, log_dir)
 
 
 def check(hosts: Sequence[str], python: str, ssh: Sequence[str], paths: Sequence[str]) -> list[str]:
