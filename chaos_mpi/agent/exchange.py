@@ -58,8 +58,8 @@ class Exchange:
         job: the PMIx namespace of this proxy's rank.
         rank: its number in that.
         first_size: how many ranks the job has begun with, if this rank is one of them; None for a newcomer.
-        send: takes what the agent is to be told, as JSON: all contacts, and the names of the first members once they are
-            known (None until then, and for a newcomer).
+        send: takes what the agent is to be told, as JSON: all contacts, and the names of the first members once these
+            are known (None until then, and for a newcomer).
     """
 
     def __init__(

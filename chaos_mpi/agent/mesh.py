@@ -21,6 +21,7 @@ from chaos_mpi.errors import ConfigError, EngineError
 try:
     import zmq
     import zmq.asyncio
+    from zmq.utils import z85
 except ImportError as missing:
     raise ConfigError(
         "node agents talk over ZeroMQ, and pyzmq is not installed on this host: pip install 'chaos-mpi[cluster]'"
@@ -83,6 +84,8 @@ class Mesh:
             raise
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._admit()), loop.create_task(self._read())]
+        for task in self._tasks:
+            task.add_done_callback(_report)
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -131,6 +134,8 @@ class Mesh:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for member in list(self._contacts):
+            self.forget(member)
         self._context.destroy(linger=0)
 
     # -- connections ---------------------------------------------------------------------------------------------
@@ -180,7 +185,7 @@ class Mesh:
         """
         while True:
             _, request, _, _, _, mechanism, *credentials = await self._gate.recv_multipart()
-            key = zmq.utils.z85.encode(credentials[0]).decode() if mechanism == b"CURVE" and credentials else ""
+            key = z85.encode(credentials[0]).decode() if mechanism == b"CURVE" and credentials else ""
             known = key in self._members
             verdict = [b"200", b"OK", key.encode()] if known else [b"300", b"this key is not known", b""]
             await self._gate.send_multipart([b"1.0", request, *verdict, b""])
@@ -230,6 +235,11 @@ def _limit(sender: zmq.Socket[Any]) -> None:
         (zmq.TCP_KEEPALIVE_CNT, _KEEPALIVE_PROBES),
     ):
         sender.setsockopt(option, value)
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("the node agent hears the others no more: %r", error)
 
 
 def _bind(inbox: zmq.asyncio.Socket, addresses: Sequence[str]) -> int:
