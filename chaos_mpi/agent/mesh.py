@@ -97,6 +97,9 @@ class Mesh:
         if self._contacts.get(contact.member) == contact or contact.key == self.key:
             return
         self.forget(contact.member)
+        if contact.key in self._members:
+            self._complain(contact.member, f"{contact.member} has the key of {self._members[contact.key]}: ignored")
+            return
         same_machine = set(contact.addresses) == set(self.addresses)
         address = nearest(contact.addresses, self._own, same_machine)
         self._contacts[contact.member] = contact

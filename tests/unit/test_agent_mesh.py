@@ -169,12 +169,12 @@ def test_peers_that_are_dead_or_do_not_read_hold_up_nobody() -> None:
     async def test() -> None:
         async with ends("a", "b") as (a, b):
             introduce(a, b)
-            nobodys = zmq.curve_keypair()[0].decode()
+            nobodys = [zmq.curve_keypair()[0].decode() for _ in range(3)]
             with socket.create_server(("127.0.0.1", 0)) as deaf:  # takes connections and says nothing
                 port = deaf.getsockname()[1]
-                a.mesh.know(Contact("deaf:1", "deaf", ("127.0.0.1",), port, nobodys))
-                a.mesh.know(Contact("dead:1", "dead", ("127.0.0.1",), 1, nobodys))
-                a.mesh.know(Contact("far:1", "far", ("192.0.2.1",), 9, nobodys))  # RFC 5737: nobody's
+                a.mesh.know(Contact("deaf:1", "deaf", ("127.0.0.1",), port, nobodys[0]))
+                a.mesh.know(Contact("dead:1", "dead", ("127.0.0.1",), 1, nobodys[1]))
+                a.mesh.know(Contact("far:1", "far", ("192.0.2.1",), 9, nobodys[2]))  # RFC 5737: nobody's
                 for _ in range(1000):
                     for name in ("deaf:1", "dead:1", "far:1"):
                         assert not a.mesh.send(name, {"x": "x" * 1000})
