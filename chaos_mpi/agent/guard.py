@@ -113,12 +113,13 @@ class Guard:
             raise
         return self._link.variables()
 
-    def started(self, pid: int) -> None:
-        """The rank runs: tell the proxy how this agent is reached."""
+    def started(self, name: str) -> None:
+        """The rank of this name runs: tell the proxy how this agent is reached."""
         assert self._mesh is not None
-        mesh, name = self._mesh, f"{socket.gethostname()}:{pid}"
+        mesh = self._mesh
         me = Contact(name, self._settings.host, mesh.addresses, mesh.port, mesh.key)
         self._watch = Watch(me, mesh, self._settings.timing, self._removed, self._stopped)
+        self._link.name(name)
         self._write(encode_json(Kind.CONTACT, me.to_json()))
 
     def heed(self, frame: Frame) -> None:

@@ -1,6 +1,7 @@
 """The connection between a rank and the agent beside it: a UNIX socket, and a JSON object on each line.
 
-The agent says ``{"sever": [addresses], "members": [names]}`` and ``{"stop": reason}``. The rank asks
+The agent begins with ``{"member": name}``, by which the other agents know this rank, and says
+``{"sever": [addresses], "members": [names]}`` and ``{"stop": reason}``. The rank asks
 ``{"may_go_on_without": [names], "id": n}`` and gets ``{"id": n, "reason": ""}``, where an empty reason is a yes.
 Without torch and without MPI.
 """
@@ -27,6 +28,8 @@ log = logging.getLogger("chaos_mpi.agent")
 
 #: Tells a rank where its agent listens.
 VARIABLE = "CHAOS_AGENT_SOCKET"
+#: How long a rank waits for its agent to take the connection.
+CONNECT_LIMIT_S = 10.0
 #: Longest line, bytes.
 _LINE_BYTES = 1 << 20
 #: What a rank that does not read may leave unread; it is disconnected then.
@@ -52,11 +55,13 @@ class LinkServer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         self._stop: str | None = None
+        self._member: asyncio.Future[str] | None = None
         self._directory = Path(tempfile.mkdtemp(prefix="chaos_mpi-"))  # mode 0700
         self.path = self._directory / "agent.sock"
 
     async def listen(self) -> None:
         """Begin to take connections."""
+        self._member = asyncio.get_running_loop().create_future()
         self._server = await asyncio.start_unix_server(
             self._converse, sock=sockets.listen(self.path), limit=_LINE_BYTES
         )
@@ -64,6 +69,11 @@ class LinkServer:
     def variables(self) -> dict[str, str]:
         """What the rank is to have in its environment."""
         return {VARIABLE: str(self.path)}
+
+    def name(self, member: str) -> None:
+        """The rank has this name; connections are served from here on."""
+        assert self._member is not None
+        self._member.set_result(member)
 
     def sever(self, addresses: Iterable[str], members: Iterable[str]) -> None:
         """Tell the rank that the machines with these addresses, and so these members, are given up."""
@@ -85,6 +95,8 @@ class LinkServer:
         shutil.rmtree(self._directory, ignore_errors=True)
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        assert self._member is not None
+        _tell(writer, {"member": await self._member})
         self._writers.add(writer)
         if self._stop is not None:
             _tell(writer, {"stop": self._stop})
@@ -127,6 +139,12 @@ class AgentLink:
         connection: to the agent.
         on_sever: is called with the addresses of machines that are given up.
         on_stop: is called with the reason, when the rank must not go on.
+
+    Attributes:
+        member: the name by which the agents know this rank.
+
+    Raises:
+        OSError: the agent does not speak.
     """
 
     def __init__(
@@ -136,6 +154,12 @@ class AgentLink:
         on_stop: Callable[[str], object],
     ) -> None:
         self._connection, self._on_sever, self._on_stop = connection, on_sever, on_stop
+        self._stream = connection.makefile("rb")
+        first = self._stream.readline()
+        if not first:
+            raise ConnectionError("the agent of this node has closed the connection")
+        self.member = str(json.loads(first)["member"])
+        connection.settimeout(None)
         self._lock = threading.Lock()
         self._answers: dict[int, queue.SimpleQueue[str]] = {}
         self._asked = 0
@@ -163,7 +187,7 @@ class AgentLink:
             OSError: there should be one, but it cannot be reached.
         """
         path = environ.get(VARIABLE)
-        return cls(connected(Path(path)), on_sever, on_stop) if path else None
+        return cls(sockets.connect(Path(path), CONNECT_LIMIT_S), on_sever, on_stop) if path else None
 
     def may_go_on_without(self, members: Iterable[str], limit_s: float) -> str:
         """Wait until the agents have agreed that these members are out, and that this rank may go on.
@@ -201,8 +225,8 @@ class AgentLink:
             self._connection.shutdown(socket.SHUT_RDWR)
 
     def _listen(self) -> None:
-        with contextlib.suppress(OSError, ValueError), self._connection.makefile("rb") as stream:
-            while line := stream.readline():
+        with contextlib.suppress(OSError, ValueError), self._stream:
+            while line := self._stream.readline():
                 self._heed(json.loads(line))
         self._end("the agent of this node is gone")
         self._connection.close()

@@ -25,8 +25,8 @@ from typing import Any
 from chaos_mpi.agent.control import ControlListener
 from chaos_mpi.agent.environment import SESSION_DIRECTORY, carried, server_endpoint
 from chaos_mpi.agent.frames import MAGIC, Decoder, Frame, Kind, encode, encode_json
-from chaos_mpi.agent.home import RECORDS, note_down
 from chaos_mpi.agent.guard import Settings
+from chaos_mpi.agent.home import RECORDS, note_down
 from chaos_mpi.agent.liaison import Liaison
 from chaos_mpi.agent.processes import die_with_parent, end_like, start_time
 from chaos_mpi.agent.registry import register

@@ -22,8 +22,8 @@ from typing import Any
 from chaos_mpi.agent.control import ControlConnector
 from chaos_mpi.agent.environment import host_variables, moved, server_endpoint, through_relay
 from chaos_mpi.agent.frames import MAGIC, Decoder, Frame, Kind, encode, encode_json
-from chaos_mpi.agent.home import Home
 from chaos_mpi.agent.guard import Guard, Settings
+from chaos_mpi.agent.home import Home
 from chaos_mpi.agent.launcher import LauncherPipe
 from chaos_mpi.agent.output import Output, default_log_directory
 from chaos_mpi.agent.processes import die_with_parent, is_running, kill_group, live_without_parent
@@ -161,7 +161,7 @@ class Supervisor:
             self._control = ControlConnector(self._home.control_socket(self._process.pid), self._send)
         self._write(encode_json(Kind.STARTED, self._process.pid))
         if self._guard is not None:
-            self._guard.started(self._process.pid)
+            self._guard.started(f"{environ.get('CHAOS_HOST') or socket.gethostname()}:{self._process.pid}")
 
     # -- while the rank runs -------------------------------------------------------------------------------------
 

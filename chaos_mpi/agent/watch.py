@@ -18,7 +18,7 @@ from chaos_mpi.agent.contacts import Contact, gone_hosts
 from chaos_mpi.errors import ConfigError
 from chaos_mpi.monitor.cluster import ClusterView, Node, Timing
 from chaos_mpi.monitor.member import Member, State
-from chaos_mpi.monitor.messages import Beat, Decided, JoinRequest, Message, Sent, from_json, to_json
+from chaos_mpi.monitor.messages import Decided, JoinRequest, Message, Sent, from_json, to_json
 
 log = logging.getLogger("chaos_mpi.agent")
 
@@ -157,7 +157,7 @@ class Watch:
 
     async def announce_end(self, limit_s: float) -> None:
         """Tell the others that the rank has ended; returns when all have confirmed it, or after ``limit_s`` seconds."""
-        self._leaving = True
+        self._leave()
         deadline_s = boot_clock_s() + limit_s
         while (silent := self._others() - self._confirmed) and boot_clock_s() < deadline_s:
             for member in silent:
@@ -165,15 +165,14 @@ class Watch:
             await self._change(_REPEAT_S)
 
     async def linger(self, limit_s: float) -> None:
-        """After the rank has ended: vote on a view without it, then leave.
+        """After the rank has ended: vote until there is a view without it.
 
-        Many ranks may end together, and those that are left may be no majority without the votes of these agents. This
-        node says nothing but these votes from here on, so the others remove it. Returns when they have, when all
-        others have ended as well, or after ``limit_s`` seconds.
+        Many ranks may end together, and those that are left may be no majority without the votes of these agents.
+        Returns when there is such a view, when all others have ended as well, or after ``limit_s`` seconds.
         """
-        self._leaving = True
+        self._leave()
         deadline_s = boot_clock_s() + limit_s
-        while not self._stopped and self._others() and boot_clock_s() < deadline_s:
+        while self._member is not None and not self._stopped and self._others() and boot_clock_s() < deadline_s:
             await self._change(self._timing.beat_s)
 
     def close(self) -> None:
@@ -248,8 +247,7 @@ class Watch:
 
     def _dispatch(self, messages: Iterable[Sent]) -> None:
         for to, message in messages:
-            if not (self._leaving and isinstance(message, Beat)):
-                self._network.send(to.name, to_json(message))
+            self._network.send(to.name, to_json(message))
 
     # -- time ----------------------------------------------------------------------------------------------------
 
@@ -298,6 +296,8 @@ class Watch:
     def _start(self, view: ClusterView, now_s: float) -> None:
         self._seen = view
         self._member = Member(Node(self.me), view, self._timing, now_s)
+        if self._leaving:
+            self._member.leave()
 
     def _ask_for_contacts(self, view: ClusterView, now_s: float) -> None:
         """A newcomer may be admitted by others before this node has been told how to reach it."""
@@ -353,6 +353,11 @@ class Watch:
             return f"{', '.join(living)} may be alive: no majority has agreed that it is out"
         status = self._member.status(now_s)
         return "" if status.state is State.GOING else status.reason
+
+    def _leave(self) -> None:
+        self._leaving = True
+        if self._member is not None:
+            self._member.leave()
 
     def _stop(self, reason: str) -> None:
         if self._stopped:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from chaos_mpi.agent.link import VARIABLE, AgentLink, LinkServer, is_watched
-from chaos_mpi.agent.unix_socket import connected
+from chaos_mpi.agent.sockets import connect
 
 LIMIT_S = 20.0
 
@@ -26,10 +26,11 @@ class Agent:
     def __init__(self) -> None:
         self.asked = queue.SimpleQueue[list[str]]()
         self.answers: dict[str, asyncio.Future[str]] = {}
-        self._loop = asyncio.new_event_loop()
+        self._loop, self._closed = asyncio.new_event_loop(), False
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         self.server = LinkServer(self._answer)
         asyncio.run_coroutine_threadsafe(self.server.listen(), self._loop).result(LIMIT_S)
+        self.do(lambda: self.server.name("me:1"))
 
     async def _answer(self, members: list[str]) -> str:
         self.asked.put(members)
@@ -43,7 +44,8 @@ class Agent:
         asyncio.run_coroutine_threadsafe(run(), self._loop).result(LIMIT_S)
 
     def close(self) -> None:
-        if self._loop.is_running():
+        if not self._closed:
+            self._closed = True
             self.do(self.server.close)
             self._loop.call_soon_threadsafe(self._loop.stop)
 
@@ -81,6 +83,10 @@ def test_questions_are_answered_each_with_its_own_answer(agent: Agent) -> None:
     assert second.get(timeout=LIMIT_S) == "no majority"
     agent.do(lambda: agent.answers["a:1"].set_result(""))
     assert first.get(timeout=LIMIT_S) == ""
+
+
+def test_a_rank_is_told_its_name(agent: Agent) -> None:
+    assert Rank(agent).link.member == "me:1"
 
 
 def test_a_question_that_nobody_answers_has_a_limit(agent: Agent) -> None:
@@ -133,8 +139,8 @@ def test_only_the_owner_can_connect(agent: Agent) -> None:
 def test_a_rank_that_talks_nonsense_is_disconnected_and_others_are_not(agent: Agent) -> None:
     rank = Rank(agent)
     for nonsense in (b"hello\n", b"{}\n", b"[]\n", b"\xff" * 100 + b"\n", b'{"may_go_on_without": 7, "id": 1}\n'):
-        with connected(agent.server.path) as stranger:
-            stranger.settimeout(LIMIT_S)
+        with connect(agent.server.path, LIMIT_S) as stranger:
+            assert stranger.recv(100) == b'{"member": "me:1"}\n'
             stranger.sendall(nonsense)
             assert stranger.recv(100) == b""
     answer = rank.ask("a:1")
@@ -144,12 +150,11 @@ def test_a_rank_that_talks_nonsense_is_disconnected_and_others_are_not(agent: Ag
 
 
 def test_a_rank_that_does_not_read_is_disconnected(agent: Agent) -> None:
-    with connected(agent.server.path) as deaf:
+    with connect(agent.server.path, LIMIT_S) as deaf:
         deaf.sendall(json.dumps({"may_go_on_without": ["a:1"], "id": 1}).encode() + b"\n")
         agent.asked.get(timeout=LIMIT_S)
         for _ in range(40):
             agent.do(lambda: agent.server.sever(["10.0.0.1"] * 5000, ["a:1"]))
-        deaf.settimeout(LIMIT_S)
         with pytest.raises((ConnectionError, EOFError)):  # noqa: PT012
             while deaf.recv(1 << 20):
                 pass
