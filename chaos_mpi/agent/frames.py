@@ -38,6 +38,10 @@ class Kind(IntEnum):
     CONTROL_OPEN = 13  #: proxy: a client has connected to the rank's control socket
     CONTROL_DATA = 14  #: both: bytes of such a connection
     CONTROL_CLOSE = 15  #: both: its end
+    CONTACT = 16  #: supervisor: how other agents reach it, JSON
+    CONTACTS = 17  #: proxy: how it reaches the others, JSON
+    FENCE = 18  #: supervisor: a host that is given up, to be cut off from mpirun, JSON
+    FENCED = 19  #: proxy: that is done, JSON
 
 
 class Frame(NamedTuple):

@@ -45,6 +45,14 @@ class Output:
             except TimeoutError:
                 self._stalled = True
 
+    def say(self, line: str) -> None:
+        """Add a line to what the rank prints on standard error."""
+        data = line.encode(errors="replace") + b"\n"
+        if self._takes():
+            self._launcher.write(encode(Frame(Kind.STDERR, data)))
+        else:
+            self._write_log(data)
+
     def close(self) -> None:
         """Close the file."""
         if self._descriptor is not None:

@@ -25,12 +25,15 @@ from typing import Any
 from chaos_mpi.agent.control import ControlListener
 from chaos_mpi.agent.environment import SESSION_DIRECTORY, carried, server_endpoint
 from chaos_mpi.agent.frames import MAGIC, Decoder, Frame, Kind, encode, encode_json
+from chaos_mpi.agent.guard import Settings
 from chaos_mpi.agent.home import RECORDS, note_down
+from chaos_mpi.agent.liaison import Liaison
 from chaos_mpi.agent.processes import die_with_parent, end_like, start_time
 from chaos_mpi.agent.registry import register
 from chaos_mpi.agent.relay import Upstream
 from chaos_mpi.agent.ssh import DEFAULT_SSH, remote_command
 from chaos_mpi.errors import ChaosError, ConfigError
+from chaos_mpi.monitor.cluster import EVEN_SPLITS, Timing
 
 log = logging.getLogger("chaos_mpi.agent")
 
@@ -60,6 +63,7 @@ class Placement:
         export: further environment variables that the rank is to get.
         log_directory: for its output when the launcher is gone; None: the user's state directory there.
         neighbours: how many ranks are started on that host together.
+        watch: how the nodes of the job watch each other; None: they do not.
     """
 
     host: str | None
@@ -70,6 +74,7 @@ class Placement:
     export: tuple[str, ...] = ()
     log_directory: str | None = None
     neighbours: int = 1
+    watch: Settings | None = None
 
 
 def order(
@@ -93,6 +98,7 @@ def order(
         "job": job,
         "host": placement.host,
         "neighbours": placement.neighbours,
+        "watch": None if placement.watch is None else placement.watch.to_json(),
     }
 
 
@@ -104,12 +110,19 @@ class Proxy:
         argv: its command.
         environ: the environment that ``mpirun`` gave this process.
         run_dir: the job's private directory on this host, if it has one.
+        liaison: what it does for the watch over the nodes; None where there is none.
     """
 
     def __init__(
-        self, placement: Placement, argv: Sequence[str], environ: Mapping[str, str], run_dir: Path | None = None
+        self,
+        placement: Placement,
+        argv: Sequence[str],
+        environ: Mapping[str, str],
+        run_dir: Path | None = None,
+        liaison: Liaison | None = None,
     ) -> None:
         self._placement, self._argv, self._environ, self._run_dir = placement, argv, environ, run_dir
+        self._liaison = liaison
         self._control: ControlListener | None = None
         self._decoder = Decoder()
         self._process: asyncio.subprocess.Process | None = None
@@ -174,6 +187,8 @@ class Proxy:
                 self._control.deliver(frame)
             case Kind.OPEN | Kind.DATA | Kind.CLOSE if self._upstream is not None:
                 self._upstream.deliver(frame)
+            case Kind.CONTACT | Kind.FENCE if self._liaison is not None:
+                self._liaison.heed(frame, self._write)
             case _:
                 pass
 
@@ -287,7 +302,35 @@ def placement_of(options: argparse.Namespace, environ: Mapping[str, str]) -> Pla
         tuple(options.export),
         options.log_dir,
         max(1, hosts.count(host or "")),
+        watch_of(options, host or ""),
     )
+
+
+def watch_of(options: argparse.Namespace, host: str) -> Settings | None:
+    """How this rank's agent watches the other nodes; None: not at all.
+
+    Raises:
+        ConfigError: a limit is wrong, or it is not said where the contacts of the agents are kept.
+    """
+    if options.heartbeat_limit is None:
+        return None
+    if options.register is None:
+        raise ConfigError("--heartbeat-limit needs --register, where the agents find each other")
+    try:
+        give_up_s = max(Timing().give_up_s, 4 * options.heartbeat_limit)
+        timing = Timing(options.heartbeat_limit, give_up_s=give_up_s, even_split=options.even_split)
+    except ValueError as error:
+        raise ConfigError(f"--heartbeat-limit: {error}") from error
+    return Settings(host, not options.hosts, timing, options.network)
+
+
+def liaison_of(options: argparse.Namespace, host: str, environ: Mapping[str, str]) -> Liaison | None:
+    """What this proxy does for the watch; None where there is none."""
+    if options.heartbeat_limit is None:
+        return None
+    job, rank = environ.get("PMIX_NAMESPACE", ""), int(environ.get("PMIX_RANK", "0"))
+    size = len(options.hosts.split(",")) if options.hosts else None
+    return Liaison(options.register, host, job, rank, size)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -304,6 +347,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--export", action="append", default=[], metavar="NAME", help="variable to take along")
     made.add_argument("--log-dir", help="for output once mpirun is gone")
     made.add_argument("--register", type=Path, metavar="DIRECTORY", help="the job's private directory on this host")
+    made.add_argument("--heartbeat-limit", type=float, metavar="SECONDS", help="a host that is silent so long is lost")
+    made.add_argument("--even-split", choices=EVEN_SPLITS, default="lowest", help="who goes on of two halves")
+    made.add_argument("--network", help="interfaces or networks for the agents, separated by commas (default: any)")
     made.add_argument("argv", nargs="+", metavar="COMMAND")
     return made
 
@@ -329,7 +375,8 @@ def main() -> None:
         if options.register is not None:
             job, rank = os.environ.get("PMIX_NAMESPACE", ""), int(os.environ.get("PMIX_RANK", "0"))
             register(options.register, placement.host or "", job, rank)
-        status = asyncio.run(Proxy(placement, options.argv, os.environ, options.register).run())
+        liaison = liaison_of(options, placement.host or "", os.environ)
+        status = asyncio.run(Proxy(placement, options.argv, os.environ, options.register, liaison).run())
     except ChaosError as error:
         log.error("%s", error)
         status = EXIT_NOT_STARTED

@@ -22,6 +22,7 @@ from typing import Any
 from chaos_mpi.agent.control import ControlConnector
 from chaos_mpi.agent.environment import host_variables, moved, server_endpoint, through_relay
 from chaos_mpi.agent.frames import MAGIC, Decoder, Frame, Kind, encode, encode_json
+from chaos_mpi.agent.guard import Guard, Settings
 from chaos_mpi.agent.home import Home
 from chaos_mpi.agent.launcher import LauncherPipe
 from chaos_mpi.agent.output import Output, default_log_directory
@@ -68,6 +69,7 @@ class Supervisor:
         self._launcher_pipe = LauncherPipe()
         self._home: Home | None = None
         self._control: ControlConnector | None = None
+        self._guard: Guard | None = None
         self._lost = False
 
     async def run(self) -> None:
@@ -79,10 +81,12 @@ class Supervisor:
         except (ChaosError, OSError, TimeoutError, KeyError, TypeError) as error:
             self._write(encode_json(Kind.REFUSED, f"{error}" or type(error).__name__))
             self._leave_home()
+            await self._leave_watch()
             return
         assert self._process is not None
         beside = [asyncio.create_task(self._listen()), asyncio.create_task(self._report())]
         status = await self._process.wait()
+        announced = self._guard.rank_ended() if self._guard is not None else None
         await self._finish_output()
         self._report_new()
         await self._relay.close()
@@ -90,6 +94,9 @@ class Supervisor:
             task.cancel()
         self._leave_home()
         self._write(encode_json(Kind.EXIT, status))
+        if announced is not None:
+            await announced
+            await self._leave_watch()
 
     def forward(self, number: int) -> None:
         """Pass a signal on to the rank and its children, as ``mpirun`` does with its own."""
@@ -128,6 +135,7 @@ class Supervisor:
         if order["launcher"] is not None:
             self._launcher = (int(order["launcher"][0]), int(order["launcher"][1]))
         self._output = Output(self._writer, log_file(order, environ))
+        environ |= await self._enter_watch(order, self._output)
         ours, theirs = os.openpty() if order["terminal"] else os.pipe()
         if order["terminal"]:
             tty.setraw(theirs)
@@ -152,6 +160,8 @@ class Supervisor:
         if self._home is not None:
             self._control = ControlConnector(self._home.control_socket(self._process.pid), self._send)
         self._write(encode_json(Kind.STARTED, self._process.pid))
+        if self._guard is not None:
+            self._guard.started(f"{environ.get('CHAOS_HOST') or socket.gethostname()}:{self._process.pid}")
 
     # -- while the rank runs -------------------------------------------------------------------------------------
 
@@ -172,6 +182,9 @@ class Supervisor:
         elif frame.kind in _CONTROL:
             if self._control is not None:
                 self._control.deliver(frame)
+        elif frame.kind in (Kind.CONTACTS, Kind.FENCED):
+            if self._guard is not None:
+                self._guard.heed(frame)
         else:
             self._relay.deliver(frame)
 
@@ -219,10 +232,32 @@ class Supervisor:
         if self._output is not None:
             self._output.lost = True
         self._writer.abandon()
-        nowhere = os.open(os.devnull, os.O_RDWR)
-        for descriptor in (0, 1, 2):
-            os.dup2(nowhere, descriptor)
-        os.close(nowhere)
+        _let_go()
+
+    # -- the watch over the other nodes --------------------------------------------------------------------------
+
+    async def _enter_watch(self, order: dict[str, Any], output: Output) -> dict[str, str]:
+        """Get ready to watch, if so ordered; returns the variables that the rank is to have."""
+        if order["watch"] is None:
+            return {}
+        self._guard = Guard(Settings.from_json(order["watch"]), self._write, output.say, self._kill)
+        return await self._guard.open()
+
+    async def _leave_watch(self) -> None:
+        """Let the proxy go, which is not to wait until the others have agreed on a view without this node."""
+        if self._guard is None:
+            return
+        if not self._lost:
+            await self._writer.close(FLUSH_LIMIT_S)
+            _let_go()
+        await self._guard.linger()
+        await self._guard.close()
+
+    def _kill(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            kill_group(self._process.pid, signal.SIGKILL)
+
+    # -- the end -------------------------------------------------------------------------------------------------
 
     async def _finish_output(self) -> None:
         _, left = await asyncio.wait(self._pumps, timeout=DRAIN_LIMIT_S)
@@ -237,6 +272,14 @@ class Supervisor:
     def _write(self, data: bytes) -> None:
         if not self._lost:
             self._writer.write(data)
+
+
+def _let_go() -> None:
+    """Close the streams to the proxy: the way there ends with the last copy of them."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 def log_file(order: dict[str, Any], environ: dict[str, str]) -> Path:

@@ -100,7 +100,7 @@ class Member:
         self._succession = Succession(me, view, timing)
         self._proposer: Proposer | None = None
         self._highest = NO_BALLOT  # of this epoch, that was seen
-        self._stopped = ""
+        self._stopped, self._leaving = "", False
         self._ran_s = self._next_beat_s = self._next_send_s = self._licensed_s = now_s
 
     def status(self, now_s: float) -> Status:
@@ -110,6 +110,14 @@ class Member:
         if now_s < self._licence.until_s(now_s):
             return Status(State.GOING)
         return Status(State.HOLDING, f"{self.me} is not heard by a majority of {_names(self.view.members)}")
+
+    def leave(self) -> None:
+        """This node acts no more. It votes on until there is a view without it, which ends its part.
+
+        Those that are left may be no majority of the last view, and could not agree on the next without it.
+        """
+        self._leaving = True
+        self._succession.leaving.add(self.me)
 
     def diagnosis(self, now_s: float) -> Diagnosis:
         """What this node thinks of the others."""
@@ -174,10 +182,12 @@ class Member:
 
     def _hear(self, sender: Node, beat: Beat, now_s: float) -> None:
         self._hearing.heard(sender, beat.stamp_s, beat.rows, now_s)
+        if beat.leaving:
+            self._succession.leaving.add(sender)
         if beat.epoch != self.view.epoch:
             return
         asked = self.acceptor.asked
-        if asked is None or sender in asked.members:
+        if not beat.leaving and (asked is None or sender in asked.members):
             self._licence.promise(sender, beat.stamp_s, now_s)
         if beat.echo_s is not None:
             self._licence.echoed(sender, beat.echo_s)
@@ -265,7 +275,7 @@ class Member:
     def _beats(self, now_s: float) -> list[Sent]:
         rows = self._hearing.rows_to_send(now_s)
         return [
-            Sent(node, Beat(self.view.epoch, now_s, self._licence.echo_s(node), rows))
+            Sent(node, Beat(self.view.epoch, now_s, self._licence.echo_s(node), rows, self._leaving))
             for node in self.view.members
             if node != self.me
         ]

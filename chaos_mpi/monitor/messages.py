@@ -48,12 +48,14 @@ class Beat:
         stamp_s: when it was sent, by the sender's clock; no other clock is compared with it.
         echo_s: the newest stamp of the receiver, in this epoch, that the sender stands by; None for none.
         rows: the sender's, and others' where there is trouble.
+        leaving: whether the sender acts no more, and votes until there is a view without it.
     """
 
     epoch: int
     stamp_s: float
     echo_s: float | None
     rows: tuple[Row, ...]
+    leaving: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +143,9 @@ def from_json(fields: Mapping[str, Any]) -> Message:
                 echo_s = fields["echo_s"]
                 rows = tuple(_row(row) for row in fields["rows"])
                 return Beat(
-                    int(fields["epoch"]), float(fields["stamp_s"]), None if echo_s is None else float(echo_s), rows
-                )
+                    int(fields["epoch"]), float(fields["stamp_s"]), None if echo_s is None else float(echo_s), rows,
+                    bool(fields["leaving"]),
+                )  # fmt: skip
             case "Prepare":
                 return Prepare(int(fields["epoch"]), _ballot(fields["ballot"]))
             case "Promise":

@@ -18,11 +18,15 @@ class Succession:
         me: this node.
         view: the present one.
         timing: limits.
+
+    Attributes:
+        leaving: members that want to be left out, and vote until they are.
     """
 
     me: Node
     view: ClusterView
     timing: Timing
+    leaving: set[Node] = field(init=False, default_factory=set)
     _joiners_s: dict[Node, float] = field(init=False, default_factory=dict)
     _cut_since_s: dict[Pair, float] = field(init=False, default_factory=dict)
     _needed_s: float | None = field(init=False, default=None)
@@ -37,6 +41,7 @@ class Succession:
         """Another view has been agreed on."""
         self.view = view
         self._needed_s = self._rival_s = None
+        self.leaving.intersection_update(view.members)
         self._joiners_s = {node: at_s for node, at_s in self._joiners_s.items() if self._may_join(node)}
 
     def paused(self) -> None:
@@ -62,7 +67,8 @@ class Succession:
         self._rival_s = now_s
 
     def wanted(self, diagnosis: Diagnosis, present: Collection[Node], now_s: float) -> tuple[Node, ...]:
-        """The members that should follow, in order: those that are alive and not cut off for long, and newcomers.
+        """The members that should follow, in order: those that are alive, stay, and are not cut off for long, and
+        newcomers.
 
         Args:
             diagnosis: what this node thinks of the members.
@@ -71,7 +77,7 @@ class Succession:
         """
         self._cut_since_s = {ends: self._cut_since_s.get(ends, now_s) for ends in diagnosis.cut}
         hopeless = [ends for ends, since_s in self._cut_since_s.items() if now_s - since_s >= self.timing.heal_s]
-        stay = mutually_reachable(diagnosis.alive, hopeless)
+        stay = mutually_reachable(diagnosis.alive - self.leaving, hopeless)
         return tuple(sorted((*stay, *self._admitted(stay, present, now_s))))
 
     def _admitted(self, stay: Collection[Node], present: Collection[Node], now_s: float) -> list[Node]:
@@ -101,7 +107,8 @@ class Succession:
         """
         wanted = tuple(wanted)
         staying = [node for node in self.view.members if node in wanted]
-        possible = self.view.is_quorum(staying, self.timing.even_split) and self.me in staying
+        voting = self.leaving.intersection(diagnosis.alive).union(staying)
+        possible = self.view.is_quorum(voting, self.timing.even_split) and self.me in staying
         if not possible or not (pending or wanted != self.view.members):
             self._needed_s = None
             return False

@@ -1,0 +1,132 @@
+"""How agents learn of each other: each proxy notes its agent's contact down beside its entry in the job's registry.
+
+The directory is on the launch host and only its owner can enter it. To and from the agents the contacts go through the
+streams of :mod:`chaos_mpi.agent.frames`, so a stranger can neither read nor add any.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from chaos_mpi.agent.contacts import Contact
+from chaos_mpi.agent.processes import is_running, start_time
+from chaos_mpi.errors import ConfigError
+
+log = logging.getLogger("chaos_mpi.agent")
+
+#: How often the directory is looked at, at first and later, seconds.
+_EAGER_S, _CALM_S = 0.2, 1.0
+#: When "later" begins.
+_EAGER_FOR_S = 60.0
+
+
+class Posted(NamedTuple):
+    """A contact as its proxy has noted it down.
+
+    Attributes:
+        contact: of the agent.
+        job: the PMIx namespace of its rank; every spawn makes a new one.
+        rank: its number in that.
+        pid: of the proxy.
+        started: when the proxy was started.
+    """
+
+    contact: Contact
+    job: str
+    rank: int
+    pid: int
+    started: int
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the proxy still runs."""
+        return is_running(self.pid, self.started)
+
+
+class Exchange:
+    """One proxy's part.
+
+    Args:
+        directory: of the job's registry.
+        job: the PMIx namespace of this proxy's rank.
+        rank: its number in that.
+        first_size: how many ranks the job has begun with, if this rank is one of them; None for a newcomer.
+        send: takes what the agent is to be told, as JSON: all contacts, and the names of the first members once these
+            are known (None until then, and for a newcomer).
+    """
+
+    def __init__(
+        self, directory: Path, job: str, rank: int, first_size: int | None, send: Callable[[dict[str, Any]], None]
+    ) -> None:
+        self._directory, self._job, self._rank = directory, job, rank
+        self._first_size, self._send = first_size, send
+        self._known: dict[str, Posted] = {}
+        self._sent: dict[str, Any] | None = None
+
+    def post(self, contact: Contact) -> None:
+        """Note the contact of this proxy's agent down.
+
+        Raises:
+            OSError: the directory cannot be written to.
+        """
+        pid = os.getpid()
+        entry = {
+            "contact": contact.to_json(), "job": self._job, "rank": self._rank, "pid": pid, "started": start_time(pid)
+        }  # fmt: skip
+        new = self._directory / f"contact-{pid}.new"
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(entry, file)
+        new.rename(self._directory / f"contact-{pid}.json")
+
+    async def follow(self) -> None:
+        """Tell the agent of all others, as they come; does not return."""
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+        while True:
+            self.look()
+            await asyncio.sleep(_EAGER_S if loop.time() - began_s < _EAGER_FOR_S else _CALM_S)
+
+    def look(self) -> None:
+        """Read the directory, and tell the agent if there is news."""
+        for entry in posted(self._directory):
+            member = entry.contact.member
+            # A newcomer whose proxy has gone before anybody knew it is no use. The first members all count: each of
+            # them must begin with the same ones.
+            if member not in self._known and (entry.job == self._job or entry.is_there):
+                self._known[member] = entry
+        first = None if self._first_size is None else first_members(self._known.values(), self._job, self._first_size)
+        news = {"contacts": [entry.contact.to_json() for entry in self._known.values()], "first": first}
+        if news != self._sent:
+            self._sent = news
+            self._send(news)
+
+
+def posted(directory: Path) -> Iterable[Posted]:
+    """All contacts in a directory; what cannot be read is passed over."""
+    for path in sorted(directory.glob("contact-*.json")):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            fields = json.loads(path.read_text())
+            yield Posted(
+                Contact.from_json(fields["contact"]), str(fields["job"]), int(fields["rank"]), int(fields["pid"]),
+                int(fields["started"]),
+            )  # fmt: skip
+
+
+def first_members(entries: Iterable[Posted], job: str, size: int) -> list[str] | None:
+    """The names of the ranks that a job begins with, in order of rank; None while some are missing.
+
+    Raises:
+        ConfigError: there are more than there should be.
+    """
+    found = {entry.rank: entry.contact.member for entry in entries if entry.job == job}
+    if len(found) > size or any(not 0 <= rank < size for rank in found):
+        raise ConfigError(f"the job {job} begins with {size} ranks, but the contacts are of ranks {sorted(found)}")
+    return [found[rank] for rank in range(size)] if len(found) == size else None

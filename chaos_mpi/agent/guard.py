@@ -1,0 +1,213 @@
+"""What a supervisor does to have its rank watched: the watch over the other nodes, and the rank's link to it.
+
+What happens when a node is lost: the agents that are left agree on a view without it. Each has its proxy fence the
+lost host off (:mod:`chaos_mpi.agent.registry`), and then tells its rank to sever the connections with it. An agent that
+finds out that the others have gone on without it, or that it is cut off from the majority, ends its rank.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from chaos_mpi.agent.contacts import Contact, Interface, own_interfaces, select
+from chaos_mpi.agent.frames import Frame, Kind, encode_json
+from chaos_mpi.agent.link import LinkServer
+from chaos_mpi.agent.watch import Removal, Watch
+from chaos_mpi.errors import ConfigError
+from chaos_mpi.monitor.cluster import Timing
+
+if TYPE_CHECKING:
+    from chaos_mpi.agent.mesh import Mesh
+
+log = logging.getLogger("chaos_mpi.agent")
+
+#: A launcher that is gone fences nobody off, and need not be waited for.
+FENCE_LIMIT_S = 0.2
+#: A rank that has been told to stop is killed after so long.
+STOP_LIMIT_S = 2.0
+#: How long the others are told that the rank has ended, at most.
+ANNOUNCE_LIMIT_S = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a job is watched; the same for all its ranks, but for the host and whether it is a newcomer.
+
+    Attributes:
+        host: of the rank, as ssh knows it; empty for the launch host.
+        newcomer: whether the rank joins a job that runs already.
+        timing: limits.
+        network: interfaces or networks that the agents keep to; None: any.
+    """
+
+    host: str
+    newcomer: bool
+    timing: Timing
+    network: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON-able dict."""
+        return {
+            "host": self.host, "newcomer": self.newcomer, "network": self.network, "limit_s": self.timing.limit_s,
+            "heal_s": self.timing.heal_s, "give_up_s": self.timing.give_up_s, "even_split": self.timing.even_split,
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Settings:
+        """The reverse of :meth:`to_json`.
+
+        Raises:
+            ConfigError: a limit is wrong.
+        """
+        try:
+            timing = Timing(
+                limit_s=float(fields["limit_s"]), heal_s=float(fields["heal_s"]),
+                give_up_s=float(fields["give_up_s"]), even_split=fields["even_split"],
+            )  # fmt: skip
+        except ValueError as error:
+            raise ConfigError(f"the watch over the nodes cannot be set up: {error}") from error
+        return cls(str(fields["host"]), bool(fields["newcomer"]), timing, fields["network"])
+
+
+class Guard:
+    """Watches over the other nodes for one rank.
+
+    Args:
+        settings: how.
+        write: takes frames for the proxy.
+        say: prints a line where the rank's output goes.
+        kill: ends the rank.
+    """
+
+    def __init__(
+        self, settings: Settings, write: Callable[[bytes], None], say: Callable[[str], None], kill: Callable[[], None]
+    ) -> None:
+        self._settings, self._write, self._say, self._kill = settings, write, say, kill
+        self._link = LinkServer(self._may_go_on_without)
+        self._mesh: Mesh | None = None
+        self._watch: Watch | None = None
+        self._begun = False
+        self._fenced: dict[str, asyncio.Event] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._killing: asyncio.TimerHandle | None = None
+
+    async def open(self) -> dict[str, str]:
+        """Get ready; returns the variables that the rank is to have.
+
+        Raises:
+            ConfigError: a library is missing, or this host is not in the network to use.
+            EngineError: this agent cannot listen.
+            OSError: the socket for the rank cannot be made.
+        """
+        try:
+            self._mesh = _mesh(select(own_interfaces(), self._settings.network), self._receive)
+            await self._link.listen()
+        except BaseException:
+            await self.close()
+            raise
+        return self._link.variables()
+
+    def started(self, name: str) -> None:
+        """The rank of this name runs: tell the proxy how this agent is reached."""
+        assert self._mesh is not None
+        mesh = self._mesh
+        me = Contact(name, self._settings.host, mesh.addresses, mesh.port, mesh.key)
+        self._watch = Watch(me, mesh, self._settings.timing, self._removed, self._stopped)
+        self._link.name(name)
+        self._write(encode_json(Kind.CONTACT, me.to_json()))
+
+    def heed(self, frame: Frame) -> None:
+        """Take a ``CONTACTS`` or ``FENCED`` frame of the proxy.
+
+        Raises:
+            ChaosError: it cannot be understood.
+        """
+        if frame.kind is Kind.FENCED:
+            self._fenced.setdefault(str(frame.json()), asyncio.Event()).set()
+        elif self._watch is not None:
+            news = frame.json()
+            contacts, first = [Contact.from_json(entry) for entry in news["contacts"]], news["first"]
+            if self._begun:
+                self._watch.know(contacts)
+            elif self._settings.newcomer:
+                self._begun = True
+                self._watch.join(contacts)
+            elif first is not None:
+                self._begun = True
+                self._watch.begin([str(name) for name in first], contacts)
+            else:
+                self._watch.know(contacts)
+
+    def rank_ended(self) -> asyncio.Task[None]:
+        """Tell the others at once; the task ends when they have confirmed it, or after a limit."""
+        if self._killing is not None:
+            self._killing.cancel()
+        return asyncio.get_running_loop().create_task(self._announce())
+
+    async def linger(self) -> None:
+        """After :meth:`rank_ended`: help the others to agree on a view without this node."""
+        if self._watch is not None and self._begun:
+            await self._watch.linger(4 * self._settings.timing.limit_s)
+
+    async def close(self) -> None:
+        """End all connections."""
+        for task in self._tasks:
+            task.cancel()
+        if self._watch is not None:
+            self._watch.close()
+        self._link.close()
+        if self._mesh is not None:
+            await self._mesh.close()
+
+    async def _announce(self) -> None:
+        if self._watch is not None:
+            await self._watch.announce_end(ANNOUNCE_LIMIT_S)
+
+    # -- what the watch tells ------------------------------------------------------------------------------------
+
+    def _receive(self, sender: str, message: dict[str, Any]) -> None:
+        if self._watch is not None:
+            self._watch.receive(sender, message)
+
+    async def _may_go_on_without(self, members: list[str]) -> str:
+        assert self._watch is not None  # it is there before the rank can ask
+        return await self._watch.may_go_on_without(members)
+
+    def _removed(self, removal: Removal) -> None:
+        task = asyncio.get_running_loop().create_task(self._cut_off(removal))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _cut_off(self, removal: Removal) -> None:
+        """Fence first: what the ranks of a lost host say, should they wake, is not to reach anybody."""
+        answers = []
+        for host in removal.hosts:
+            answers.append(self._fenced.setdefault(host, asyncio.Event()))
+            answers[-1].clear()
+            self._write(encode_json(Kind.FENCE, host))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FENCE_LIMIT_S):
+                for answer in answers:
+                    await answer.wait()
+        self._link.sever(removal.addresses, removal.members)
+
+    def _stopped(self, reason: str) -> None:
+        self._say(
+            f"chaos_mpi: {self._settings.host or socket.gethostname()}: {reason}; this rank ends, and whoever has the "
+            "majority trains on without it"
+        )
+        self._link.stop(reason)
+        self._killing = asyncio.get_running_loop().call_later(STOP_LIMIT_S, self._kill)
+
+
+def _mesh(addresses: Sequence[Interface], receive: Callable[[str, dict[str, Any]], None]) -> Mesh:
+    """The network of the agents; a job that has none needs no ZeroMQ."""
+    from chaos_mpi.agent.mesh import Mesh
+
+    return Mesh(addresses, receive)

@@ -1,0 +1,389 @@
+"""Watches the other nodes of a job: the state machine of :mod:`chaos_mpi.monitor.member`, with a network and a clock.
+
+A node is the agent beside one rank, and is named as that rank is (``host:pid``). Besides the messages of the state
+machine the agents tell each other when a rank has ended by itself, so that nobody has to wait for silence then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, NamedTuple, Protocol
+
+from chaos_mpi.agent.assembly import Assembly
+from chaos_mpi.agent.contacts import Contact, gone_hosts
+from chaos_mpi.errors import ConfigError
+from chaos_mpi.monitor.cluster import ClusterView, Node, Timing
+from chaos_mpi.monitor.member import Member, State
+from chaos_mpi.monitor.messages import Decided, JoinRequest, Message, Sent, from_json, to_json
+
+log = logging.getLogger("chaos_mpi.agent")
+
+#: Who has not been heard by then at the beginning is taken for dead.
+ASSEMBLY_LIMIT_S = 15.0
+#: How often the end of a rank is told to who has not confirmed it.
+_REPEAT_S = 0.02
+#: How long a member that has ended and is out can still be spoken to.
+_FAREWELL_S = 5.0
+#: What agents say to each other besides the messages of the state machine.
+HERE, ENDED, NOTED, WHO, CONTACTS = "Here", "Ended", "Noted", "Who", "Contacts"
+
+
+class Removal(NamedTuple):
+    """Members that a new view leaves out.
+
+    Attributes:
+        members: their names.
+        hosts: those of their hosts on which nobody is left, as ssh knows them.
+        addresses: of these hosts.
+    """
+
+    members: tuple[str, ...]
+    hosts: tuple[str, ...]
+    addresses: tuple[str, ...]
+
+
+class Network(Protocol):
+    """What carries the messages: :class:`chaos_mpi.agent.mesh.Mesh`."""
+
+    def know(self, contact: Contact) -> None: ...
+
+    def forget(self, member: str) -> None: ...
+
+    def send(self, member: str, message: dict[str, Any]) -> bool: ...
+
+
+def boot_clock_s() -> float:
+    """A clock that goes on while the process is stopped or the machine is suspended."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class Watch:
+    """One node's part in the watch, from :meth:`begin` or :meth:`join` to :meth:`close`.
+
+    Args:
+        me: how this agent is reached.
+        network: carries messages; what comes is to be given to :meth:`receive`.
+        timing: limits, the same on all nodes.
+        on_removed: is called after a new view has left members out.
+        on_stopped: is called with the reason, once, when this node must not go on.
+
+    Attributes:
+        ended: members whose ranks have ended by themselves.
+    """
+
+    def __init__(
+        self,
+        me: Contact,
+        network: Network,
+        timing: Timing,
+        on_removed: Callable[[Removal], None],
+        on_stopped: Callable[[str], None],
+    ) -> None:
+        self.me, self.ended = me.member, set[str]()
+        self._network, self._timing = network, timing
+        self._on_removed, self._on_stopped = on_removed, on_stopped
+        self._contacts = {me.member: me}
+        self._assembly: Assembly | None = None
+        self._member: Member | None = None
+        self._seen: ClusterView | None = None
+        self._joining = self._leaving = self._closed = False
+        self._stopped = ""
+        self._began_s = self._asked_s = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._changed = asyncio.Event()
+        self._confirmed: set[str] = set()
+        self._forget_s: dict[str, float] = {}
+
+    @property
+    def view(self) -> ClusterView | None:
+        """The present view; None before the first."""
+        return None if self._member is None else self._member.view
+
+    @property
+    def stopped(self) -> str:
+        """Why this node must not go on; empty if it may, as far as it knows."""
+        return self._stopped
+
+    def begin(self, members: Iterable[str], contacts: Iterable[Contact]) -> None:
+        """Start as one of the first members.
+
+        Args:
+            members: all of them.
+            contacts: how to reach the others, and maybe more.
+
+        Raises:
+            ConfigError: this node is none of them.
+        """
+        first = sorted(members)
+        if self.me not in first:
+            raise ConfigError(f"{self.me} is none of the first members {', '.join(first)}")
+        self._assembly, self._began_s = Assembly(self.me, first), boot_clock_s()
+        for member in self.ended:
+            self._assembly.ended(member)
+        self.know(contacts)
+        self._tick()
+
+    def join(self, contacts: Iterable[Contact]) -> None:
+        """Start as a newcomer: ask all to be admitted until a view has this node."""
+        self.know(contacts)
+        self._joining = True
+        self._tick()
+
+    def know(self, contacts: Iterable[Contact]) -> None:
+        """Take note of how to reach others. What is known already stays."""
+        for contact in contacts:
+            if contact.member not in self._contacts and contact.member not in self.ended:
+                self._contacts[contact.member] = contact
+                self._network.know(contact)
+
+    async def may_go_on_without(self, members: Collection[str]) -> str:
+        """Wait until it is certain that these members take no part any more, and that this node may go on.
+
+        Returns:
+            Empty when so. The reason, if this node is stopped, or if it stays uncertain for longer than a node that is
+            cut off goes on.
+        """
+        deadline_s = boot_clock_s() + self._timing.give_up_s + 2 * self._timing.limit_s
+        while True:
+            now_s = boot_clock_s()
+            reason = self._reason_to_wait(members, now_s)
+            if not reason or self._stopped or now_s >= deadline_s:
+                return reason
+            await self._change(min(self._timing.beat_s, deadline_s - now_s))
+
+    async def announce_end(self, limit_s: float) -> None:
+        """Tell the others that the rank has ended; returns when all have confirmed it, or after ``limit_s`` seconds."""
+        self._leave()
+        deadline_s = boot_clock_s() + limit_s
+        while (silent := self._others() - self._confirmed) and boot_clock_s() < deadline_s:
+            for member in silent:
+                self._network.send(member, {"kind": ENDED})
+            await self._change(_REPEAT_S)
+
+    async def linger(self, limit_s: float) -> None:
+        """After the rank has ended: vote until there is a view without it.
+
+        Many ranks may end together, and those that are left may be no majority without the votes of these agents.
+        Returns when there is such a view, when all others have ended as well, or after ``limit_s`` seconds.
+        """
+        self._leave()
+        deadline_s = boot_clock_s() + limit_s
+        while self._member is not None and not self._stopped and self._others() and boot_clock_s() < deadline_s:
+            await self._change(self._timing.beat_s)
+
+    def close(self) -> None:
+        """Say and do nothing any more."""
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+
+    # -- messages ------------------------------------------------------------------------------------------------
+
+    def receive(self, sender: str, fields: dict[str, Any]) -> None:
+        """Take in a message of a peer.
+
+        Raises:
+            ValueError: it cannot be understood.
+        """
+        if self._closed:
+            return
+        kind, now_s = fields.get("kind"), boot_clock_s()
+        if kind == HERE:
+            self._heard_here(sender, fields.get("complete") is True, now_s)
+        elif kind == ENDED:
+            self._network.send(sender, {"kind": NOTED})
+            self.ended.add(sender)
+            if self._assembly is not None:
+                self._assembly.ended(sender)
+        elif kind == NOTED:
+            self._confirmed.add(sender)
+        elif kind == WHO:
+            known = [
+                self._contacts[str(name)].to_json()
+                for name in _entries(fields, "members")
+                if str(name) in self._contacts
+            ]
+            self._network.send(sender, {"kind": CONTACTS, "contacts": known})
+        elif kind == CONTACTS:
+            self.know([Contact.from_json(entry) for entry in _entries(fields, "contacts")])
+        else:
+            self._receive_monitor(Node(sender), from_json(fields), now_s)
+        self._tell_change()
+        if self._member is not None:
+            self._schedule(self._member.due_s(now_s) - now_s)
+
+    def _receive_monitor(self, sender: Node, message: Message, now_s: float) -> None:
+        if self._assembly is not None:
+            self._assembly.begun(sender.name)
+            self._start_if_assembled(now_s)
+        if self._member is not None:
+            self._dispatch(self._member.receive(sender, message, now_s))
+            self._look(self._member, now_s)
+        elif self._joining and isinstance(message, Decided):
+            self._heard_view(message.view, now_s)
+
+    def _heard_here(self, sender: str, complete: bool, now_s: float) -> None:
+        assembly = self._assembly
+        if assembly is None:
+            return
+        before = assembly.complete
+        assembly.heard(sender, complete)
+        if assembly.complete and not before:
+            self._say_here(assembly)
+        self._start_if_assembled(now_s)
+
+    def _heard_view(self, view: ClusterView, now_s: float) -> None:
+        """What a newcomer hears."""
+        me = Node(self.me)
+        if me in view.members:
+            self._joining = False
+            self._start(view, now_s)
+        elif me in view.removed:
+            self._stop(f"{self.me} was removed in epoch {view.epoch}, before it had heard that it was admitted")
+
+    def _dispatch(self, messages: Iterable[Sent]) -> None:
+        for to, message in messages:
+            self._network.send(to.name, to_json(message))
+
+    # -- time ----------------------------------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        if self._closed or self._stopped:
+            return
+        now_s = boot_clock_s()
+        wait_s = self._timing.beat_s
+        if self._assembly is not None:
+            self._say_here(self._assembly)
+            self._start_if_assembled(now_s)
+        elif self._member is not None:
+            self._dispatch(self._member.tick(now_s))
+            self._look(self._member, now_s)
+            self._ask_for_contacts(self._member.view, now_s)
+            self._forget_the_ended(now_s)
+            wait_s = self._member.due_s(now_s) - now_s
+        elif self._joining:
+            for name in self._contacts:
+                self._network.send(name, to_json(JoinRequest()))
+        self._schedule(wait_s)
+
+    def _schedule(self, wait_s: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if not self._closed and not self._stopped:
+            self._timer = asyncio.get_running_loop().call_later(max(0.0, wait_s), self._tick)
+
+    def _say_here(self, assembly: Assembly) -> None:
+        for name in assembly.others:
+            self._network.send(name, {"kind": HERE, "complete": assembly.complete})
+
+    def _start_if_assembled(self, now_s: float) -> None:
+        assembly = self._assembly
+        late = now_s - self._began_s > ASSEMBLY_LIMIT_S
+        if assembly is None or not (assembly.is_over or late):
+            return
+        if not assembly.is_over and assembly.missing:
+            log.warning(
+                "%s: not heard within %g s of the beginning, so taken for dead: %s",
+                self.me, ASSEMBLY_LIMIT_S, ", ".join(assembly.missing),
+            )  # fmt: skip
+        self._assembly = None
+        self._start(ClusterView(0, tuple(Node(name) for name in (self.me, *assembly.others))), now_s)
+
+    def _start(self, view: ClusterView, now_s: float) -> None:
+        self._seen = view
+        self._member = Member(Node(self.me), view, self._timing, now_s)
+        if self._leaving:
+            self._member.leave()
+
+    def _ask_for_contacts(self, view: ClusterView, now_s: float) -> None:
+        """A newcomer may be admitted by others before this node has been told how to reach it."""
+        unknown = [
+            node.name for node in view.members if node.name not in self._contacts and node.name not in self.ended
+        ]
+        if unknown and now_s - self._asked_s >= self._timing.beat_s:
+            self._asked_s = now_s
+            for node in view.members:
+                self._network.send(node.name, {"kind": WHO, "members": unknown})
+
+    def _forget_the_ended(self, now_s: float) -> None:
+        for name in [name for name, at_s in self._forget_s.items() if at_s <= now_s]:
+            del self._forget_s[name]
+            self._contacts.pop(name, None)
+            self._network.forget(name)
+
+    # -- what follows --------------------------------------------------------------------------------------------
+
+    def _look(self, member: Member, now_s: float) -> None:
+        """After the state machine has run: what is new?"""
+        status = member.status(now_s)
+        if status.state is State.STOPPED:
+            self._stop(status.reason)
+            return
+        before, view = self._seen, member.view
+        if before is None or view is before:
+            return
+        self._seen = view
+        removed = {node.name for node in before.members} - {node.name for node in view.members}
+        # One that has ended and is out is spoken to a little longer, for the news that it is out.
+        self._forget_s |= dict.fromkeys(removed & self.ended, now_s + _FAREWELL_S)
+        if removed:
+            self._on_removed(self._removal(removed, view))
+
+    def _removal(self, removed: set[str], view: ClusterView) -> Removal:
+        """What is to be severed. The kernel has closed the connections of those that have ended, and their host may
+        have another rank on its way in."""
+        out = {node.name for node in view.removed} | self.ended
+        lost = [self._contacts[name] for name in removed - self.ended if name in self._contacts]
+        left = [contact for name, contact in self._contacts.items() if name not in out]
+        hosts, addresses = gone_hosts(lost, left)
+        return Removal(tuple(sorted(removed)), hosts, addresses)
+
+    def _reason_to_wait(self, members: Collection[str], now_s: float) -> str:
+        if self._stopped:
+            return self._stopped
+        if self._member is None:
+            return f"{self.me} does not take part in the watch yet"
+        present = {node.name for node in self._member.view.members}
+        living = sorted(present.intersection(members) - self.ended)
+        if living:
+            return f"{', '.join(living)} may be alive: no majority has agreed that it is out"
+        status = self._member.status(now_s)
+        return "" if status.state is State.GOING else status.reason
+
+    def _leave(self) -> None:
+        self._leaving = True
+        if self._member is not None:
+            self._member.leave()
+
+    def _stop(self, reason: str) -> None:
+        if self._stopped:
+            return
+        self._stopped = reason
+        self._tell_change()
+        if not self._leaving:
+            self._on_stopped(reason)
+
+    def _others(self) -> set[str]:
+        """The others that take part, as far as is known, and whose ranks have not ended."""
+        view = self.view
+        names = set(self._contacts) if view is None else {node.name for node in view.members}
+        return names - self.ended - {self.me}
+
+    async def _change(self, limit_s: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), limit_s)
+
+    def _tell_change(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+
+def _entries(fields: dict[str, Any], name: str) -> list[Any]:
+    entries = fields.get(name)
+    if not isinstance(entries, list):
+        raise ValueError(f"{fields.get('kind')} without a list of {name}")
+    return entries

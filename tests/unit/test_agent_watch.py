@@ -1,0 +1,279 @@
+"""The watch of several agents over each other: real connections over loopback, in one process and one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chaos_mpi.agent.assembly import Assembly
+from chaos_mpi.agent.contacts import Contact
+from chaos_mpi.agent.watch import Removal, Watch
+from chaos_mpi.errors import ConfigError
+from chaos_mpi.monitor.cluster import Timing
+
+pytest.importorskip("zmq", reason="pyzmq is not installed: pip install 'chaos-mpi[cluster]'")
+from chaos_mpi.agent.mesh import Mesh
+
+LIMIT_S = 30.0
+TIMING = Timing(limit_s=0.3, heal_s=0.3, give_up_s=1.0)
+
+
+class Filtered(Mesh):
+    """A network that loses what is for some members."""
+
+    lost: frozenset[str] = frozenset()
+
+    def send(self, member: str, message: dict[str, Any]) -> bool:
+        return member not in self.lost and super().send(member, message)
+
+
+class Agent:
+    """One node: its watch, and what that has told."""
+
+    def __init__(self, name: str, host: str = "") -> None:
+        self.name = f"{name}:1"
+        self.removals: list[Removal] = []
+        self.stops: list[str] = []
+        # All of 127.0.0.0/8 is loopback: each host has an address of its own in it.
+        address = ipaddress.ip_interface(f"127.1.{ord(host or name)}.1/8")
+        self.mesh = Filtered((address,), lambda sender, message: self.watch.receive(sender, message))
+        self.contact = Contact(self.name, host or name, self.mesh.addresses, self.mesh.port, self.mesh.key)
+        self.watch = Watch(self.contact, self.mesh, TIMING, self.removals.append, self.stops.append)
+        self.alive = True
+
+    async def die(self) -> None:
+        """Power off."""
+        self.alive = False
+        self.watch.close()
+        await self.mesh.close()
+
+    @property
+    def members(self) -> list[str]:
+        view = self.watch.view
+        return [] if view is None else [node.name for node in view.members]
+
+
+@contextlib.asynccontextmanager
+async def agents(names: str, hosts: str = "") -> AsyncIterator[list[Agent]]:
+    made = [Agent(name, host) for name, host in zip(names, hosts or names, strict=True)]
+    try:
+        yield made
+    finally:
+        for agent in made:
+            if agent.alive:
+                await agent.die()
+
+
+async def begin(members: list[Agent]) -> None:
+    """Start them one after the other; returns when all take part."""
+    names = [agent.name for agent in members]
+    for agent in members:
+        agent.watch.begin(names, [other.contact for other in members])
+    await until(lambda: all(agent.members == sorted(names) for agent in members))
+    for agent in members:
+        assert await agent.watch.may_go_on_without([]) == ""
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(LIMIT_S):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def run(test: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(test, 2 * LIMIT_S))
+
+
+def test_a_node_that_dies_is_removed_by_all_others() -> None:
+    async def test() -> None:
+        async with agents("abc") as (a, b, c):
+            await begin([a, b, c])
+            await c.die()
+            assert "c:1 may be alive" in a.watch._reason_to_wait(["c:1"], 0.0)
+            assert [await x.watch.may_go_on_without(["c:1"]) for x in (a, b)] == ["", ""]
+            for x in (a, b):
+                assert x.removals == [Removal(("c:1",), ("c",), ("127.1.99.1",))]
+                assert x.members == ["a:1", "b:1"]
+                assert not x.stops
+
+    run(test())
+
+
+def test_a_partition_stops_the_minority_only() -> None:
+    async def test() -> None:
+        async with agents("abcde") as everybody:
+            await begin(everybody)
+            minority, majority = everybody[:2], everybody[2:]
+            for x in everybody:
+                others = majority if x in minority else minority
+                x.mesh.lost = frozenset(other.name for other in others)
+            answers = await asyncio.gather(
+                *(x.watch.may_go_on_without(["a:1", "b:1"]) for x in majority),
+                *(x.watch.may_go_on_without(["c:1", "d:1", "e:1"]) for x in minority),
+            )
+            assert answers[:3] == ["", "", ""]
+            assert all("was cut off from the majority for 1 s" in answer for answer in answers[3:])
+            await until(lambda: all(x.stops for x in minority))
+            assert [len(x.stops) for x in everybody] == [1, 1, 0, 0, 0]
+            assert {x.watch.view for x in majority} == {majority[0].watch.view}
+
+    run(test())
+
+
+def test_a_node_that_was_removed_is_told_so_when_it_is_back() -> None:
+    async def test() -> None:
+        async with agents("abc") as (a, b, c):
+            await begin([a, b, c])
+            a.mesh.lost = b.mesh.lost = frozenset({"c:1"})
+            c.mesh.lost = frozenset({"a:1", "b:1"})
+            await until(lambda: a.removals and b.removals)
+            for x in (a, b, c):
+                x.mesh.lost = frozenset()
+            await until(lambda: c.stops)
+            assert "the others went on without c:1" in c.stops[0] or "cut off" in c.stops[0]
+            assert not a.stops and not b.stops
+
+    run(test())
+
+
+def test_the_end_of_a_rank_is_known_without_waiting_for_silence() -> None:
+    async def test() -> None:
+        async with agents("abc") as (a, b, c):
+            await begin([a, b, c])
+            waiting = [asyncio.create_task(x.watch.may_go_on_without(["c:1"])) for x in (a, b)]
+            await c.watch.announce_end(LIMIT_S)
+            assert [await task for task in waiting] == ["", ""]
+            assert a.members == ["a:1", "b:1", "c:1"], "before anything was agreed on"
+            await c.watch.linger(LIMIT_S)
+            await c.die()
+            await until(lambda: a.removals and b.removals)
+            # The kernel has closed its connections, and there may be another rank on its way in there.
+            assert a.removals == b.removals == [Removal(("c:1",), (), ())]
+            assert not c.stops
+
+    run(test())
+
+
+def test_the_votes_of_ranks_that_have_ended_count() -> None:
+    """Three of four ranks end together: the last one is no majority alone."""
+
+    async def test() -> None:
+        async with agents("abcd") as (a, b, c, d):
+            await begin([a, b, c, d])
+
+            async def end(x: Agent) -> None:
+                await x.watch.announce_end(1.0)
+                await x.watch.linger(LIMIT_S)
+                await x.die()
+
+            ending = [asyncio.create_task(end(x)) for x in (a, b, c)]
+            await until(lambda: d.members == ["d:1"])
+            assert await d.watch.may_go_on_without(["a:1", "b:1", "c:1"]) == ""
+            await asyncio.gather(*ending)
+            assert not d.stops
+
+    run(test())
+
+
+def test_a_whole_job_ends_at_once() -> None:
+    async def test() -> None:
+        async with agents("abc") as everybody:
+            await begin(everybody)
+            await asyncio.gather(*(x.watch.announce_end(LIMIT_S) for x in everybody))
+            await asyncio.gather(*(x.watch.linger(LIMIT_S) for x in everybody))
+            assert [x.members for x in everybody] == [["a:1", "b:1", "c:1"]] * 3, "nobody waited for a view"
+
+    run(test())
+
+
+def test_a_host_is_given_up_only_when_nobody_is_left_there() -> None:
+    async def test() -> None:
+        async with agents("abcde", hosts="xxxyy") as (a, b, c, d, e):
+            await begin([a, b, c, d, e])
+            await d.die()
+            await until(lambda: a.removals)
+            assert a.removals == [Removal(("d:1",), (), ())]
+            await e.die()
+            await until(lambda: len(a.removals) == 2)
+            assert a.removals[1] == Removal(("e:1",), ("y",), ("127.1.121.1",))
+
+    run(test())
+
+
+def test_a_newcomer_joins_even_if_not_all_were_told_of_it() -> None:
+    async def test() -> None:
+        async with agents("abcz") as (a, b, c, z):
+            await begin([a, b, c])
+            contacts = [x.contact for x in (a, b, c, z)]
+            a.watch.know(contacts)  # b and c will ask a
+            assert "does not take part" in z.watch._reason_to_wait([], 0.0)
+            z.watch.join(contacts)
+            await until(lambda: all(x.members == ["a:1", "b:1", "c:1", "z:1"] for x in (a, b, c, z)))
+            assert await z.watch.may_go_on_without([]) == ""
+            await c.die()
+            assert [await x.watch.may_go_on_without(["c:1"]) for x in (a, b, z)] == ["", "", ""]
+            assert not any(x.stops for x in (a, b, z))
+
+    run(test())
+
+
+def test_who_ends_before_all_have_met_is_not_waited_for() -> None:
+    async def test() -> None:
+        async with agents("abc") as (a, b, c):
+            names, contacts = [x.name for x in (a, b, c)], [x.contact for x in (a, b, c)]
+            for x in (a, b):
+                x.watch.begin(names, contacts)
+            c.watch.know(contacts)
+            await c.watch.announce_end(LIMIT_S)
+            await until(lambda: a.members and b.members)
+            assert await a.watch.may_go_on_without(["c:1"]) == ""
+
+    run(test())
+
+
+def test_a_stranger_cannot_begin() -> None:
+    async def test() -> None:
+        async with agents("ab") as (a, b):
+            with pytest.raises(ConfigError, match="a:1 is none of the first members b:1"):
+                a.watch.begin(["b:1"], [b.contact])
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"kind": "Nonsense"}, {"kind": "Beat"}, {"kind": "Who"}, {"kind": "Contacts", "contacts": [{"member": 1}]}],
+)
+def test_nonsense_is_refused(fields: dict[str, Any]) -> None:
+    async def test() -> None:
+        async with agents("ab") as (a, b):
+            await begin([a, b])
+            with pytest.raises(ValueError, match=r".+"):
+                a.watch.receive("b:1", fields)
+            assert await a.watch.may_go_on_without([]) == ""
+
+    run(test())
+
+
+@given(st.integers(2, 5), st.randoms(use_true_random=False))
+def test_nobody_begins_before_all_have_heard_all(size: int, rng: Any) -> None:
+    """Whatever order messages come in, and whichever are lost: when one begins, every connection has worked."""
+    names = [str(number) for number in range(size)]
+    parts = {name: Assembly(name, names) for name in names}
+    heard: set[tuple[str, str]] = set()
+    for _ in range(100):
+        one, other = rng.sample(names, 2)
+        if rng.random() < 0.3:
+            continue
+        parts[other].heard(one, parts[one].complete)
+        heard.add((one, other))
+        if parts[other].is_over:
+            assert len(heard) == size * (size - 1)
+            return
