@@ -30,6 +30,10 @@ class TooFewRanksError(ChaosError):
     """Fewer members are left than ``min_ranks`` allows; the job stops after saving its state."""
 
 
+class CutOffError(ChaosError):
+    """This rank cannot reach the majority of the job, which goes on without it; so it stops."""
+
+
 class StopRequestedError(ChaosError):
     """This rank was told to end and too few would be left without it, so the job stops, with its state saved."""
 

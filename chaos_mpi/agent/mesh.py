@@ -24,7 +24,7 @@ try:
     from zmq.utils import z85
 except ImportError as missing:
     raise ConfigError(
-        "node agents talk over ZeroMQ, and pyzmq is not installed on this host: pip install 'chaos-mpi[cluster]'"
+        "node agents talk over ZeroMQ, and pyzmq is not installed on this host: pip install pyzmq"
     ) from missing
 
 log = logging.getLogger("chaos_mpi.agent")

@@ -18,7 +18,9 @@ from chaos_mpi.agent.preflight import ask, ask_here, judge
 from chaos_mpi.agent.proxy import is_here
 from chaos_mpi.agent.spawning import proxy_command, variables
 from chaos_mpi.agent.ssh import ssh_command
+from chaos_mpi.cli.options import Seconds
 from chaos_mpi.errors import ConfigError
+from chaos_mpi.monitor.cluster import EVEN_SPLITS, Timing
 from chaos_mpi.mpi.launch import MCA_DEFAULTS
 
 #: Holds what ``chaosctl add --host`` needs to check a host, in the job's private directory.
@@ -33,6 +35,13 @@ _OPTIONS = (
     click.option("--ssh-program", help="Runs commands on hosts in the place of ssh: PROGRAM HOST COMMAND."),
     click.option("--remote-python", help="Python on the hosts. Default: the same path as here."),
     click.option("--network", help="Interfaces or networks (10.1.0.0/16) for the ranks. Default: all but loopback."),
+    click.option(
+        "--heartbeat-limit", type=Seconds(), help="A host that was silent so long, seconds, is lost. Default: 0.5."
+    ),
+    click.option(
+        "--even-split", type=click.Choice(EVEN_SPLITS),
+        help="When hosts fall apart into equal halves: the one with the lowest member goes on (default), or none.",
+    ),
     click.option(
         "--log-dir", type=click.Path(file_okay=False, path_type=Path),
         help="On each host, for output once mpirun is gone. Default: ~/.local/state/chaos_mpi/logs.",
@@ -57,6 +66,8 @@ class Cluster:
         python: the Python to use there.
         network: see ``--network``.
         log_dir: see ``--log-dir``.
+        heartbeat_limit_s: see ``--heartbeat-limit``.
+        even_split: see ``--even-split``.
     """
 
     hosts: tuple[str, ...]
@@ -64,6 +75,8 @@ class Cluster:
     python: str
     network: str | None = None
     log_dir: Path | None = None
+    heartbeat_limit_s: float = 0.5
+    even_split: str = EVEN_SPLITS[0]
     _paths: list[str] = field(default_factory=list)
 
     def needs(self, *paths: str | Path) -> None:
@@ -82,6 +95,9 @@ class Cluster:
     def proxy(self, run_dir: Path) -> list[str]:
         """The beginning of a proxy's command line."""
         way = ["--ssh-command", shlex.join(self.ssh), "--remote-python", self.python, "--register", str(run_dir)]
+        way += ["--heartbeat-limit", f"{self.heartbeat_limit_s:g}", "--even-split", self.even_split]
+        if self.network is not None:
+            way += ["--network", self.network]
         if self.log_dir is not None:
             way += ["--log-dir", str(self.log_dir)]
         return proxy_command(sys.executable, way)
@@ -114,6 +130,8 @@ def cluster_of(
     remote_python: str | None,
     network: str | None,
     log_dir: Path | None,
+    heartbeat_limit: float | None,
+    even_split: str | None,
 ) -> Cluster | None:
     """Where the ranks are to run, from the command line; None for this machine alone.
 
@@ -128,14 +146,18 @@ def cluster_of(
     if hosts is None and hostfile is None:
         given = {
             "--ssh-args": ssh_args, "--ssh-program": ssh_program, "--remote-python": remote_python,
-            "--network": network, "--log-dir": log_dir,
+            "--network": network, "--log-dir": log_dir, "--heartbeat-limit": heartbeat_limit,
+            "--even-split": even_split,
         }  # fmt: skip
         if unused := [name for name, value in given.items() if value]:
             raise ConfigError(f"{unused[0]} is for jobs on several hosts: give --hosts or --hostfile as well")
         return None
     found = parse_host_list(hosts) if hosts is not None else _read(hostfile)
     python = remote_python or sys.executable
-    return Cluster(place(found, ranks), ssh_command(ssh_args, ssh_program), python, network, log_dir)
+    return Cluster(
+        place(found, ranks), ssh_command(ssh_args, ssh_program), python, network, log_dir,
+        heartbeat_limit or Timing().limit_s, even_split or EVEN_SPLITS[0],
+    )  # fmt: skip
 
 
 def check(hosts: Sequence[str], python: str, ssh: Sequence[str], paths: Sequence[str]) -> list[str]:

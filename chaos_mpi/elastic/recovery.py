@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from chaos_mpi.errors import ChaosError, PeerFailedError
+from chaos_mpi.errors import ChaosError, CutOffError, PeerFailedError
 from chaos_mpi.membership import Decision, Report, View, decide
 from chaos_mpi.mpi.world import World
 
@@ -72,10 +72,17 @@ class Regrouping:
     Args:
         limit_s: longest wait for the other survivors, seconds.
         set_phase: told what is being done, for messages and for tests that kill at a given moment.
+        why_not_without: why this member must not go on without others, or nothing; waits until that is certain.
     """
 
-    def __init__(self, limit_s: float, set_phase: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        limit_s: float,
+        set_phase: Callable[[str], None],
+        why_not_without: Callable[[tuple[str, ...]], str] = lambda lost: "",
+    ) -> None:
         self._limit_s = limit_s
+        self._why_not_without = why_not_without
         self._set_phase = set_phase
         self._retired: list[World] = []
 
@@ -93,6 +100,7 @@ class Regrouping:
 
         Raises:
             ChaosError: the survivors cannot go on; the same error at each of them.
+            CutOffError: this member must not: others, who have the majority, go on without it.
             WaitTimeoutError: a survivor did not arrive in time.
         """
         spent = {"shrink_ms": 0.0, "exchange_ms": 0.0}
@@ -109,6 +117,11 @@ class Regrouping:
             spent["shrink_ms"] += (time.perf_counter() - begun) * 1e3
             begun = time.perf_counter()
             outcome = self._exchange(world, view, position)
+            if isinstance(outcome, Regrouped) and outcome.lost:
+                # Those that cannot be reached may think the same of this side.
+                self._set_phase("quorum")
+                if reason := self._why_not_without(outcome.lost):
+                    raise CutOffError(reason)
             self._set_phase("commit")
             committed = world.agree(outcome is not None, self._limit_s, lambda: "the survivors to commit the view")
             spent["exchange_ms"] += (time.perf_counter() - begun) * 1e3

@@ -33,6 +33,9 @@ class Listener(Protocol):
     def view_changed(self, regrouped: Regrouped, old: View, reports: list[list[dict[str, Any]]]) -> None:
         """A new view is committed; ``reports`` holds the samplers' reports of each survivor, in rank order."""
 
+    def why_not_without(self, lost: tuple[str, ...]) -> str:
+        """Why this member must not go on without these, or nothing; waits until that is certain."""
+
     def give_up(self, error: WaitTimeoutError) -> NoReturn:
         """A wait reached its limit: end the job."""
 
@@ -63,7 +66,7 @@ class OperationSequence:
         self._in_flight: Operation | None = None
         self._last_label = ""  # of the last operation that the others finished before this member joined
         self._fruitless = 0
-        self._regrouping = Regrouping(timeout_s, self._set_phase)
+        self._regrouping = Regrouping(timeout_s, self._set_phase, listener.why_not_without)
         self.view = self._assemble()
         self.phase = "compute"
 

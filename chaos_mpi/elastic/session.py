@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from chaos_mpi.agent.launcher import is_lost
+from chaos_mpi.elastic.agent_link import open_link
 from chaos_mpi.elastic.attached import AttachedSamplers
 from chaos_mpi.elastic.changes import ChangingSession
 from chaos_mpi.elastic.control import ControlSocket, leave_on_sigterm, open_control
@@ -98,6 +99,7 @@ class Session(ChangingSession):
         self._bridge = bridge_to_sponsor()
         if settings.min_ranks > world.size and self._bridge is None:
             raise ConfigError(f"min_ranks is {settings.min_ranks}, but the job was started with {world.size} ranks")
+        self._agent = open_link()
         self._events = EventLog(settings.event_log, self.member, self.host)
         self._sequence = OperationSequence(world, self.member, settings.timeout_s, self)
         self._last_contributors = self.members
@@ -296,6 +298,10 @@ class Session(ChangingSession):
             )  # fmt: skip
         if self.size < self.settings.min_ranks and self._sequence.in_flight is not None:
             self._stop_too_few(saver=regrouped.decision.furthest)
+
+    def why_not_without(self, lost: tuple[str, ...]) -> str:
+        """Why this member must not go on without these; between hosts, the agents know who has the majority."""
+        return self._agent.may_go_on_without(lost, self.settings.timeout_s) if self._agent is not None else ""
 
     def give_up(self, error: WaitTimeoutError) -> NoReturn:
         """A wait reached its limit: save the state and end the whole job."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,10 @@ import pytest
 from launch.testbed import sshd, testbed
 from launch.testbed.sshd import SshServers
 from launch.testbed.testbed import TestBed
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from host_jobs import Bed, Job, Problem, Start, start_on_hosts
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,14 +45,30 @@ def launcher_directory(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def ssh_bed(ssh_reason: str | None, tmp_path: Path, launcher_directory: Path) -> Iterator[tuple[TestBed, SshServers]]:
-    """Three hosts, and how to get to them."""
+def ssh_bed(
+    ssh_reason: str | None, tmp_path: Path, launcher_directory: Path, request: pytest.FixtureRequest
+) -> Iterator[Bed]:
+    """Hosts edge1, edge2 and so on, and how to get to them: three, or as many as the marker ``hosts`` says."""
+    marker = request.node.get_closest_marker("hosts")
+    number = marker.args[0] if marker is not None else 3
     if ssh_reason is not None:
         pytest.skip(f"no ssh to hosts of a test bed can be had here: {ssh_reason}")
     keys = tmp_path / "keys"
     keys.mkdir()
     with (
-        TestBed(["edge1", "edge2", "edge3"], rate_mbit=None) as bed,
+        TestBed([f"edge{i}" for i in range(1, number + 1)], rate_mbit=None) as bed,
         SshServers(bed, keys, ("/dev/shm", str(launcher_directory))) as servers,
     ):
         yield bed, servers
+
+
+@pytest.fixture
+def launched(ssh_bed: Bed, tmp_path: Path, remote_python: str) -> Iterator[Start]:
+    """Starts a job on hosts of the bed."""
+    with contextlib.ExitStack() as stack:
+
+        def make(problem: Problem, hosts: str, *options: str) -> Job:
+            job = start_on_hosts(ssh_bed, tmp_path, remote_python, problem, "--hosts", hosts, *options)
+            return stack.enter_context(job)
+
+        yield make

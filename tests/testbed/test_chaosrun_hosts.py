@@ -8,104 +8,31 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from host_jobs import (
+    ENDLESS,
+    Bed,
+    Problem,
+    Start,
+    chaosctl,
+    check_history,
+    check_nothing_left,
+    check_training,
+    launcher_pid,
+    members,
+    pid_of,
+    stop,
+    train,
+    wait,
+)
 
-from launch.testbed.sshd import SshServers
-from launch.testbed.testbed import TestBed
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "faults"))
-
-from checks import check_history  # noqa: E402
-from jobs import Finished, Job, start_training  # noqa: E402
-from problem import Problem, read_traces  # noqa: E402
-
-Bed = tuple[TestBed, SshServers]
 HOSTS = "edge1,edge2,edge3"
-LIMIT_S = 90.0
-#: Trains until the file "stop" is there.
-ENDLESS = Problem(ranks=3, epochs=10**6, pause_s=0.01)
-Start = Callable[..., Job]
-
-
-@pytest.fixture
-def launched(ssh_bed: Bed, tmp_path: Path, remote_python: str) -> Iterator[Start]:
-    """Starts a job on hosts of the bed."""
-    bed, ssh = ssh_bed
-    with ExitStack() as stack:
-
-        def make(problem: Problem = ENDLESS, hosts: str = HOSTS, *options: str) -> Job:
-            where = ["--hosts", hosts, "--ssh-args", shlex.join(ssh.command[1:]), "--remote-python", remote_python]
-            where += ["--network", bed.subnet, "--log-dir", str(tmp_path / "logs"), *options]
-            # The same as in the hosts, and for this job alone, so that what is left of it can be seen.
-            environment = {"TMPDIR": str(tmp_path / "tmp")}
-            return stack.enter_context(
-                start_training(tmp_path / "job", problem, options=where, environment=environment, limit_s=LIMIT_S)
-            )
-
-        yield make
-
-
-def members(job: Job) -> dict[str, str]:
-    """Member ids by host, as the job began or grew; the newest of each host."""
-    found = {}
-    for path in job.folder.glob("events-*.jsonl"):
-        for line in path.read_text().splitlines():
-            event = json.loads(line)
-            if event["event"] == "session_started":
-                found[event["host"]] = event["member"]
-    return found
-
-
-def pid_of(job: Job, host: str) -> int:
-    return int(members(job)[host].rpartition(":")[2])
-
-
-def train(job: Job, steps: int = 5) -> None:
-    """Wait until it has trained so many steps more."""
-    before = job.steps_finished()
-    job.wait_until(lambda: job.steps_finished() >= before + steps, f"step {before + steps}")
-
-
-def stop(job: Job) -> None:
-    (job.folder / "stop").touch()
-
-
-def chaosctl(job: Job, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """On the launch host."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(job.folder.parent / "tmp")}
-    command = [sys.executable, "-m", "chaos_mpi.cli.chaosctl", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
-
-
-def launcher_pid(job: Job, name: str) -> int:
-    (found,) = [
-        pid for pid in job.processes()
-        if Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].endswith(name.encode())
-    ]  # fmt: skip
-    return found
-
-
-def check_training(job: Finished, problem: Problem, finals: set[str]) -> None:
-    """All that is promised of the training, of a job that was stopped at the end of an epoch."""
-    epochs = 1 + max(batch["epoch"] for trace in read_traces(job.folder).values() for batch in trace.batches.values())
-    check_history(job, replace(problem, epochs=epochs), finals)
-
-
-def check_nothing_left(job: Job) -> None:
-    assert list((job.folder.parent / "tmp").iterdir()) == []
 
 
 def test_a_job_on_hosts(launched: Start) -> None:
     problem = Problem(ranks=3)
-    job = launched(problem)
+    job = launched(problem, HOSTS)
     finished = job.finish()
     check_history(finished, problem, set(members(job).values()))
     assert set(members(job)) == {"edge1", "edge2", "edge3"}
@@ -113,7 +40,7 @@ def test_a_job_on_hosts(launched: Start) -> None:
 
 
 def test_a_rank_is_killed(launched: Start) -> None:
-    job = launched()
+    job = launched(ENDLESS, HOSTS)
     train(job)
     os.kill(pid_of(job, "edge2"), signal.SIGKILL)
     train(job, 20)
@@ -142,7 +69,7 @@ def test_ranks_are_added_and_removed_from_the_launch_host(launched: Start) -> No
 
 
 def test_chaosctl_on_a_host_of_the_job(launched: Start, ssh_bed: Bed, remote_python: str) -> None:
-    job = launched()
+    job = launched(ENDLESS, HOSTS)
     train(job)
     (home,) = (job.folder.parent / "tmp").glob("chaosrun-*-edge2")
     command = [remote_python, "-m", "chaos_mpi.cli.chaosctl", "status", "--json", "--job", str(home)]
@@ -153,7 +80,7 @@ def test_chaosctl_on_a_host_of_the_job(launched: Start, ssh_bed: Bed, remote_pyt
 
 @pytest.mark.parametrize("killed", ["prterun", "chaosrun"])
 def test_the_launcher_is_no_single_point_of_failure(launched: Start, killed: str) -> None:
-    job = launched()
+    job = launched(ENDLESS, HOSTS)
     train(job)
     if killed == "chaosrun":
         job.signal(signal.SIGKILL)
@@ -179,7 +106,7 @@ def test_the_launcher_is_no_single_point_of_failure(launched: Start, killed: str
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_interrupted_job_leaves_nothing(launched: Start, number: signal.Signals) -> None:
-    job = launched()
+    job = launched(ENDLESS, HOSTS)
     train(job)
     job.signal(number)
     assert job.finish().status == 128 + number
@@ -194,11 +121,3 @@ def test_hosts_that_cannot_be_used_are_named(launched: Start, ssh_bed: Bed) -> N
     assert re.search(r"^chaosrun: edge2: ssh cannot connect: .+", finished.output, re.MULTILINE), finished.output
     assert "edge1" not in finished.output
     check_nothing_left(job)
-
-
-def wait(condition: Callable[[], bool], what: str) -> None:
-    """As :meth:`Job.wait_until`, for when the launcher has ended."""
-    limit = time.monotonic() + LIMIT_S / 2
-    while not condition():
-        assert time.monotonic() < limit, f"waited for {what}"
-        time.sleep(0.02)

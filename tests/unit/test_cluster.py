@@ -20,7 +20,7 @@ from chaos_mpi.errors import ConfigError
 
 
 def cluster(ranks: int | None = None, hosts: str | None = "a:2,b", hostfile: Path | None = None) -> Cluster | None:
-    return cluster_of(ranks, hosts, hostfile, "-p 2222", None, None, None, None)
+    return cluster_of(ranks, hosts, hostfile, "-p 2222", None, None, None, None, None, None)
 
 
 def test_ranks_are_placed() -> None:
@@ -56,17 +56,17 @@ def test_what_makes_no_sense_is_refused(hosts: str | None, hostfile: Path | None
 
 
 def test_another_program_takes_the_place_of_ssh() -> None:
-    found = cluster_of(None, "a", None, "--x", "/bin/run_on", None, None, None)
+    found = cluster_of(None, "a", None, "--x", "/bin/run_on", None, None, None, None, None)
     assert found is not None
     assert found.ssh == ("/bin/run_on", "--x")
 
 
 def test_one_machine_needs_no_cluster() -> None:
-    assert cluster_of(2, None, None, "", None, None, None, None) is None
+    assert cluster_of(2, None, None, "", None, None, None, None, None, None) is None
 
 
 def test_the_command_of_a_rank_is_understood_by_the_proxy(tmp_path: Path) -> None:
-    found = cluster_of(None, "a,b", None, "-o 'User x'", None, "/py", None, tmp_path / "logs")
+    found = cluster_of(None, "a,b", None, "-o 'User x'", None, "/py", None, tmp_path / "logs", 0.7, "none")
     assert found is not None
     command = found.rank_command(tmp_path, ["/here/python", "t.py", "--", "-n", "3"])
     assert command[:4] == [sys.executable, "-P", "-m", "chaos_mpi.agent.proxy"]
@@ -76,6 +76,9 @@ def test_the_command_of_a_rank_is_understood_by_the_proxy(tmp_path: Path) -> Non
     assert placement.ssh[:3] == ("ssh", "-o", "User x")
     assert options.argv == ["/here/python", "t.py", "--", "-n", "3"]
     assert options.register == tmp_path
+    assert placement.watch is not None
+    assert (placement.watch.timing.limit_s, placement.watch.timing.even_split) == (0.7, "none")
+    assert not placement.watch.newcomer
     assert placement.log_directory == str(tmp_path / "logs")
 
 
