@@ -14,7 +14,7 @@ from chaos_mpi.agent import guard as module
 from chaos_mpi.agent.frames import MAGIC, Decoder, Frame, Kind
 from chaos_mpi.agent.guard import Guard, Settings
 from chaos_mpi.agent.link import AgentLink
-from chaos_mpi.agent.watch import Removal
+from chaos_mpi.agent.losses import Removal
 from chaos_mpi.errors import ConfigError, EngineError
 from chaos_mpi.monitor.cluster import Timing
 
