@@ -6,7 +6,7 @@ import functools
 import ipaddress
 import re
 import socket
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -145,28 +145,6 @@ def nearest(addresses: Sequence[str], own: Iterable[Interface], same_machine: bo
         if any(address in interface.network for interface in own):
             return str(address)
     return str(usable[0])
-
-
-def gone_hosts(lost: Collection[Contact], left: Collection[Contact]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The hosts of lost agents on which none is left, and the addresses that only they had.
-
-    Args:
-        lost: agents that are given up.
-        left: those that are there, or on their way in.
-
-    Returns:
-        Names of the hosts, and their addresses.
-    """
-    kept = {address for contact in left for address in contact.addresses}
-    staying = {contact.host for contact in left}
-    gone = {
-        contact.host: contact for contact in lost
-        if contact.host not in staying and not kept.issuperset(contact.addresses)
-    }  # fmt: skip
-    addresses = {
-        address for contact in lost if contact.host in gone for address in contact.addresses if address not in kept
-    }
-    return tuple(sorted(gone)), tuple(sorted(addresses))
 
 
 def _addresses(member: str, value: Any) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,7 +96,7 @@ class Exchange:
 
     def look(self) -> None:
         """Read the directory, and tell the agent if there is news."""
-        for entry in posted(self._directory):
+        for entry in posted(self._directory, {known.pid for known in self._known.values()}):
             member = entry.contact.member
             # A newcomer whose proxy has gone before anybody knew it is no use. The first members all count: each of
             # them must begin with the same ones.
@@ -109,9 +109,12 @@ class Exchange:
             self._send(news)
 
 
-def posted(directory: Path) -> Iterable[Posted]:
-    """All contacts in a directory; what cannot be read is passed over."""
+def posted(directory: Path, without: Collection[int] = ()) -> Iterable[Posted]:
+    """All contacts in a directory but those of the proxies with these numbers; what cannot be read is passed over."""
+    skipped = {f"contact-{pid}.json" for pid in without}
     for path in sorted(directory.glob("contact-*.json")):
+        if path.name in skipped:
+            continue
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             fields = json.loads(path.read_text())
             yield Posted(

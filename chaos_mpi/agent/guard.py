@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from chaos_mpi.agent.contacts import Contact, Interface, own_interfaces, select
 from chaos_mpi.agent.frames import Frame, Kind, encode_json
 from chaos_mpi.agent.link import LinkServer
-from chaos_mpi.agent.watch import Removal, Watch
+from chaos_mpi.agent.losses import Removal
+from chaos_mpi.agent.watch import Watch
 from chaos_mpi.errors import ConfigError
 from chaos_mpi.monitor.cluster import Timing
 

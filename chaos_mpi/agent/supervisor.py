@@ -81,7 +81,7 @@ class Supervisor:
         except (ChaosError, OSError, TimeoutError, KeyError, TypeError) as error:
             self._write(encode_json(Kind.REFUSED, f"{error}" or type(error).__name__))
             self._leave_home()
-            await self._leave_watch()
+            await self._leave_watch(None)
             return
         assert self._process is not None
         beside = [asyncio.create_task(self._listen()), asyncio.create_task(self._report())]
@@ -94,9 +94,7 @@ class Supervisor:
             task.cancel()
         self._leave_home()
         self._write(encode_json(Kind.EXIT, status))
-        if announced is not None:
-            await announced
-            await self._leave_watch()
+        await self._leave_watch(announced)
 
     def forward(self, number: int) -> None:
         """Pass a signal on to the rank and its children, as ``mpirun`` does with its own."""
@@ -243,14 +241,20 @@ class Supervisor:
         self._guard = Guard(Settings.from_json(order["watch"]), self._write, output.say, self._kill)
         return await self._guard.open()
 
-    async def _leave_watch(self) -> None:
-        """Let the proxy go, which is not to wait until the others have agreed on a view without this node."""
+    async def _leave_watch(self, announced: asyncio.Task[None] | None) -> None:
+        """Let the proxy go, which is not to wait until the others have agreed on a view without this node.
+
+        Args:
+            announced: ends when the others know that the rank has ended; None when it never began.
+        """
         if self._guard is None:
             return
         if not self._lost:
             await self._writer.close(FLUSH_LIMIT_S)
             _let_go()
-        await self._guard.linger()
+        if announced is not None:
+            await announced
+            await self._guard.linger()
         await self._guard.close()
 
     def _kill(self) -> None:

@@ -11,10 +11,11 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from chaos_mpi.agent.assembly import Assembly
-from chaos_mpi.agent.contacts import Contact, gone_hosts
+from chaos_mpi.agent.contacts import Contact
+from chaos_mpi.agent.losses import Losses, Removal
 from chaos_mpi.errors import ConfigError
 from chaos_mpi.monitor.cluster import ClusterView, Node, Timing
 from chaos_mpi.monitor.member import Member, State
@@ -28,22 +29,12 @@ ASSEMBLY_LIMIT_S = 15.0
 _REPEAT_S = 0.02
 #: How long a member that has ended and is out can still be spoken to.
 _FAREWELL_S = 5.0
+#: The same for one that may be paused, and does not know that it is out.
+_FAREWELL_PAUSED_S = 600.0
+#: A newcomer on its way in that is silent for so long, at least, is not waited for.
+_NEWCOMER_SILENT_S = 2.0
 #: What agents say to each other besides the messages of the state machine.
 HERE, ENDED, NOTED, WHO, CONTACTS = "Here", "Ended", "Noted", "Who", "Contacts"
-
-
-class Removal(NamedTuple):
-    """Members that a new view leaves out.
-
-    Attributes:
-        members: their names.
-        hosts: those of their hosts on which nobody is left, as ssh knows them.
-        addresses: of these hosts.
-    """
-
-    members: tuple[str, ...]
-    hosts: tuple[str, ...]
-    addresses: tuple[str, ...]
 
 
 class Network(Protocol):
@@ -97,6 +88,7 @@ class Watch:
         self._changed = asyncio.Event()
         self._confirmed: set[str] = set()
         self._forget_s: dict[str, float] = {}
+        self._losses = Losses(max(2 * timing.limit_s, _NEWCOMER_SILENT_S))
 
     @property
     def view(self) -> ClusterView | None:
@@ -138,6 +130,7 @@ class Watch:
         for contact in contacts:
             if contact.member not in self._contacts and contact.member not in self.ended:
                 self._contacts[contact.member] = contact
+                self._losses.heard(contact.member, boot_clock_s())
                 self._network.know(contact)
 
     async def may_go_on_without(self, members: Collection[str]) -> str:
@@ -192,6 +185,7 @@ class Watch:
         if self._closed:
             return
         kind, now_s = fields.get("kind"), boot_clock_s()
+        self._losses.heard(sender, now_s)
         if kind == HERE:
             self._heard_here(sender, fields.get("complete") is True, now_s)
         elif kind == ENDED:
@@ -262,8 +256,9 @@ class Watch:
         elif self._member is not None:
             self._dispatch(self._member.tick(now_s))
             self._look(self._member, now_s)
+            self._look_for_lost_hosts(self._member.view, now_s)
             self._ask_for_contacts(self._member.view, now_s)
-            self._forget_the_ended(now_s)
+            self._forget_those_out(now_s)
             wait_s = self._member.due_s(now_s) - now_s
         elif self._joining:
             for name in self._contacts:
@@ -309,10 +304,11 @@ class Watch:
             for node in view.members:
                 self._network.send(node.name, {"kind": WHO, "members": unknown})
 
-    def _forget_the_ended(self, now_s: float) -> None:
+    def _forget_those_out(self, now_s: float) -> None:
         for name in [name for name, at_s in self._forget_s.items() if at_s <= now_s]:
             del self._forget_s[name]
             self._contacts.pop(name, None)
+            self._losses.forget(name)
             self._network.forget(name)
 
     # -- what follows --------------------------------------------------------------------------------------------
@@ -328,19 +324,26 @@ class Watch:
             return
         self._seen = view
         removed = {node.name for node in before.members} - {node.name for node in view.members}
-        # One that has ended and is out is spoken to a little longer, for the news that it is out.
+        # Who is out is spoken to a little longer, for the news that it is: much longer if it may only be paused.
+        self._forget_s |= dict.fromkeys(removed, now_s + _FAREWELL_PAUSED_S)
         self._forget_s |= dict.fromkeys(removed & self.ended, now_s + _FAREWELL_S)
+        # The kernel has closed the connections of those that have ended, and their host may get another rank.
+        for name in removed - self.ended:
+            if name in self._contacts:
+                self._losses.lose(self._contacts[name], now_s)
         if removed:
-            self._on_removed(self._removal(removed, view))
+            self._on_removed(Removal(tuple(sorted(removed)), *self._given_up(view, now_s)))
 
-    def _removal(self, removed: set[str], view: ClusterView) -> Removal:
-        """What is to be severed. The kernel has closed the connections of those that have ended, and their host may
-        have another rank on its way in."""
+    def _look_for_lost_hosts(self, view: ClusterView, now_s: float) -> None:
+        """A host may be found lost after its members: when a newcomer on it is not heard any more."""
+        hosts, addresses = self._given_up(view, now_s)
+        if hosts:
+            self._on_removed(Removal((), hosts, addresses))
+
+    def _given_up(self, view: ClusterView, now_s: float) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        present = {node.name for node in view.members} - self.ended
         out = {node.name for node in view.removed} | self.ended
-        lost = [self._contacts[name] for name in removed - self.ended if name in self._contacts]
-        left = [contact for name, contact in self._contacts.items() if name not in out]
-        hosts, addresses = gone_hosts(lost, left)
-        return Removal(tuple(sorted(removed)), hosts, addresses)
+        return self._losses.given_up(self._contacts, present, out, now_s)
 
     def _reason_to_wait(self, members: Collection[str], now_s: float) -> str:
         if self._stopped:

@@ -86,6 +86,9 @@ class Member:
         timing: limits, the same at all nodes.
         now_s: the time, by a clock that never stands still or jumps.
 
+    Attributes:
+        leaving: see :meth:`leave`.
+
     Raises:
         ValueError: this node is no member of the view.
     """
@@ -100,7 +103,7 @@ class Member:
         self._succession = Succession(me, view, timing)
         self._proposer: Proposer | None = None
         self._highest = NO_BALLOT  # of this epoch, that was seen
-        self._stopped, self._leaving = "", False
+        self._stopped, self.leaving = "", False
         self._ran_s = self._next_beat_s = self._next_send_s = self._licensed_s = now_s
 
     def status(self, now_s: float) -> Status:
@@ -116,7 +119,7 @@ class Member:
 
         Those that are left may be no majority of the last view, and could not agree on the next without it.
         """
-        self._leaving = True
+        self.leaving = True
         self._succession.leaving.add(self.me)
 
     def diagnosis(self, now_s: float) -> Diagnosis:
@@ -275,7 +278,7 @@ class Member:
     def _beats(self, now_s: float) -> list[Sent]:
         rows = self._hearing.rows_to_send(now_s)
         return [
-            Sent(node, Beat(self.view.epoch, now_s, self._licence.echo_s(node), rows, self._leaving))
+            Sent(node, Beat(self.view.epoch, now_s, self._licence.echo_s(node), rows, self.leaving))
             for node in self.view.members
             if node != self.me
         ]

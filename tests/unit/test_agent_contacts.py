@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chaos_mpi.agent.contacts import Contact, Placed, gone_hosts, nearest, own_interfaces, select
+from chaos_mpi.agent.contacts import Contact, Placed, nearest, own_interfaces, select
 from chaos_mpi.errors import ConfigError
 
 KEY = "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"
@@ -130,12 +130,3 @@ def test_the_address_in_a_common_network_is_the_nearest() -> None:
     assert nearest(["172.17.0.1", "10.1.0.9"], own, False) == "10.1.0.9", "the container network of another machine"
     assert nearest(["10.1.0.5", "172.17.0.1"], own, True) == "10.1.0.5"
     assert nearest(["172.17.0.1"], own, False) == "172.17.0.1"
-
-
-def test_a_host_is_gone_when_nobody_is_left_there() -> None:
-    a1, a2 = contact("a:1", "a", "10.0.0.1", "172.17.0.1"), contact("a:2", "a", "10.0.0.1", "172.17.0.1")
-    b, alias = contact("b:1", "b", "10.0.0.2", "172.17.0.1"), contact("a:3", "user@a", "10.0.0.1", "172.17.0.1")
-    assert gone_hosts([a1, a2], [b]) == (("a",), ("10.0.0.1",)), "not the address that others have as well"
-    assert gone_hosts([a1], [a2, b]) == ((), ())
-    assert gone_hosts([a1, a2], [alias, b]) == ((), ()), "another name of the machine"
-    assert gone_hosts([], [b]) == ((), ())

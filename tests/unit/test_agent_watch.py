@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from chaos_mpi.agent.assembly import Assembly
 from chaos_mpi.agent.contacts import Contact
-from chaos_mpi.agent.watch import Removal, Watch
+from chaos_mpi.agent.losses import Removal
+from chaos_mpi.agent.watch import Watch
 from chaos_mpi.errors import ConfigError
 from chaos_mpi.monitor.cluster import Timing
 

@@ -115,7 +115,8 @@ def test_every_message_survives_the_wire() -> None:
     ballot, view = Ballot(3, B), ClusterView(0, FOUR).next([A, Node("d", 2)])
     vote = Vote(ballot, (A, B))
     messages = [
-        Beat(1, 2.5, None, ()), Beat(1, 2.5, 0.1, (Row(A, 4, 0.5, ((B, 0.3),)),)), Prepare(1, ballot),
+        Beat(1, 2.5, None, ()), Beat(1, 2.5, None, (), leaving=True),
+        Beat(1, 2.5, 0.1, (Row(A, 4, 0.5, ((B, 0.3),)),)), Prepare(1, ballot),
         Promise(1, ballot, None), Promise(1, ballot, vote), Accept(1, vote), Accepted(1, ballot),
         Refused(1, ballot, ballot), Decided(view), JoinRequest(),
     ]  # fmt: skip

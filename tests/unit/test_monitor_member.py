@@ -196,6 +196,43 @@ def test_a_machine_that_reboots_fast_replaces_its_former_life() -> None:
     assert net.going() == [A, B, Node("c", 1), D, E]
 
 
+@pytest.mark.parametrize("leavers", [[E], [A], [B, D], [A, B, C, D], [B, C, D, E]])
+def test_members_that_leave_vote_themselves_out(leavers: list[Node]) -> None:
+    """However many: those that stay need not be a majority, and act until it is decided, and from then on."""
+    net = network()
+    staying = [node for node in FIVE if node not in leavers]
+    for node in leavers:
+        net.members[node].leave()
+    net.run(0.3)
+    assert list(net.chosen) == [0]
+    assert set(staying) <= set(net.going())
+    net.run(1.5)
+    assert views(net, staying) == {tuple(staying)}
+    assert {net.state(node) for node in leavers} == {State.STOPPED}
+    assert net.going() == staying
+    decided = max(net.chosen)
+    net.run(2.0)
+    assert net.going() == staying
+    assert max(net.chosen) == decided
+
+
+def test_a_leaver_that_dies_is_removed_as_any_other() -> None:
+    net = network()
+    net.members[D].leave()
+    net.run(0.05)
+    net.crash(D)
+    net.run(1.0)
+    assert net.going() == [A, B, C, E]
+
+
+def test_when_all_leave_nothing_is_decided() -> None:
+    net = network(3)
+    for node in (A, B, C):
+        net.members[node].leave()
+    net.run(2.0)
+    assert list(net.chosen) == [0]
+
+
 def test_a_stopped_node_says_no_more() -> None:
     member = Member(A, ClusterView(0, FIVE), TIMING, 0.0)
     member.receive(B, Decided(ClusterView(3, (B, C, D))), 0.1)
@@ -288,6 +325,10 @@ class AnyTrouble(RuleBasedStateMachine):
     def crash(self, number: int) -> None:
         self.net.crash(self.pick(number))
 
+    @rule(number=st.integers(0, 5))
+    def leave(self, number: int) -> None:
+        self.net.members[self.pick(number)].leave()
+
     @precondition(lambda self: len(self.net.members) + len(self.net.joiners) < 7)
     @rule(name=st.sampled_from("abcdefgh"))
     def join(self, name: str) -> None:
@@ -316,12 +357,14 @@ def calm_down(net: Network) -> None:
     able = [view.is_quorum(set(living), net.timing.even_split) for view in (newest, last)]
     # Who was about to give up when the network became stable may do so yet.
     patient = net.timing.give_up_s > 1000
-    if patient and knows and all(able):
+    # Members that leave propose nothing.
+    proposers = [node for node in last.members if node in net.members and not net.members[node].leaving]
+    if patient and knows and all(able) and proposers:
         going = net.going()
         assert views(net, going) == {last.members}
         assert tuple(going) == last.members
     stuck = [node for node in net.members if net.state(node) is not State.STOPPED and node not in last.members]
-    assert not (patient and knows and stuck)
+    assert not (patient and knows and proposers and stuck)
 
 
 TestAnyTrouble = AnyTrouble.TestCase
