@@ -31,7 +31,15 @@ class TooFewRanksError(ChaosError):
 
 
 class CutOffError(ChaosError):
-    """This rank cannot reach the majority of the job, which goes on without it; so it stops."""
+    """This rank cannot reach the majority of the job, which goes on without it; so it stops.
+
+    Attributes:
+        lowest: whether it is the lowest rank of those that are cut off together.
+    """
+
+    def __init__(self, message: str, *, lowest: bool = False) -> None:
+        super().__init__(message)
+        self.lowest = lowest
 
 
 class StopRequestedError(ChaosError):

@@ -30,8 +30,8 @@ log = logging.getLogger("chaos_mpi.agent")
 
 #: A launcher that is gone fences nobody off, and need not be waited for.
 FENCE_LIMIT_S = 0.2
-#: A rank that has been told to stop is killed after so long.
-STOP_LIMIT_S = 2.0
+#: A rank that has been told to stop, and may have to save its state, is killed after so long.
+STOP_LIMIT_S = 15.0
 #: How long the others are told that the rank has ended, at most.
 ANNOUNCE_LIMIT_S = 0.3
 
@@ -204,6 +204,8 @@ class Guard:
             "majority trains on without it"
         )
         self._link.stop(reason)
+        if self._watch is not None:  # it may be waiting for others, in MPI
+            self._link.sever(self._watch.elsewhere, ())
         self._killing = asyncio.get_running_loop().call_later(STOP_LIMIT_S, self._kill)
 
 

@@ -103,7 +103,9 @@ class LinkServer:
         try:
             while line := await reader.readline():
                 self._heed(json.loads(line), writer)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except OSError:
+            pass  # the rank has ended
+        except (ValueError, KeyError, TypeError) as error:
             log.warning("the connection with the rank is ended: %s", error)
         finally:
             self._writers.discard(writer)

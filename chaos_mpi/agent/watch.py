@@ -96,6 +96,12 @@ class Watch:
         return None if self._member is None else self._member.view
 
     @property
+    def elsewhere(self) -> tuple[str, ...]:
+        """The addresses of all other hosts of the job that are known."""
+        here = set(self._contacts[self.me].addresses)
+        return tuple(sorted({a for contact in self._contacts.values() for a in contact.addresses} - here))
+
+    @property
     def stopped(self) -> str:
         """Why this node must not go on; empty if it may, as far as it knows."""
         return self._stopped

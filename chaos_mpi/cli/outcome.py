@@ -73,7 +73,7 @@ def judge(records: Records, mpirun_status: int) -> Verdict:
     outcomes = list(records.outcomes.values())
     by_kind = {
         kind: [record for record in outcomes if record.get("outcome") == kind]
-        for kind in ("finished", "stopped", "failed", "failed afterwards", "crashed")
+        for kind in ("finished", "stopped", "failed", "failed afterwards", "crashed", "cut off")
     }
     if by_kind["stopped"]:
         return Verdict(EXIT_STOPPED, _first_message(by_kind["stopped"]) or "the job stopped before the end")
@@ -98,6 +98,8 @@ def judge(records: Records, mpirun_status: int) -> Verdict:
             EXIT_FINISHED,
             f"training finished, but {len(crashed)} of {everyone} ranks crashed on the way: {_first_message(crashed)}",
         )
+    if by_kind["cut off"]:
+        return Verdict(EXIT_STOPPED, f"no part of the job has a majority: {_first_message(by_kind['cut off'])}")
     if crashed:
         return Verdict(EXIT_FAILED, f"training did not finish: {_first_message(crashed)}")
     if records.members:

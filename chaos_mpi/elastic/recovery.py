@@ -121,7 +121,7 @@ class Regrouping:
                 # Those that cannot be reached may think the same of this side.
                 self._set_phase("quorum")
                 if reason := self._why_not_without(outcome.lost):
-                    raise CutOffError(reason)
+                    raise CutOffError(reason, lowest=world.rank == 0)
             self._set_phase("commit")
             committed = world.agree(outcome is not None, self._limit_s, lambda: "the survivors to commit the view")
             spent["exchange_ms"] += (time.perf_counter() - begun) * 1e3

@@ -8,7 +8,7 @@ from typing import Any, NoReturn, Protocol
 
 from chaos_mpi.elastic.operations import Operation
 from chaos_mpi.elastic.recovery import Position, Regrouped, Regrouping
-from chaos_mpi.errors import ChaosError, PeerFailedError, RecoveryError, WaitTimeoutError
+from chaos_mpi.errors import ChaosError, CutOffError, PeerFailedError, RecoveryError, WaitTimeoutError
 from chaos_mpi.membership import Report, View
 from chaos_mpi.mpi.world import World
 
@@ -35,6 +35,9 @@ class Listener(Protocol):
 
     def why_not_without(self, lost: tuple[str, ...]) -> str:
         """Why this member must not go on without these, or nothing; waits until that is certain."""
+
+    def cut_off(self, error: CutOffError) -> NoReturn:
+        """This member must not go on: end it."""
 
     def give_up(self, error: WaitTimeoutError) -> NoReturn:
         """A wait reached its limit: end the job."""
@@ -187,6 +190,8 @@ class OperationSequence:
             return self._regrouping.run(self.world, self.view, self._position, closing=closing, met=met)
         except WaitTimeoutError as error:
             self._listener.give_up(error)
+        except CutOffError as error:
+            self._listener.cut_off(error)
 
     def _enter_view(self, regrouped: Regrouped) -> None:
         old, decision = self.view, regrouped.decision

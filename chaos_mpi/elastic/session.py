@@ -25,7 +25,7 @@ from chaos_mpi.elastic.newcomer import enter_job
 from chaos_mpi.elastic.operations import Operation
 from chaos_mpi.elastic.persistence import Persistence
 from chaos_mpi.elastic.sequence import OperationSequence
-from chaos_mpi.errors import ChaosError, ConfigError, NoSessionError, TooFewRanksError, WaitTimeoutError
+from chaos_mpi.errors import ChaosError, ConfigError, CutOffError, NoSessionError, TooFewRanksError, WaitTimeoutError
 from chaos_mpi.events import EventLog
 from chaos_mpi.membership import Limits, View
 from chaos_mpi.mpi import runtime
@@ -315,6 +315,14 @@ class Session(ChangingSession):
             os.kill(os.getpid(), signal.SIGKILL)
         self._sequence.world.abort(1)
         raise WaitTimeoutError(message) from error
+
+    def cut_off(self, error: CutOffError) -> NoReturn:
+        """This member must not go on: of those that are cut off together one saves the state, and all end."""
+        where = f"host {self.host}, rank {self.rank} of {self.size}, step {self.step}"
+        saved = f" {self._save_emergency_state()}" if error.lowest else ""
+        message = f"{error} ({where}). It stops, and whoever has the majority trains on without it.{saved}"
+        self._end("cut off", message, "")
+        raise CutOffError(message) from error
 
     # -- ends ----------------------------------------------------------------------------------------
 

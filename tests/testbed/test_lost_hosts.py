@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import time
 from dataclasses import replace
@@ -123,3 +124,22 @@ def test_the_majority_goes_on(launched: Start, ssh_bed: Bed) -> None:
     said = [path.read_text() for path in (job.folder.parent / "logs").rglob("*.log")]
     assert sum("trains on without it" in text for text in said) == len(minority), said
     check_survivors(job, "edge2", "edge3", "edge5")
+
+
+@pytest.mark.parametrize("lost", ["edge1", "edge2"])
+def test_one_of_two_hosts_vanishes(launched: Start, ssh_bed: Bed, lost: str) -> None:
+    """It cannot be told from a cut link, so that one of the two, always the same, must not go on."""
+    # Otherwise it takes ssh two minutes to find out, and the launcher to know that nobody is left.
+    impatient = shlex.join([*ssh_bed[1].command[1:], "-oServerAliveInterval=1", "-oServerAliveCountMax=3"])
+    job = launched(replace(ENDLESS, ranks=2), "edge1,edge2", "--ssh-args", impatient)
+    train(job)
+    ssh_bed[0].power_off(lost)
+    if lost == "edge2":
+        train(job, 20)
+        check_survivors(job, "edge1")
+        return
+    finished = job.finish()
+    assert finished.status == 3, finished.status
+    assert "was cut off from the majority" in finished.output
+    (state,) = (job.folder / "chaos-state").glob("*.safetensors")
+    assert str(state) in finished.output

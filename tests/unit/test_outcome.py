@@ -23,6 +23,7 @@ FINISHED = {"outcome": "finished", "message": ""}
 CRASHED = {"outcome": "crashed", "message": "ValueError: oh"}
 STOPPED = {"outcome": "stopped", "message": "too few ranks; the state is in ckpt"}
 FAILED = {"outcome": "failed", "message": "waited in vain"}
+CUT_OFF = {"outcome": "cut off", "message": "a is not heard"}
 LEFT = {"outcome": "left", "message": ""}
 
 CASES: dict[str, tuple[Records, int, Verdict]] = {
@@ -56,6 +57,11 @@ CASES: dict[str, tuple[Records, int, Verdict]] = {
     "failed, with no word why": (records({"outcome": "failed", "message": ""}), 1, Verdict(1, "the job failed")),
     "failed outweighs finished": (records(FINISHED, FAILED), 0, Verdict(1, "waited in vain")),
     "stopped outweighs failed": (records(FAILED, STOPPED), 1, Verdict(3, STOPPED["message"])),
+    "all are cut off": (
+        records(CUT_OFF, {"outcome": "cut off", "message": "b"}, CRASHED), 1,
+        Verdict(3, "no part of the job has a majority: a is not heard"),
+    ),
+    "one was cut off, the rest finished": (records(CUT_OFF, FINISHED, FINISHED), 137, Verdict(0)),
     "all were killed": (
         records(members=2), 137,
         Verdict(1, "training did not finish: all 2 ranks died (mpirun ended with status 137)"),
