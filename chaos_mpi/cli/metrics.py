@@ -19,7 +19,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, MetricsHandler
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from chaos_mpi.cli.status import Job, look
+from chaos_mpi.cli.status import ELSEWHERE, Job, look
 
 #: Scrapes so close to each other are answered from one look, seconds.
 CACHE_S = 0.5
@@ -87,7 +87,8 @@ def _of_members(job: Job) -> Iterator[Metric]:
     )
     for rank in job["ranks"]:
         process = rank["process"]
-        up.add_metric([rank["member"], str(rank["rank"]), rank["host"]], 0 if process is None else 1)
+        if rank["state"] != ELSEWHERE:
+            up.add_metric([rank["member"], str(rank["rank"]), rank["host"]], 0 if process is None else 1)
         if process is not None:
             memory.add_metric([rank["member"], rank["host"]], process["rss_bytes"])
             cpu.add_metric([rank["member"], rank["host"]], process["cpu_s"])

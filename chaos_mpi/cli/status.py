@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ Job = dict[str, Any]
 ANSWER_LIMIT_S = 1.0
 #: What is said then of a job of which no member does.
 NOBODY = f"no member of the job answers within {ANSWER_LIMIT_S:.0f} s; it is starting, or has just ended, or hangs"
+#: States of members of which nothing is known: those that do not answer, and those on hosts where nobody is asked.
+SILENT, ELSEWHERE = "silent", "elsewhere"
 #: What is the same at all members, or is shown as the furthest of them has it.
 _COMMON = ("epoch", "step", "steps_per_s", "data_epochs", "members", "min_ranks", "max_ranks", "joins", "changes")
 
@@ -51,18 +53,19 @@ def combine(answers: Sequence[Answer], started_at: float | None, now: float) -> 
     Returns:
         ``at``, ``started_at``; ``epoch``, ``step``, ``steps_per_s``, ``data_epochs``, ``members`` (ids in rank order),
         ``min_ranks``, ``max_ranks``, ``joins``, ``changes`` as in an answer; ``ranks``: for every member ``member``,
-        ``rank``, ``host``, ``pid``, ``state``, ``step``, ``process`` and ``stalled_s`` (None where it is silent);
+        ``rank``, ``host``, ``pid``, ``state``, ``step``, ``process`` and ``stalled_s`` (None where it does not answer);
         ``machines``: what is known of each host, by name; ``transfers`` and ``events`` of all, events in order of time.
     """
     furthest = max(answers, key=lambda answer: (answer["epoch"], answer["step"]))
     by_member = {answer["member"]: answer for answer in answers}
+    here = {answer["host"] for answer in answers}
     rates = [answer["steps_per_s"] for answer in answers if answer["steps_per_s"] is not None]
     return {
         "at": now,
         "started_at": started_at,
         **{name: furthest[name] for name in _COMMON},
         "steps_per_s": sorted(rates)[len(rates) // 2] if rates else None,
-        "ranks": [_rank(rank, member, by_member.get(member)) for rank, member in enumerate(furthest["members"])],
+        "ranks": [_rank(rank, member, by_member.get(member), here) for rank, member in enumerate(furthest["members"])],
         "machines": {answer["host"]: answer["machine"] for answer in answers},
         "transfers": list({t["member"]: t for answer in answers for t in answer["transfers"]}.values()),
         "events": merged(answers),
@@ -75,10 +78,12 @@ def merged(answers: Sequence[Answer]) -> list[dict[str, Any]]:
     return sorted(events.values(), key=lambda event: float(event["t"]))
 
 
-def _rank(rank: int, member: str, answer: Answer | None) -> dict[str, Any]:
+def _rank(rank: int, member: str, answer: Answer | None, here: Collection[str]) -> dict[str, Any]:
     if answer is None:
         pid = member.rpartition(":")[2]
-        known = {"host": host_of(member), "pid": int(pid) if pid.isdigit() else None, "state": "silent"}
+        host = host_of(member)
+        state = SILENT if host in here else ELSEWHERE
+        known = {"host": host, "pid": int(pid) if pid.isdigit() else None, "state": state}
         return {"member": member, "rank": rank, **known, "step": None, "process": None, "stalled_s": None}
     same = {name: answer[name] for name in ("host", "pid", "step", "process", "stalled_s")}
     return {"member": member, "rank": rank, "state": answer["phase"], **same}

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from chaos_mpi.cli.joblog import as_text, told
 from chaos_mpi.cli.status import (
+    SILENT,
     Job,
     describe_join,
     describe_machine,
@@ -74,7 +75,7 @@ def _ranks(job: Job) -> Table:
         table.add_column(name, justify=justify)
     for rank in job["ranks"]:
         number, _, state, step, cpu, memory = rank_cells(rank)
-        style = "red" if state == "silent" else ""
+        style = "red" if state == SILENT else ""
         table.add_row(number, rank["host"], str(rank["pid"] or "-"), cpu, memory, step, state, style=style)
     return table
 

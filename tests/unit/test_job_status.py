@@ -55,6 +55,7 @@ def test_a_member_that_does_not_answer_is_silent() -> None:
     silent = job["ranks"][1]
     assert (silent["host"], silent["pid"], silent["process"]) == ("a", 2, None)
     assert sorted(job["machines"]) == ["a", "b"]
+    assert [rank["state"] for rank in combined(answer("a:1"))["ranks"]] == ["compute", "silent", "elsewhere"]
 
 
 def test_the_speed_is_the_middle_one_of_those_that_are_known() -> None:
@@ -119,7 +120,7 @@ def test_the_picture_of_a_job() -> None:
     assert "step 100 (10.0 steps/s), view 0, 3 members, running for 1 min 15 s" in shown
     rows = [line.split() for line in shown.splitlines()]
     assert ["0", "a", "1", "99", "%", "400", "MB", "100", "compute"] in rows
-    assert ["2", "b", "3", "-", "-", "-", "silent"] in rows
+    assert ["2", "b", "3", "-", "-", "-", "elsewhere"] in rows
     assert "30.0 MB of 120 MB" in shown
     assert "━" in shown
     assert shown.splitlines()[-1].endswith("training started with 3 ranks")
