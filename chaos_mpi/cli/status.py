@@ -128,8 +128,9 @@ def describe_machine(machine: dict[str, Any]) -> str:
     """Load and memory of a machine."""
     load = " ".join(f"{value:.2f}" for value in machine["load"])
     used = machine["memory_total_bytes"] - machine["memory_available_bytes"]
+    cpu = "" if machine["cpu_percent"] is None else f", CPU {percent(machine['cpu_percent'])}"
     return (
-        f"load {load} on {machine['cores']} cores, CPU {percent(machine['cpu_percent'])}, "
+        f"load {load} on {machine['cores']} cores{cpu}, "
         f"memory {nbytes(used)} of {nbytes(machine['memory_total_bytes'])}"
     )
 
