@@ -12,6 +12,7 @@ import queue
 import re
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,32 @@ RESERVED = frozenset({"t", "mono", "member", "rank", "size", "epoch", "step", "e
 #: Events waiting for a file system that hangs; more are dropped, so that memory stays bounded.
 MAX_WAITING = 100_000
 
+#: Events that are kept in memory for people who look at the running job.
+RECENT = 20
+
+
+class RecentEvents:
+    """The last events of this member, steps left out; kept whether or not there is a log. For any thread to read.
+
+    Attributes:
+        stalled_s: the ``seconds`` of all ``stalled`` events so far, by their cause.
+    """
+
+    def __init__(self) -> None:
+        self.stalled_s: dict[str, float] = {}
+        self._lines: deque[str] = deque(maxlen=RECENT)
+
+    def add(self, record: dict[str, Any], line: str) -> None:
+        """Keep an event, given also as its line of the log."""
+        self._lines.append(line)
+        if record["event"] == "stalled":
+            cause = str(record.get("cause", ""))
+            self.stalled_s[cause] = self.stalled_s.get(cause, 0.0) + float(record.get("seconds", 0.0))
+
+    def events(self) -> list[dict[str, Any]]:
+        """At most the last :data:`RECENT` events, oldest first."""
+        return [json.loads(line) for line in list(self._lines)]
+
 
 class EventLog:
     """Appends events to a file from a background thread.
@@ -57,10 +84,14 @@ class EventLog:
         path_template: the file, with ``%h`` and ``%m`` standing for host and member; None or "" for no log.
         member: id of this member, "host:pid".
         host: name of this host.
+
+    Attributes:
+        recent: the last events, also where there is no log.
     """
 
     def __init__(self, path_template: str | os.PathLike[str] | None, member: str, host: str) -> None:
         self.path = expand(os.fspath(path_template), member, host) if path_template else None
+        self.recent = RecentEvents()
         self._member = member
         self._queue: queue.SimpleQueue[str | threading.Event | None] = queue.SimpleQueue()
         self._open = self.path is not None
@@ -73,7 +104,7 @@ class EventLog:
             atexit.register(self._close_at_exit)
 
     def emit(self, event: str, *, rank: int, size: int, epoch: int, step: int, **fields: Any) -> None:
-        """Log one event; time is taken here, writing happens later. Does nothing when there is no log.
+        """Log one event; time is taken here, writing happens later. Without a log it is kept as a recent one only.
 
         Values may be anything that JSON knows, and numpy or torch numbers; NaN and infinity become null.
 
@@ -82,16 +113,11 @@ class EventLog:
         """
         if event not in EVENTS:
             raise ValueError(f"unknown event {event!r}; the event log knows: {', '.join(sorted(EVENTS))}")
-        if not self._open:
-            return
+        if not self._open and event == "step":
+            return  # nobody wants it, and steps are to cost nothing
         if not RESERVED.isdisjoint(fields):
             taken = sorted(RESERVED & fields.keys())
             raise ValueError(f"a field of event {event!r} has a reserved name: {taken}")
-        if self._queue.qsize() >= MAX_WAITING:
-            if not self._overflowed:
-                self._overflowed = True
-                log.warning("the event log %s cannot keep up; events are being dropped", self.path)
-            return
         record: dict[str, Any] = {
             "t": time.time(),
             "mono": time.monotonic(),
@@ -104,7 +130,18 @@ class EventLog:
             **fields,
         }
         # Made into text at once, so that a list which the caller changes later is logged as it is now.
-        self._queue.put(_to_line(record))
+        line = _to_line(record)
+        if event != "step":
+            self.recent.add(record, line)
+        if self._open:
+            self._enqueue(line)
+
+    def _enqueue(self, line: str) -> None:
+        if self._queue.qsize() < MAX_WAITING:
+            self._queue.put(line)
+        elif not self._overflowed:
+            self._overflowed = True
+            log.warning("the event log %s cannot keep up; events are being dropped", self.path)
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until all events so far are in the file; False if that takes longer than ``timeout_s``."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,8 +15,10 @@ import click
 from chaos_mpi import __version__
 from chaos_mpi.cli.cluster import check_further
 from chaos_mpi.cli.control import ask, find_job
+from chaos_mpi.cli.joblog import show
 from chaos_mpi.cli.options import Seconds
 from chaos_mpi.cli.outcome import EXIT_USAGE
+from chaos_mpi.cli.status import NOBODY, lines, look
 from chaos_mpi.cli.timeline import draw, rows, runs
 from chaos_mpi.events import read_events
 
@@ -69,18 +73,48 @@ def timeline(events: str, plot: Path | None) -> None:
 
 @main.command()
 @_JOB
-@click.option("--json", "as_json", is_flag=True, help="For programs to read.")
+@click.option("--json", "as_json", is_flag=True, help="For programs to read; says more.")
 def status(job: Path | None, as_json: bool) -> None:
-    """Who takes part in a running job, and how far it is."""
-    (answer,) = ask(find_job(job), {"do": "status"}, limit_s=10.0)
-    if as_json:
-        click.echo(json.dumps({name: value for name, value in answer.items() if name != "last"}))
+    """Who takes part in a running job, how far it is, and what it takes of the machine."""
+    if (state := look(find_job(job))) is None:
+        raise click.ClickException(NOBODY)
+    for line in [json.dumps(state)] if as_json else lines(state):
+        click.echo(line)
+
+
+@main.command()
+@_JOB
+@click.option("--once", is_flag=True, help="Print one picture and end, as without a terminal.")
+def top(job: Path | None, once: bool) -> None:
+    """Show a running job on the whole terminal, anew every second; q ends it."""
+    try:
+        from rich.console import Console
+
+        from chaos_mpi.cli import top as screen
+    except ImportError:
+        raise _UsageError("chaosctl top needs rich: pip install rich") from None
+    directory, console = find_job(job), Console()
+    if once or not (console.is_terminal and sys.stdin.isatty()):
+        if not screen.once(directory, console):
+            raise click.ClickException(NOBODY)
         return
-    click.echo(f"step {answer['step']}, view {answer['epoch']}, {len(answer['members'])} members:")
-    for rank, member in enumerate(answer["members"]):
-        click.echo(f"  rank {rank:3d}  {member}")
-    for join in answer["joins"]:
-        click.echo(f"  on its way: {join['id']}, started by {join['sponsor']}, attempt {join['attempt']}")
+    try:
+        if end := screen.watch(directory, console):
+            click.echo(end)
+    except KeyboardInterrupt:
+        return
+
+
+@main.command()
+@_JOB
+@click.option("-f", "--follow", "following", is_flag=True, help="Go on until the job ends.")
+@click.option("--member", help="Only what this one (its id, or its rank) tells of.")
+@click.option("-n", "last", type=click.IntRange(min=0), help="The last so many lines only.")
+def log(job: Path | None, following: bool, member: str | None, last: int | None) -> None:
+    """Print the last events of a running job: the twenty that each member remembers."""
+    with contextlib.suppress(KeyboardInterrupt):
+        for line in show(find_job(job), member, last, following):
+            click.echo(line)
 
 
 @main.command()

@@ -8,7 +8,8 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -65,6 +66,8 @@ class _Command(click.Command):
 @click.option("--checkpoint-every", type=click.IntRange(min=1), help="Steps between checkpoints.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint, if there is one.")
 @click.option("--event-log", type=click.Path(dir_okay=False), help="Append events; %h and %m: host, member.")
+@click.option("--metrics-port", type=click.IntRange(0, 65535), help="Serve Prometheus metrics; 0: any free port.")
+@click.option("--metrics-address", default="127.0.0.1", show_default=True, help="Where to serve them.")
 @click.option("--tag-output", is_flag=True, help="Put its rank in front of each line of output.")
 @click.option("--log-level", type=click.Choice(LOG_LEVELS), help="debug also shows Open MPI's own remarks.")
 @click.option("-m", "module", is_flag=True, help="The first argument is a module, as in python -m.")
@@ -86,6 +89,8 @@ def main(
     checkpoint_every: int | None,
     resume: bool,
     event_log: str | None,
+    metrics_port: int | None,
+    metrics_address: str,
     tag_output: bool,
     log_level: str | None,
     module: bool,
@@ -135,7 +140,7 @@ def main(
         if hosts is not None:
             hosts.needs(os.getcwd(), *_files(script, checkpoint_dir, event_log, hosts_from))
             _refuse_hosts(hosts.check())
-        sys.exit(_run(start))
+        sys.exit(_run(start, (metrics_address, metrics_port) if metrics_port is not None else None))
     except ChaosError as error:
         _refuse(str(error))
 
@@ -217,10 +222,10 @@ class _Start:
         )  # fmt: skip
 
 
-def _run(start: _Start) -> int:
+def _run(start: _Start, metrics: tuple[str, int] | None) -> int:
     """Run the job and return chaosrun's exit status."""
     remove_left_over()
-    with _private_directories() as (run_dir, settings):
+    with _private_directories() as (run_dir, settings), _metrics(metrics, run_dir) as serving:
         (run_dir / LAUNCHER_FILE).write_text(str(os.getpid()))
         if start.hosts is not None:
             start.hosts.note(run_dir)
@@ -228,7 +233,8 @@ def _run(start: _Start) -> int:
         for attempt in range(1, START_ATTEMPTS + 1):
             job = start.job(run_dir, environment)
             try:
-                status = job.wait()
+                with serving():  # not before: there are to be no threads while mpirun is started
+                    status = job.wait()
             except LauncherLostError as error:
                 print(f"chaosrun: {error}", file=sys.stderr)
                 return EXIT_LAUNCHER_LOST
@@ -247,6 +253,25 @@ def _run(start: _Start) -> int:
         if verdict.message and not (verdict.status and job.has_shown(verdict.message)):
             print(f"chaosrun: {verdict.message}", file=sys.stderr)
         return verdict.status
+
+
+@contextlib.contextmanager
+def _metrics(where: tuple[str, int] | None, run_dir: Path) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """What serves metrics of the job at this address and port, which is taken already; nothing if there is none."""
+    if where is None:
+        yield contextlib.nullcontext
+        return
+    try:
+        from chaos_mpi.cli.metrics import MetricsEndpoint
+    except ImportError:
+        _refuse("--metrics-port needs prometheus-client: pip install 'chaos-mpi[metrics]'")
+    try:
+        endpoint = MetricsEndpoint(*where, run_dir)
+    except OSError as error:
+        _refuse(f"metrics cannot be served at {where[0]}, port {where[1]}: {error.strerror or error}")
+    with contextlib.closing(endpoint):
+        print(f"chaosrun: metrics at {endpoint.url}", file=sys.stderr, flush=True)
+        yield endpoint.serving
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,30 @@ def ask(job: Path, request: dict[str, Any], limit_s: float) -> Iterator[dict[str
         )
 
 
+def ask_all(job: Path, request: dict[str, Any], limit_s: float) -> list[dict[str, Any]]:
+    """The last answers of all members on this machine that answer within ``limit_s`` seconds, asked all at once."""
+    paths = sorted(job.glob("control-*.sock"))
+    if not paths:
+        return []
+    with ThreadPoolExecutor(len(paths)) as pool:
+        answers = pool.map(lambda path: _ask_one(path, request, limit_s), paths)
+        return [answer for answer in answers if answer is not None]
+
+
+def _ask_one(path: Path, request: dict[str, Any], limit_s: float) -> dict[str, Any] | None:
+    """The last answer of a member; None if it is gone, hangs, or does not understand."""
+    if (connection := _reach(path, limit_s)) is None:
+        return None
+    answer: dict[str, Any] = {"error": "it said nothing"}
+    with contextlib.suppress(OSError, ValueError), connection, contextlib.closing(_Member(connection)) as member:
+        member.ask(request, limit_s)
+        for line in member.stream:
+            answer = json.loads(line)
+            if answer.get("last"):
+                break
+    return None if "error" in answer else answer
+
+
 def end_ranks(job: Path) -> bool:
     """Tell every rank of the job to end as soon as it can, as SIGTERM does, but once; whether any could be told."""
     told = False
@@ -167,8 +192,8 @@ def _first_member(job: Path) -> _Member | None:
     return None
 
 
-def _reach(path: Path) -> socket.socket | None:
+def _reach(path: Path, limit_s: float | None = None) -> socket.socket | None:
     try:
-        return sockets.connect(path, CONNECT_LIMIT_S)
+        return sockets.connect(path, CONNECT_LIMIT_S if limit_s is None else limit_s)
     except OSError:  # a member that was killed leaves its socket behind
         return None

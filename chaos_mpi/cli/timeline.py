@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,32 @@ def runs(events: list[Event]) -> list[list[Event]]:
     return trained or [sorted(events, key=lambda e: e["t"])]
 
 
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One thing that happened.
+
+    Attributes:
+        key: tells it from others, however many members tell of it.
+        t: when, Unix seconds.
+        step: the steps finished then.
+        text: what, in words.
+    """
+
+    key: tuple[str, ...]
+    t: float
+    step: int
+    text: str
+
+
 def rows(events: list[Event]) -> list[tuple[float, int, str]]:
     """The story in order of time: seconds since the start, step, and what happened."""
     start = min(e["t"] for e in events)
-    story = []
+    return sorted((line.t - start, line.step, line.text) for line in story(events))
+
+
+def story(events: list[Event]) -> list[Line]:
+    """What happened, in order of time. ``events`` are in order of time, and need not go back to the start."""
+    told = []
     views: dict[int, Event] = {}
     recoveries: dict[int, list[Event]] = {}
     for event in events:
@@ -53,12 +76,12 @@ def rows(events: list[Event]) -> list[tuple[float, int, str]]:
             views.setdefault(event["epoch"], event)
         elif event["event"] == "recovered":
             recoveries.setdefault(event["epoch"], []).append(event)
-    first = next((e for e in events if e["event"] == "session_started"), None)
+    first = next((e for e in events if e["event"] == "session_started" and not e.get("newcomer")), None)
     if first is not None:
-        story.append((first["t"] - start, first["step"], f"training started with {first['size']} ranks"))
-    before = set(first["members"]) if first is not None else set()
+        told.append(_line(first, f"training started with {first['size']} ranks"))
+    before = set(first["members"]) if first is not None else None
     for epoch, view in sorted(views.items()):
-        story.append((view["t"] - start, view["step"], _change(view, before)))
+        told.append(_line(view, _change(view, before), epoch))
         before = set(view["members"])
         if epoch in recoveries:
             # The one that took longest is what the job as a whole waited for.
@@ -66,26 +89,31 @@ def rows(events: list[Event]) -> list[tuple[float, int, str]]:
             parts = ", ".join(
                 f"{part} {worst[part + '_ms']:.0f}" for part in ("detect", "revoke", "shrink", "exchange", "redo")
             )
-            text = f"went on after {worst['total_ms']:.0f} ms ({parts})"
-            story.append((worst["t"] - start, worst["step"], text))
+            told.append(_line(worst, f"went on after {worst['total_ms']:.0f} ms ({parts})", epoch))
     for active in (e for e in events if e["event"] == "join_active"):
         parts = ", ".join(f"{word} {active[name] * 1e3:.0f}" for name, word in JOIN_PARTS.items() if name in active)
         text = f"{active['member']} contributes, {active['total_s'] * 1e3:.0f} ms after the request ({parts})"
-        story.append((active["t"] - start, active["step"], text))
+        told.append(_line(active, text, active["member"]))
     ended = [e for e in events if e["event"] == "session_ended" and e["outcome"] != "left"]
     if ended:
-        story.append((ended[-1]["t"] - start, ended[-1]["step"], _ending(ended)))
-    return sorted(story)
+        told.append(_line(ended[-1], _ending(ended)))
+    return sorted(told, key=lambda line: (line.t, line.step, line.text))
 
 
-def _change(view: Event, before: set[str]) -> str:
-    """What a change of the view was, in words."""
+def _line(event: Event, text: str, *key: object) -> Line:
+    return Line((event["event"], *map(str, key)), event["t"], event["step"], text)
+
+
+def _change(view: Event, before: set[str] | None) -> str:
+    """What a change of the view was, in words; ``before`` are the members before, if they are known."""
     now = set(view["members"])
     ranks = f"{view['size']} rank{'s' if view['size'] > 1 else ''}"
     if view["cause"] == "join":
-        return f"{', '.join(sorted(now - before))} joined; {ranks} train on"
+        who = ", ".join(sorted(now - before)) if before is not None else "others"
+        return f"{who} joined; {ranks} train on"
     if view["cause"] == "leave":
-        return f"{', '.join(sorted(before - now))} left; {ranks} train on"
+        who = ", ".join(sorted(before - now)) if before is not None else "others"
+        return f"{who} left; {ranks} train on"
     lost = ", ".join(view["lost"]) or "nobody"
     return f"{lost} died; {ranks} {'are' if view['size'] > 1 else 'is'} left"
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from chaos_mpi.elastic.lifecycle import write_record
+from chaos_mpi.elastic.transfer import TRANSFER, Transfer
 from chaos_mpi.errors import JoinError, PeerFailedError, WaitTimeoutError
 from chaos_mpi.mpi.channel import Channel
 from chaos_mpi.replication.tree import Packed, unpack
@@ -95,13 +97,20 @@ def restore(
     session.take_rng(tree["rng"])
 
 
-def show_progress(names: Mapping[int, str]) -> Callable[[int, int, dict[int, float]], None]:
-    """What tells a person how far the transfer is, given bytes received, bytes wanted, and each source's rate."""
+def show_progress(session: Session, names: Mapping[int, str]) -> Callable[[int, int, dict[int, float]], None]:
+    """What tells people how far the transfer is, given bytes received, bytes wanted, and each source's rate.
+
+    It is logged, and written down where members that are asked for the job's status find it.
+    """
 
     def show(got: int, wanted: int, rates: dict[int, float]) -> None:
         total = sum(rates.values())
-        left = f", {(wanted - got) / total:.0f} s left" if total else ""
+        left_s = (wanted - got) / total if total else None
+        left = "" if left_s is None else f", {left_s:.0f} s left"
         parts = ", ".join(f"{names[rank]} {rate / 1e6:.0f}" for rank, rate in sorted(rates.items()))
         log.warning("%.0f of %.0f MB of training state%s (MB/s: %s)", got / 1e6, wanted / 1e6, left, parts)
+        of_sources = {names[rank]: rate for rank, rate in sorted(rates.items())}
+        transfer = Transfer(session.member, got, wanted, of_sources, left_s, time.time())
+        write_record(session.settings.run_dir, TRANSFER, asdict(transfer))
 
     return show

@@ -158,7 +158,7 @@ def _take_cut(
     session.emit("shard_plan", sources=wanted.sources(), predicted_s=wanted.predicted_s, bound_s=wanted.bound_s)
     arrival.parts["scheduling_s"] = time.monotonic() - begun
     puller = StatePuller(
-        channel, neighbours(names, rates), layout, tensors, session.settings.timeout_s, show_progress(names)
+        channel, neighbours(names, rates), layout, tensors, session.settings.timeout_s, show_progress(session, names)
     )
     ranks = {name: rank for rank, name in names.items()}
     try:

@@ -13,7 +13,7 @@ from chaos_mpi.elastic.collectives import CollectiveCalls
 from chaos_mpi.elastic.lifecycle import write_record
 from chaos_mpi.elastic.sponsor import versions
 from chaos_mpi.errors import ConfigError, StopRequestedError
-from chaos_mpi.membership import Agenda, View
+from chaos_mpi.membership import Agenda, Changes, View
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from chaos_mpi.elastic.persistence import Persistence
     from chaos_mpi.elastic.sampler import ElasticSampler
     from chaos_mpi.elastic.sequence import OperationSequence
+    from chaos_mpi.events import EventLog, RecentEvents
     from chaos_mpi.mpi.world import World
     from chaos_mpi.replication.tree import Packed
 
@@ -41,10 +42,12 @@ class ChangingSession(CollectiveCalls):
     Attributes:
         told_to_end: whether this rank is to leave as soon as it can.
         stop_reason: why it cannot, once that is known: then the job has to stop.
+        changes: how often the view has changed since the job was started, and why.
     """
 
     told_to_end = False
     stop_reason = ""
+    changes = Changes()
 
     settings: Settings
     host: str
@@ -53,6 +56,7 @@ class ChangingSession(CollectiveCalls):
     initial_size: int
     started_with: int
     _arrival: Arrival | None
+    _events: EventLog
     _guard: ExitGuard
     _last_contributors: tuple[str, ...]
     _negotiator: Negotiator
@@ -69,6 +73,11 @@ class ChangingSession(CollectiveCalls):
     def view(self) -> View:
         """The present view."""
         return self._sequence.view
+
+    @property
+    def recent(self) -> RecentEvents:
+        """The last events of this member."""
+        return self._events.recent
 
     @property
     def samplers(self) -> tuple[ElasticSampler, ...]:
@@ -133,6 +142,7 @@ class ChangingSession(CollectiveCalls):
         old = self.view
         self._sequence.adopt(world, old.next(members))
         self._samplers.view_changed(reports, old.members, self.members)
+        self.changes = self.changes.after(cause, old.members, self.members)
         self.emit("view_committed", cause=cause, members=list(self.members), lost=[], links=[])
 
     def wants_to_talk(self) -> bool:
@@ -140,9 +150,11 @@ class ChangingSession(CollectiveCalls):
         return self._negotiator.wants_to_talk()
 
     def pending_joins(self) -> list[dict[str, Any]]:
-        """Newcomers on their way, for people to read."""
+        """Newcomers on their way, for people to read, with the ``stage`` each of them is at."""
         agenda = self._negotiator.agenda
-        return [asdict(join) for join in (*agenda.replicating, *agenda.joins)]
+        catching_up = [{**asdict(join), "stage": "catching up"} for join in agenda.replicating]
+        others = [{**asdict(join), "stage": "ready" if join.newcomer else "starting"} for join in agenda.joins]
+        return catching_up + others
 
     def requirements(self) -> dict[str, Any]:
         """What a newcomer has to be like."""
@@ -175,6 +187,7 @@ class ChangingSession(CollectiveCalls):
             "step": self.step,
             "initial_size": self.initial_size,
             "started_with": self.started_with,
+            "changes": self.changes.to_json(),
             "place": self._sequence.place(),
             "agenda": self._negotiator.agenda.to_json(),
         }
@@ -189,6 +202,7 @@ class ChangingSession(CollectiveCalls):
         self.started_with = int(invitation["started_with"])
         self.resumed(int(invitation["step"]), int(invitation["initial_size"]))
         self._samplers.view_changed(invitation["reports"], old.members, self.members)
+        self.changes = Changes(**invitation["changes"]).after("join", old.members, self.members)
         self.emit("view_committed", cause="join", members=list(self.members), lost=[], links=[])
 
     def depart(self) -> NoReturn:

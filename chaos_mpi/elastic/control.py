@@ -21,6 +21,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from chaos_mpi.agent import sockets
+from chaos_mpi.elastic.status import MemberStatus
 from chaos_mpi.errors import ChaosError
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ LEAVE_DEADLINE_S = 30.0
 _LAST_ANSWERS_S = 2.0
 #: Longest request, bytes.
 _REQUEST_BYTES = 65536
+#: How often the step is looked at, so that its speed is known when somebody asks, seconds.
+_LOOK_PERIOD_S = 1.0
 #: What ends a conversation.
 _FINAL = frozenset({"active", "left", "refused"})
 
@@ -41,8 +44,9 @@ _FINAL = frozenset({"active", "left", "refused"})
 class ControlSocket:
     """Answers ``chaosctl``, in a thread.
 
-    Requests: ``{"do": "status"}``; ``{"do": "add", "n": 1, "host": ""}``; ``{"do": "remove", "member": id}``;
-    ``{"do": "end"}``, which is for this member alone, as SIGTERM is.
+    Requests: ``{"do": "status"}``, answered by :meth:`chaos_mpi.elastic.status.MemberStatus.answer`;
+    ``{"do": "add", "n": 1, "host": ""}``; ``{"do": "remove", "member": id}``; ``{"do": "end"}``, which is for this
+    member alone, as SIGTERM is.
 
     Args:
         session: this member's part in the job.
@@ -51,8 +55,10 @@ class ControlSocket:
 
     def __init__(self, session: Session, path: Path) -> None:
         self._session, self._path = session, path
+        self._status = MemberStatus(session)
         self._answered: list[threading.Thread] = []
         self._socket = sockets.listen(path)
+        self._socket.settimeout(_LOOK_PERIOD_S)
         threading.Thread(target=self._serve, name="chaos_mpi-control", daemon=True).start()
 
     def close(self) -> None:
@@ -67,8 +73,11 @@ class ControlSocket:
 
     def _serve(self) -> None:
         while True:
+            self._status.look()
             try:
                 connection, _ = self._socket.accept()
+            except TimeoutError:
+                continue
             except OSError:
                 return
             threading.Thread(target=self._converse, args=(connection,), daemon=True).start()
@@ -97,7 +106,7 @@ class ControlSocket:
             told.put({"what": what, **fields, "last": what in _FINAL})
 
         if request["do"] == "status":
-            yield {**_status(session), "last": True}
+            yield {**self._status.answer(), "last": True}
             return
         if request["do"] == "end":
             end_soon(session)  # who asks for it does not wait for an answer
@@ -113,18 +122,6 @@ class ControlSocket:
             yield message
             if message["last"]:
                 return
-
-
-def _status(session: Session) -> dict[str, Any]:
-    return {
-        "member": session.member,
-        "host": session.host,
-        "members": list(session.members),
-        "epoch": session.epoch,
-        "step": session.step,
-        "phase": session.phase,
-        "joins": session.pending_joins(),
-    }
 
 
 def open_control(session: Session, run_dir: Path | None) -> ControlSocket | None:

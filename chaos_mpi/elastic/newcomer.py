@@ -117,7 +117,7 @@ def _pull(
     serving = neighbours(names, caught_up.rates if caught_up is not None else {})
     layout = Layout.from_json(invitation["layout"])
     tensors = layout.allocate(pack({"state": state.capture()}, clone=False).tensors)
-    puller = StatePuller(channel, serving, layout, tensors, session.settings.timeout_s, show_progress(names))
+    puller = StatePuller(channel, serving, layout, tensors, session.settings.timeout_s, show_progress(session, names))
     lacking = [(0, layout.total_bytes)] if layout.total_bytes else []
     if caught_up is not None and caught_up.repeated:
         lacking, there = not_repeated(layout, tensors, state.optimizers())

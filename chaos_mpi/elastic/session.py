@@ -112,7 +112,8 @@ class Session(ChangingSession):
             self._write_identity()
             self._control = open_control(self, settings.run_dir)
         leave_on_sigterm(self)
-        self.emit("session_started", pid=os.getpid(), host=self.host, members=list(self.members))
+        newcomer = self._bridge is not None
+        self.emit("session_started", pid=os.getpid(), host=self.host, members=list(self.members), newcomer=newcomer)
 
     # -- who takes part ------------------------------------------------------------------------------
 
@@ -289,6 +290,7 @@ class Session(ChangingSession):
     def view_changed(self, regrouped: Regrouped, old: View, reports: list[list[dict[str, Any]]]) -> None:
         """A new view is committed at all members."""
         self._samplers.view_changed(reports, old.members, self.members)
+        self.changes = self.changes.after("failure", old.members, self.members)
         lost = regrouped.lost
         self.emit("view_committed", cause="failure", members=list(self.members), lost=list(lost), links=[])
         if self.rank == 0 and lost:

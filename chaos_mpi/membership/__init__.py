@@ -1,5 +1,6 @@
 """Who takes part, and how members decide what happens next. Pure: no I/O, no clock, no MPI."""
 
+from chaos_mpi.membership.changes import Changes
 from chaos_mpi.membership.hosts import HostList, HostSlots, host_of
 from chaos_mpi.membership.negotiation import (
     Agenda,
@@ -17,6 +18,7 @@ from chaos_mpi.membership.view import View
 
 __all__ = [
     "Agenda",
+    "Changes",
     "Decision",
     "HostList",
     "HostSlots",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import queue
+import re
 import socket
 import threading
 from pathlib import Path
@@ -12,15 +14,19 @@ from typing import Any, cast
 import click
 import pytest
 
-from chaos_mpi.cli.control import ask, end_ranks, find_job
+from chaos_mpi.cli.control import ask, ask_all, end_ranks, find_job
+from chaos_mpi.cli.status import combine, lines
 from chaos_mpi.elastic.control import ControlSocket
 from chaos_mpi.elastic.negotiator import Answer
 from chaos_mpi.elastic.session import Session
+from chaos_mpi.elastic.status import MemberStatus
+from chaos_mpi.events import RecentEvents
+from chaos_mpi.membership import Changes
 
 
 def session(**attributes: Any) -> Session:
     """As much of a session as the socket asks for."""
-    return cast("Session", SimpleNamespace(member="me", **attributes))
+    return cast("Session", SimpleNamespace(member="me", step=0, **attributes))
 
 
 @pytest.mark.parametrize("length", [1, 200])
@@ -50,6 +56,45 @@ def test_a_member_that_hangs_is_passed_over(tmp_path: Path, monkeypatch: pytest.
                 list(ask(tmp_path, {"do": "dance"}, limit_s=10))
         finally:
             control.close()
+
+
+def looked_at(run_dir: Path) -> Session:
+    """A session of which everything is known."""
+    return session(
+        host="h", rank=1, members=("h:1", "me"), epoch=3, phase="compute", samplers=(SimpleNamespace(epoch=4),),
+        settings=SimpleNamespace(min_ranks=1, max_ranks=None, run_dir=run_dir), pending_joins=list,
+        changes=Changes(deaths=1), recent=RecentEvents(),
+    )  # fmt: skip
+
+
+def test_a_member_says_how_the_job_is(tmp_path: Path) -> None:
+    control = ControlSocket(looked_at(tmp_path), tmp_path / "control-1.sock")
+    try:
+        (answer,) = ask_all(tmp_path, {"do": "status"}, limit_s=10)
+    finally:
+        control.close()
+    assert (answer["member"], answer["rank"], answer["members"], answer["pid"]) == ("me", 1, ["h:1", "me"], os.getpid())
+    assert (answer["epoch"], answer["data_epochs"], answer["changes"]["deaths"]) == (3, [4], 1)
+    documented = set(re.findall(r"``(\w+)``", MemberStatus.answer.__doc__ or ""))
+    assert answer.keys() - {"last"} <= documented
+    told = list(lines(combine([answer], None, 0.0)))
+    assert told[0] == "step 0, view 3, 2 members"
+    assert told[1].split()[2:4] == ["h:1", "silent"]
+
+
+def test_all_members_are_asked_and_none_is_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "control-0.sock").touch()  # what a member that was killed leaves
+    with socket.socket(socket.AF_UNIX) as hanging:
+        hanging.bind(str(tmp_path / "control-1.sock"))
+        hanging.listen()
+        controls = [ControlSocket(looked_at(tmp_path), tmp_path / f"control-{n}.sock") for n in (2, 3)]
+        try:
+            assert len(ask_all(tmp_path, {"do": "status"}, limit_s=0.5)) == 2
+            assert ask_all(tmp_path, {"do": "dance"}, limit_s=0.5) == []
+        finally:
+            for control in controls:
+                control.close()
+    assert ask_all(tmp_path / "none", {"do": "status"}, limit_s=0.5) == []
 
 
 @pytest.mark.parametrize("_", range(20))

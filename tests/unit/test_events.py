@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from chaos_mpi.events import EVENTS, EventLog, expand, read_events
+from chaos_mpi.events import EVENTS, RECENT, EventLog, expand, read_events
 
 WHERE = {"rank": 1, "size": 4, "epoch": 2, "step": 7}
 
@@ -108,6 +108,22 @@ def test_no_log_costs_nothing() -> None:
     assert threading.active_count() == threads
     assert log.flush(0)
     assert log.close(0)
+
+
+@pytest.mark.parametrize("template", [None, "e"])
+def test_the_last_events_are_remembered_with_or_without_a_log(template: str | None, tmp_path: Path) -> None:
+    log = EventLog(tmp_path / template if template else None, "h:1", "h")
+    members = ["a"]
+    log.emit("view_committed", **WHERE, members=members, weight=np.float32(1.5))
+    members.append("b")
+    log.emit("step", **WHERE, loss=1.0)
+    (event,) = log.recent.events()
+    assert (event["event"], event["members"], event["weight"], event["epoch"]) == ("view_committed", ["a"], 1.5, 2)
+    for number in range(2 * RECENT):
+        log.emit("stalled", **WHERE, seconds=0.5, cause=("join", "failure")[number % 2])
+    assert [e["event"] for e in log.recent.events()] == ["stalled"] * RECENT
+    assert log.recent.stalled_s == {"join": RECENT / 2, "failure": RECENT / 2}
+    log.close(5)
 
 
 def test_flush_waits_and_close_ends(tmp_path: Path) -> None:

@@ -1,0 +1,111 @@
+"""``chaosctl log``: what happens to a running job, from what its members remember."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import click
+
+from chaos_mpi.cli.status import NOBODY, Job, look
+from chaos_mpi.cli.timeline import Event, Line, story
+
+#: Time between two looks, seconds.
+PERIOD_S = 1.0
+#: What happened more recently than that may not have been told by all members, seconds.
+SETTLE_S = 0.5
+#: A job of which nobody has answered for so many looks has ended.
+SILENT_LOOKS = 3
+
+
+def told(events: Sequence[Event]) -> list[Line]:
+    """The story of a job, as :func:`chaos_mpi.cli.timeline.story` tells it, with what was asked of it, by time."""
+    ordered = sorted(events, key=lambda event: float(event["t"]))
+    asked: dict[tuple[str, ...], Line] = {}
+    for event in ordered:
+        if (line := _asked(event)) is not None:
+            asked.setdefault(line.key, line)  # what all have agreed on is told by all
+    return sorted([*story(ordered), *asked.values()], key=lambda line: line.t)
+
+
+def _asked(event: Event) -> Line | None:
+    """What somebody wants of the job, in words; None for an event that says nothing of it."""
+    name = event["event"]
+    key = f"{event['epoch']} {event['step']}"
+    if name == "join_requested":
+        host = f" on {event['host']}" if event["host"] else ""
+        text, key = f"one more rank{host} was asked for ({event['id']})", event["id"]
+    elif name == "join_spawned":
+        again = f", attempt {event['attempt']}" if event["attempt"] > 1 else ""
+        text, key = f"{event['member']} starts a rank ({event['id']}{again})", f"{event['id']} {event['attempt']}"
+    elif name == "hosts_changed":
+        hosts = ", ".join(f"{host}:{slots}" for host, slots in event["hosts"].items())
+        text = f"the hosts are now {hosts or 'none'}"
+    elif name == "scaled":
+        text = f"the scale policy lets {len(event['joins'])} join and {len(event['leaves'])} leave"
+    else:
+        return None
+    return Line((name, key), event["t"], event["step"], text)
+
+
+def as_text(line: Line) -> str:
+    """One line of the log."""
+    return f"{time.strftime('%H:%M:%S', time.localtime(line.t))}  step {line.step:6d}  {line.text}"
+
+
+class Following:
+    """Tells each thing once, when all members have had time to tell of it."""
+
+    def __init__(self) -> None:
+        self._events: dict[tuple[str, float, str], Event] = {}
+        self._told: set[tuple[str, ...]] = set()
+
+    def feed(self, events: Sequence[Event], until: float) -> list[Line]:
+        """The lines that are new, up to the time ``until`` (Unix seconds)."""
+        for event in events:
+            self._events.setdefault((event["member"], event["mono"], event["event"]), event)
+        new = [line for line in told(list(self._events.values())) if line.t <= until and line.key not in self._told]
+        self._told.update(line.key for line in new)
+        return new
+
+
+def member_id(job: Job, member: str) -> str:
+    """The id of the member that is meant, by its id or its rank.
+
+    Raises:
+        click.ClickException: nobody has told of such a member.
+    """
+    if member.isdigit() and int(member) < len(job["members"]):
+        return str(job["members"][int(member)])
+    if member in job["members"] or any(event["member"] == member for event in job["events"]):
+        return member
+    raise click.ClickException(f"there is no member {member}; see chaosctl status")
+
+
+def show(directory: Path, member: str | None, last: int | None, following: bool) -> Iterator[str]:
+    """The lines of a running job's log, the ``last`` ones only if given; then those that come, if ``following``.
+
+    Raises:
+        click.ClickException: nobody answers, or there is no such member.
+    """
+    if (job := look(directory)) is None:
+        raise click.ClickException(NOBODY)
+    chosen = member_id(job, member) if member is not None else None
+    seen, silent = Following(), 0
+    lines = seen.feed(_events(job, chosen), time.time() - SETTLE_S if following else math.inf)
+    yield from map(as_text, lines if last is None else lines[max(0, len(lines) - last) :])
+    while following and silent < SILENT_LOOKS:
+        time.sleep(PERIOD_S)
+        job = look(directory)
+        silent = 0 if job is not None else silent + 1
+        yield from map(as_text, seen.feed(_events(job, chosen), time.time() - SETTLE_S))
+    if following:
+        yield from map(as_text, seen.feed([], math.inf))
+        yield "nobody answers any more: the job has ended, or hangs"
+
+
+def _events(job: Job | None, member: str | None) -> list[Event]:
+    events: list[Event] = job["events"] if job is not None else []
+    return [event for event in events if member in (None, event["member"])]
