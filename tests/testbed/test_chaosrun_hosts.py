@@ -74,7 +74,10 @@ def test_chaosctl_on_a_host_of_the_job(launched: Start, ssh_bed: Bed, remote_pyt
     (home,) = (job.folder.parent / "tmp").glob("chaosrun-*-edge2")
     command = [remote_python, "-m", "chaos_mpi.cli.chaosctl", "status", "--json", "--job", str(home)]
     told = subprocess.run(ssh_bed[0].command("edge2", command), capture_output=True, text=True, timeout=30, check=False)
-    assert json.loads(told.stdout)["member"] == members(job)["edge2"], told.stderr
+    ranks = {rank["member"]: rank for rank in json.loads(told.stdout)["ranks"]}
+    assert set(ranks) == set(members(job).values()), told
+    here = ranks[members(job)["edge2"]]
+    assert (here["host"], here["pid"]) == ("edge2", pid_of(job, "edge2"))
     assert home.stat().st_mode & 0o777 == 0o700
 
 
