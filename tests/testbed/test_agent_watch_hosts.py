@@ -16,8 +16,6 @@ from launch.testbed.sshd import SshServers
 from launch.testbed.testbed import TestBed
 from tests.faults.watched_jobs import LIMIT_S, WatchedJob, wait_for
 
-pytest.importorskip("zmq", reason="pyzmq is not installed: pip install 'chaos-mpi[cluster]'")
-
 
 @pytest.fixture
 def job(ssh_bed: tuple[TestBed, SshServers], remote_python: str, tmp_path: Path) -> Iterator[WatchedJob]:

@@ -15,12 +15,10 @@ from hypothesis import strategies as st
 from chaos_mpi.agent.assembly import Assembly
 from chaos_mpi.agent.contacts import Contact
 from chaos_mpi.agent.losses import Removal
+from chaos_mpi.agent.mesh import Mesh
 from chaos_mpi.agent.watch import Watch
 from chaos_mpi.errors import ConfigError
 from chaos_mpi.monitor.cluster import Timing
-
-pytest.importorskip("zmq", reason="pyzmq is not installed: pip install 'chaos-mpi[cluster]'")
-from chaos_mpi.agent.mesh import Mesh
 
 LIMIT_S = 30.0
 TIMING = Timing(limit_s=0.3, heal_s=0.3, give_up_s=1.0)
