@@ -31,7 +31,8 @@ view, so none can be finished without those who have moved on.
 
 **It goes on.** When messages among the nodes that are left arrive well within the limit, and these are a quorum of the
 last view, the lowest of them gets its proposal through: others wait longer before they try, and each attempt has a
-higher ballot. Nodes that have been removed are told when they speak. Who has no licence for ``Timing.give_up_s`` stops.
+higher ballot. Members that leave vote until they are out, so those that stay need not be a quorum by themselves. Nodes
+that have been removed are told when they speak. Who has no licence for ``Timing.give_up_s`` stops.
 A node that was stopped itself (SIGSTOP) sees the gap in its own time, and listens again before it judges others.
 """
 

@@ -14,9 +14,7 @@ import pytest
 
 from launch.testbed.sshd import SshServers
 from launch.testbed.testbed import TestBed
-from tests.faults.watched_jobs import LIMIT_S, WatchedJob
-
-pytest.importorskip("zmq", reason="pyzmq is not installed: pip install 'chaos-mpi[cluster]'")
+from tests.faults.watched_jobs import LIMIT_S, WatchedJob, wait_for
 
 
 @pytest.fixture
@@ -44,6 +42,25 @@ def test_a_host_without_power_is_fenced_and_severed(ssh_bed: tuple[TestBed, SshS
     assert three.proxy.wait(LIMIT_S) == -signal.SIGKILL
     job.stop()
     assert [rank.proxy.wait(LIMIT_S) for rank in (one, two)] == [0, 0]
+
+
+@pytest.mark.faults
+def test_a_host_with_a_newcomer_is_lost_when_the_launcher_is(
+    ssh_bed: tuple[TestBed, SshServers], job: WatchedJob
+) -> None:
+    """Two of four are on it; the two that are left have the lowest."""
+    bed, _ = ssh_bed
+    one, two, _ = job.ranks
+    job.add("edge3")
+    lost = [rank.member for rank in job.ranks][2:]  # all have begun
+    for rank in job.ranks:
+        rank.proxy.kill()
+    bed.power_off("edge3")
+    job.ask(*lost)
+    for rank in (one, two):
+        assert rank.wait_for("answer") == ""
+        wait_for("severing", lambda rank=rank: [bed.address("edge3")] in rank.told("severed"))
+        assert not rank.told("stopped")
 
 
 @pytest.mark.faults

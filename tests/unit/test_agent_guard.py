@@ -53,7 +53,6 @@ class Beside:
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:
-    pytest.importorskip("zmq")
     asyncio.run(asyncio.wait_for(test, LIMIT_S))
 
 

@@ -11,12 +11,11 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import pytest
+import zmq
 
 from chaos_mpi.agent.contacts import Contact
+from chaos_mpi.agent.mesh import MAX_MESSAGE_BYTES, Mesh
 from chaos_mpi.errors import EngineError
-
-zmq = pytest.importorskip("zmq", reason="pyzmq is not installed: pip install 'chaos-mpi[cluster]'")
-from chaos_mpi.agent.mesh import MAX_MESSAGE_BYTES, Mesh  # noqa: E402
 
 LIMIT_S = 20.0
 LOOPBACK = (ipaddress.ip_interface("127.0.0.1/8"),)

@@ -15,15 +15,13 @@ from hypothesis import strategies as st
 from chaos_mpi.agent.assembly import Assembly
 from chaos_mpi.agent.contacts import Contact
 from chaos_mpi.agent.losses import Removal
+from chaos_mpi.agent.mesh import Mesh
 from chaos_mpi.agent.watch import Watch
 from chaos_mpi.errors import ConfigError
 from chaos_mpi.monitor.cluster import Timing
 
-pytest.importorskip("zmq", reason="pyzmq is not installed: pip install 'chaos-mpi[cluster]'")
-from chaos_mpi.agent.mesh import Mesh
-
 LIMIT_S = 30.0
-TIMING = Timing(limit_s=0.3, heal_s=0.3, give_up_s=1.0)
+TIMING = Timing(limit_s=0.3, heal_s=0.3, give_up_s=3.0)
 
 
 class Filtered(Mesh):
@@ -120,8 +118,9 @@ def test_a_partition_stops_the_minority_only() -> None:
                 *(x.watch.may_go_on_without(["c:1", "d:1", "e:1"]) for x in minority),
             )
             assert answers[:3] == ["", "", ""]
-            assert all("was cut off from the majority for 1 s" in answer for answer in answers[3:])
+            assert all(answers[3:])
             await until(lambda: all(x.stops for x in minority))
+            assert all("was cut off from the majority for 3 s" in x.stops[0] for x in minority)
             assert [len(x.stops) for x in everybody] == [1, 1, 0, 0, 0]
             assert {x.watch.view for x in majority} == {majority[0].watch.view}
 

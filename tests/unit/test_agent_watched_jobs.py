@@ -13,8 +13,6 @@ import pytest
 
 from tests.faults.watched_jobs import LIMIT_S, ROOT, Processes, WatchedJob, wait_for
 
-pytest.importorskip("zmq", reason="pyzmq is not installed: pip install 'chaos-mpi[cluster]'")
-
 
 @pytest.fixture
 def job(tmp_path: Path) -> Iterator[WatchedJob]:
