@@ -39,8 +39,8 @@ from synthetic import read_journal
 from chaos_mpi.events import read_events
 from chaos_mpi.mpi.launch import mpirun_command
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch" / "testbed"))
-from testbed import TestBed, TestBedError, check_platform, mpirun_options
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from launch.testbed.testbed import TestBed, TestBedError, check_platform, mpirun_options
 
 _HERE = Path(__file__).resolve().parent
 _SCRIPT = _HERE / "scale_out_rank.py"

@@ -18,13 +18,13 @@ from typing import Any
 
 from jobs import SPEC_VARIABLE, Link, join_driver
 
-TESTBED = Path(__file__).resolve().parents[1] / "launch" / "testbed"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def go_to_host() -> None:
     """Become the same program in this rank's host of the test bed."""
-    sys.path.insert(0, str(TESTBED))
-    from testbed import TestBed
+    sys.path.insert(0, str(ROOT))
+    from launch.testbed.testbed import TestBed
 
     spec = json.loads(os.environ[SPEC_VARIABLE])
     bed = TestBed.attach(spec["bed"])

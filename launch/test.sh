@@ -10,7 +10,7 @@ echo "== ruff"
 ruff check .
 echo "== mypy --strict"
 mypy --strict chaos_mpi
-(cd benchmarks && MYPYPATH=.:..:../launch/testbed mypy --config-file ../pyproject.toml --explicit-package-bases ./*.py baselines/*.py)
+(cd benchmarks && MYPYPATH=.:.. mypy --config-file ../pyproject.toml --explicit-package-bases ./*.py baselines/*.py)
 echo "== unit tests"
 timeout 600 python -m pytest tests/unit
 echo "== collective tests on 4 ranks"
