@@ -13,14 +13,23 @@ from chaos_mpi.mpi.sever import sever
 log = logging.getLogger("chaos_mpi.elastic")
 
 
-def open_link() -> AgentLink | None:
+def open_link(member: str) -> AgentLink | None:
     """The connection with the agent; None where there is none.
 
+    Args:
+        member: id of this rank.
+
     Raises:
-        EngineError: there should be one, but it does not answer.
+        EngineError: there should be one, but it does not answer, or it takes another process for the rank.
     """
     try:
-        return AgentLink.open(os.environ, _sever, _stop)
+        link = AgentLink.open(os.environ, _sever, _stop)
+        if link is not None and link.member != member:
+            raise EngineError(
+                f"this rank is {member}, but the process that was started for it is {link.member}: if a script starts "
+                "Python, it has to become it (exec python train.py), or the rank could not be watched"
+            )
+        return link
     except OSError as error:
         raise EngineError(
             f"the agent of this rank cannot be reached, and lost hosts would go unnoticed: {error}"

@@ -93,13 +93,13 @@ class Session(ChangingSession):
         self._result: SessionResult | None = None
         write_record(settings.run_dir, "starting", {"member": self.member, "pid": os.getpid(), "host": self.host})
         refuse_orphan()
+        self._agent = open_link(self.member)
         world = runtime.start(settings.timeout_s)
         runtime.bound_threads()
         self.initial_size = self.started_with = world.size
         self._bridge = bridge_to_sponsor()
         if settings.min_ranks > world.size and self._bridge is None:
             raise ConfigError(f"min_ranks is {settings.min_ranks}, but the job was started with {world.size} ranks")
-        self._agent = open_link()
         self._events = EventLog(settings.event_log, self.member, self.host)
         self._sequence = OperationSequence(world, self.member, settings.timeout_s, self)
         self._last_contributors = self.members

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from checks import check_history
-from jobs import HERE, PACKAGE_ROOT, Job, start_training
+from jobs import HERE, PACKAGE_ROOT, Job, clean_environment, start_training
 from problem import Problem
 
 pytestmark = pytest.mark.faults
@@ -32,14 +32,19 @@ os.execvp(command[0], command)
 """
 
 
+def programs(folder: Path) -> tuple[str, Path]:
+    """A PATH with the stand-in for srun, and the program that uses it in the place of ssh."""
+    made = folder / "programs"
+    made.mkdir()
+    (made / "srun").write_text(SRUN)
+    (made / "srun").chmod(0o755)
+    return f"{made}:{os.environ['PATH']}", HERE.parents[1] / "launch" / "slurm" / "run_on"
+
+
 def start(folder: Path, problem: Problem, hosts: str) -> Job:
-    programs = folder / "programs"
-    programs.mkdir()
-    (programs / "srun").write_text(SRUN)
-    (programs / "srun").chmod(0o755)
-    run_on = HERE.parents[1] / "launch" / "slurm" / "run_on"
+    path, run_on = programs(folder)
     options = ["--hosts", hosts, "--ssh-program", str(run_on), "--network", "lo"]
-    environment = {"PATH": f"{programs}:{os.environ['PATH']}", "TMPDIR": str(folder)}
+    environment = {"PATH": path, "TMPDIR": str(folder)}
     return start_training(folder / "job", problem, options=options, environment=environment)
 
 
@@ -78,3 +83,16 @@ def test_a_host_is_added_and_one_is_lost(tmp_path: Path) -> None:
     assert len({result["digest"] for result in finished.results().values()}) == 1
     assert finished.status == 0
     assert not list(tmp_path.glob("chaosrun-*"))
+
+
+def test_a_script_that_starts_python_without_becoming_it(tmp_path: Path) -> None:
+    script = tmp_path / "run.sh"
+    script.write_text(f'#!/bin/sh\n{sys.executable} -c "import chaos_mpi; chaos_mpi.init()"; exit $?\n')
+    script.chmod(0o755)
+    command = [sys.executable, "-m", "chaos_mpi.cli.chaosrun", "--hosts", "node1", "--network", "lo"]
+    path, run_on = programs(tmp_path)
+    command += ["--ssh-program", str(run_on), str(script)]
+    environment = {**clean_environment(), "PATH": path}
+    refused = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50, check=False)
+    assert "exec python train.py" in refused.stderr, refused
+    assert refused.returncode != 0
