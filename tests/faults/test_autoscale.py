@@ -86,7 +86,7 @@ def test_a_script_says_what_there_is(tmp_path: Path) -> None:
         check_changes(finished, problem, joined=[FIRST])
     warnings = [line for line in finished.output.splitlines() if "elsewhere.example" in line]
     assert len(warnings) == 1, warnings
-    assert "its 5 slots are not used" in warnings[0]
+    assert "elsewhere.example is another machine; its 5 slots" in warnings[0]
 
 
 def test_rank_0_dies_and_the_next_one_looks_for_hosts(tmp_path: Path) -> None:
