@@ -42,6 +42,8 @@ class Settings:
         discovery_interval_s: time between two looks at ``hosts_from``, seconds.
         join_timeout_s: longest time from the start of a newcomer's process until it can take the state, seconds.
         run_dir: private directory that ``chaosrun`` made for this job, or None.
+        resume_from: name of a state that is kept on the hosts, to go on from; None for none.
+        awaits_state: whether that state is still to come, from a job that runs under another launcher.
         log_level: level of this package's log (``debug`` to ``error``), or None to leave logging to the script.
     """
 
@@ -59,6 +61,8 @@ class Settings:
     scale_policy: str | None = None
     discovery_interval_s: float = 1.0
     run_dir: Path | None = None
+    resume_from: str | None = None
+    awaits_state: bool = False
     log_level: str | None = None
 
     def __post_init__(self) -> None:
@@ -150,6 +154,8 @@ def load_settings(
         scale_policy=choose(scale_policy, "CHAOS_SCALE_POLICY", str, None),
         discovery_interval_s=choose(discovery_interval_s, "CHAOS_DISCOVERY_INTERVAL_S", float, 1.0),
         run_dir=Path(run_dir) if run_dir is not None else None,
+        resume_from=environ.get("CHAOS_RESUME_FROM") or None,
+        awaits_state=bool(environ.get("CHAOS_TAKEOVER")),
         log_level=environ.get("CHAOS_LOG_LEVEL") or None,
     )
 

@@ -38,6 +38,7 @@ EVENTS = frozenset(
         "leave_committed",
         "link_changed",
         "stalled",
+        "resumed",
         "session_ended",
     }
 )

@@ -11,6 +11,8 @@ from chaos_mpi.errors import EngineError
 #: What a rank on another host gets from ``mpirun``'s side: what MPI and this package are told, and nothing personal.
 CARRIED_PREFIXES = ("PMIX_", "OMPI_", "PRTE_", "OPAL_", "CHAOS_")
 CARRIED_NAMES = frozenset({"OMP_NUM_THREADS"})
+#: Tells a rank that its number of threads follows from the cores of its host, and is not the user's choice.
+THREADS_BY_HOST = "CHAOS_THREADS_BY_HOST"
 #: Directories of the launch host. Where MPI needs one on the rank's host, it makes its own.
 LEFT_BEHIND = frozenset({"PMIX_SERVER_TMPDIR", "PMIX_SYSTEM_TMPDIR", "OMPI_FILE_LOCATION", "PRTE_MCA_prte_tmpdir_base"})
 
@@ -93,6 +95,7 @@ def host_variables(order: Mapping[str, Any], environ: Mapping[str, str], cores: 
     told = {"CHAOS_HOST": str(order["host"])} if order["host"] else {}
     if "OMP_NUM_THREADS" not in environ:
         told["OMP_NUM_THREADS"] = str(max(1, cores // max(1, int(order["neighbours"]))))
+        told[THREADS_BY_HOST] = "1"
     return told
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from chaos_mpi.errors import EngineError
 
 #: What a rank writes down, in the order in which it does.
-RECORDS = ("starting", "member", "outcome")
+RECORDS = ("starting", "member", "ready", "outcome")
 
 
 def note_down(directory: Path, kind: str, fields: dict[str, Any]) -> None:
@@ -33,6 +33,18 @@ def note_down(directory: Path, kind: str, fields: dict[str, Any]) -> None:
     new = path.with_suffix(".tmp")
     new.write_text(json.dumps(fields), encoding="utf-8")
     new.replace(path)
+
+
+def refuse_foreign(path: Path) -> None:
+    """Make sure that a directory is this user's alone.
+
+    Raises:
+        EngineError: it is not, or is no directory.
+        OSError: it is not there.
+    """
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        raise EngineError(f"{path} is there already, and is not this user's alone")
 
 
 class Home:
@@ -55,7 +67,7 @@ class Home:
         for _ in range(3):  # another supervisor may be removing it at this very moment
             try:
                 self.path.mkdir(mode=0o700, exist_ok=True)
-                self._refuse_foreign()
+                refuse_foreign(self.path)
                 self._mark.write_text("{}")
             except FileNotFoundError:
                 continue
@@ -93,8 +105,3 @@ class Home:
                 left.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # a supervisor that has come meanwhile keeps it
             self.path.rmdir()
-
-    def _refuse_foreign(self) -> None:
-        found = self.path.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
-            raise EngineError(f"{self.path} is there already, and is not this user's alone")

@@ -41,6 +41,14 @@ def ssh_command(arguments: str = "", program: str | None = None) -> tuple[str, .
         raise ConfigError(f"the ssh arguments {arguments!r} cannot be understood: {error}") from error
 
 
+def arguments_of(ssh: Sequence[str]) -> tuple[str, str | None]:
+    """The reverse of :func:`ssh_command`: the user's arguments, and the program if it is not ``ssh``."""
+    before = len(ssh) - len(DEFAULT_SSH) + 1
+    if ssh[0] == DEFAULT_SSH[0] and before > 0 and tuple(ssh[before:]) == DEFAULT_SSH[1:]:
+        return shlex.join(ssh[1:before]), None
+    return shlex.join(ssh[1:]), ssh[0]
+
+
 def remote_command(ssh: Sequence[str], host: str, argv: Sequence[str]) -> list[str]:
     """The command that runs ``argv`` on ``host``. The other side gives it to a shell, so it is quoted for one.
 

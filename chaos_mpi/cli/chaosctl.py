@@ -19,6 +19,7 @@ from chaos_mpi.cli.joblog import show
 from chaos_mpi.cli.options import Seconds
 from chaos_mpi.cli.outcome import EXIT_USAGE
 from chaos_mpi.cli.status import NOBODY, lines, look
+from chaos_mpi.cli.takeover import take_over
 from chaos_mpi.cli.timeline import draw, rows, runs
 from chaos_mpi.events import read_events
 
@@ -148,6 +149,19 @@ def remove(job: Path | None, limit_s: float, member: str) -> None:
         member = answer["members"][int(member)]
     if reason := _follow(where, {"do": "remove", "member": member}, limit_s):
         raise click.ClickException(reason)
+
+
+@main.command(context_settings={"ignore_unknown_options": True})
+@_JOB
+@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+def takeover(job: Path | None, options: tuple[str, ...]) -> None:
+    """Become the launcher of a job on several hosts, which goes on where it was.
+
+    To be run on one of its hosts, from where ssh reaches the others. The ranks are started anew from here; when they
+    are up, the old ones end after their present step, with the state in the memory of each host, and the new go on.
+    OPTIONS of chaosrun, such as --hosts, say what is to be otherwise.
+    """
+    take_over(find_job(job).absolute(), options)
 
 
 class _UsageError(click.ClickException):

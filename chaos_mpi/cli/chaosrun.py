@@ -17,13 +17,13 @@ from typing import Any, NoReturn
 import click
 
 from chaos_mpi import __version__
-from chaos_mpi.cli import cluster
+from chaos_mpi.cli import cluster, handover
 from chaos_mpi.cli.cluster import Cluster, cluster_of
 from chaos_mpi.cli.control import LAUNCHER_FILE, MEMORY_FILE, remove_left_over
 from chaos_mpi.cli.doctor import report
 from chaos_mpi.cli.hosts import initial_ranks, slots_here
 from chaos_mpi.cli.options import Seconds
-from chaos_mpi.cli.outcome import EXIT_LAUNCHER_LOST, EXIT_STOPPED, EXIT_USAGE, judge, read_records
+from chaos_mpi.cli.outcome import EXIT_GOES_ON, EXIT_STOPPED, EXIT_USAGE, judge, read_records
 from chaos_mpi.cli.process import LauncherLostError, MpirunJob
 from chaos_mpi.config import BATCH_POLICIES, JOIN_POLICIES, LOG_LEVELS, SCALE_POLICIES
 from chaos_mpi.errors import ChaosError, ConfigError
@@ -102,8 +102,8 @@ def main(
     """Run SCRIPT with its arguments on -n ranks that may die while training goes on.
 
     Exit status: 0 when training finished, even if ranks died on the way; 3 when the job stopped itself (too few
-    ranks left); 4 when mpirun was lost and the ranks train on without it, on several hosts; 2 for wrong arguments or
-    hosts; 128 + signal when interrupted; 1 when it failed.
+    ranks left); 4 when the job goes on without this launcher, on several hosts: mpirun was lost, or another launcher
+    took over; 2 for wrong arguments or hosts; 128 + signal when interrupted; 1 when it failed.
     """
     if doctor:
         sys.exit(report(ranks or 1, click.echo))
@@ -230,6 +230,7 @@ def _run(start: _Start, metrics: tuple[str, int] | None) -> int:
         if start.hosts is not None:
             start.hosts.note(run_dir)
         environment = {**settings, **os.environ, **start.variables(run_dir), "CHAOS_RUN_DIR": str(run_dir)}
+        taken_over = handover.begin(environment, run_dir, start.ranks)
         for attempt in range(1, START_ATTEMPTS + 1):
             job = start.job(run_dir, environment)
             try:
@@ -237,7 +238,7 @@ def _run(start: _Start, metrics: tuple[str, int] | None) -> int:
                     status = job.wait()
             except LauncherLostError as error:
                 print(f"chaosrun: {error}", file=sys.stderr)
-                return EXIT_LAUNCHER_LOST
+                return EXIT_GOES_ON
             records = read_records(run_dir)
             unstarted = status == LAUNCHER_NOT_UP and not records.starting and job.interrupted_by is None
             if not unstarted or attempt == START_ATTEMPTS:
@@ -252,6 +253,8 @@ def _run(start: _Start, metrics: tuple[str, int] | None) -> int:
         verdict = judge(records, status)
         if verdict.message and not (verdict.status and job.has_shown(verdict.message)):
             print(f"chaosrun: {verdict.message}", file=sys.stderr)
+        if taken_over is not None and (advice := taken_over.left()):
+            print(f"chaosrun: {advice}", file=sys.stderr)
         return verdict.status
 
 

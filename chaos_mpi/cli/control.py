@@ -89,11 +89,16 @@ def find_job(job: Path | None) -> Path:
     return jobs[0]
 
 
+class RefusedError(click.ClickException):
+    """A member does not do what it was asked for."""
+
+
 def ask(job: Path, request: dict[str, Any], limit_s: float) -> Iterator[dict[str, Any]]:
     """Send a request to some member of the job that answers, and yield what it says.
 
     Raises:
-        click.ClickException: nobody answers, or the answer is an error.
+        RefusedError: the answer is an error.
+        click.ClickException: nobody answers.
     """
     with contextlib.closing(_connect(job)) as member:
         member.ask(request, limit_s)
@@ -101,7 +106,7 @@ def ask(job: Path, request: dict[str, Any], limit_s: float) -> Iterator[dict[str
             for line in member.stream:
                 answer: dict[str, Any] = json.loads(line)
                 if "error" in answer:
-                    raise click.ClickException(answer["error"])
+                    raise RefusedError(answer["error"])
                 yield answer
                 if answer.get("last"):
                     return
@@ -146,6 +151,16 @@ def end_ranks(job: Path) -> bool:
                 told = True
                 connection.recv(1)  # it has taken the connection; one that hangs will find the request when it goes on
     return told
+
+
+def tell_all(job: Path, request: dict[str, Any]) -> None:
+    """Send a request to every member of the job that answers, and wait until each has it."""
+    for path in sorted(job.glob("control-*.sock")):
+        if (connection := _reach(path)) is not None:
+            with connection, contextlib.suppress(OSError, ValueError):
+                member = _Member(connection)
+                member.ask(request, CONNECT_LIMIT_S)
+                member.stream.readline()
 
 
 class _Member:

@@ -16,8 +16,8 @@ EXIT_FINISHED = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_STOPPED = 3
-#: mpirun is gone, and ranks on several hosts train on without it.
-EXIT_LAUNCHER_LOST = 4
+#: The job goes on without this launcher: mpirun is gone, and ranks on several hosts train on, or it has moved.
+EXIT_GOES_ON = 4
 #: From here on an exit status is that of a process that a signal has ended.
 _SIGNALLED = 128
 
@@ -73,7 +73,7 @@ def judge(records: Records, mpirun_status: int) -> Verdict:
     outcomes = list(records.outcomes.values())
     by_kind = {
         kind: [record for record in outcomes if record.get("outcome") == kind]
-        for kind in ("finished", "stopped", "failed", "failed afterwards", "crashed", "cut off")
+        for kind in ("finished", "stopped", "failed", "failed afterwards", "crashed", "cut off", "moved")
     }
     if by_kind["stopped"]:
         return Verdict(EXIT_STOPPED, _first_message(by_kind["stopped"]) or "the job stopped before the end")
@@ -81,6 +81,8 @@ def judge(records: Records, mpirun_status: int) -> Verdict:
         return Verdict(EXIT_FAILED, _first_message(by_kind["failed"]) or "the job failed")
     if by_kind["failed afterwards"]:
         return Verdict(EXIT_FAILED, _first_message(by_kind["failed afterwards"]))
+    if by_kind["moved"]:
+        return Verdict(EXIT_GOES_ON, _first_message(by_kind["moved"]))
     crashed = by_kind["crashed"]
     everyone = len({*records.members, *records.outcomes})  # those that were refused never became members
     if by_kind["finished"]:

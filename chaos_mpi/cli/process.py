@@ -131,8 +131,9 @@ class MpirunJob:
             signal.signal(number, handler)
         if lost:
             raise LauncherLostError(
-                "mpirun was killed; the ranks train on without it. None can be added any more. chaosctl works on each "
-                "of their hosts, and what they print goes to the directory of --log-dir there"
+                "mpirun was killed; the ranks train on without it. None can be added before 'chaosctl takeover' is run "
+                "on one of their hosts. chaosctl works on each of these, and what they print goes to the directory of "
+                "--log-dir there"
             )
         return self._process.returncode
 

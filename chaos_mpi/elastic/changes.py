@@ -9,11 +9,13 @@ from abc import abstractmethod
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from chaos_mpi.elastic import kept
 from chaos_mpi.elastic.collectives import CollectiveCalls
 from chaos_mpi.elastic.lifecycle import write_record
 from chaos_mpi.elastic.sponsor import versions
 from chaos_mpi.errors import ConfigError, StopRequestedError
 from chaos_mpi.membership import Agenda, Changes, View
+from chaos_mpi.mpi import runtime
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -128,6 +130,26 @@ class ChangingSession(CollectiveCalls):
         """
         return self._negotiator.request_leave(member if member is not None else self.member, answer)
 
+    def request_move(self, name: str, answer: Answer | None = None) -> str:
+        """Ask that all ranks end after the present step, for the job to go on from there under another launcher.
+
+        Args:
+            name: under which each host is to keep the state, see :mod:`chaos_mpi.elastic.kept`.
+            answer: called with what became of it (``moved``, ``refused``) and its fields.
+
+        Returns:
+            The id of the request.
+
+        Raises:
+            ConfigError: the name cannot be used, or the script has no TrainingState to go on from.
+        """
+        kept.places(name)  # refuses what cannot be one
+        if not self.has_state:
+            raise ConfigError(
+                "the job cannot move: the script has not made its TrainingState, which it would go on from"
+            )
+        return self._negotiator.request_move(name, answer)
+
     # -- for what carries joins and leaves out -------------------------------------------------------
 
     @property
@@ -211,6 +233,26 @@ class ChangingSession(CollectiveCalls):
         self._persistence.close()
         self._end("left", "", "")
         self._guard.release()
+        raise SystemExit(0)
+
+    def keep_state(self, name: str) -> str:
+        """Have every host keep the state; why none can, or an empty text. Called by all, at a step boundary."""
+        return self._persistence.keep(name)
+
+    def state_kept(self, problem: str) -> None:
+        """The job that this one is to go on from has ended, with its state kept, or why it has not; from any thread."""
+        self._persistence.state_kept(problem)
+
+    def move_away(self) -> NoReturn:
+        """All members have agreed to go on under another launcher, and the state is kept: end in good order."""
+        self._persistence.close()
+        self._sequence.close()
+        if self.rank == 0:
+            log.warning("step %d: the job moves to another launcher", self.step)
+        self._end("moved", f"the job moved to another launcher after step {self.step}", self._persistence.digest())
+        self._guard.release()
+        self._sequence.free()
+        runtime.stop()
         raise SystemExit(0)
 
     def _stop_if_told(self) -> None:

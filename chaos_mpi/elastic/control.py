@@ -20,7 +20,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from chaos_mpi.agent import sockets
+from chaos_mpi.agent import relaunch, sockets
+from chaos_mpi.elastic import launching
+from chaos_mpi.elastic.sponsor import START_DIRECTORY
 from chaos_mpi.elastic.status import MemberStatus
 from chaos_mpi.errors import ChaosError
 
@@ -38,7 +40,7 @@ _REQUEST_BYTES = 65536
 #: How often the step is looked at, so that its speed is known when somebody asks, seconds.
 _LOOK_PERIOD_S = 1.0
 #: What ends a conversation.
-_FINAL = frozenset({"active", "left", "refused"})
+_FINAL = frozenset({"active", "left", "moved", "refused"})
 
 
 class ControlSocket:
@@ -46,7 +48,9 @@ class ControlSocket:
 
     Requests: ``{"do": "status"}``, answered by :meth:`chaos_mpi.elastic.status.MemberStatus.answer`;
     ``{"do": "add", "n": 1, "host": ""}``; ``{"do": "remove", "member": id}``; ``{"do": "end"}``, which is for this
-    member alone, as SIGTERM is.
+    member alone, as SIGTERM is; ``{"do": "relaunch"}``, what another launcher has to know to start the job anew;
+    ``{"do": "hand_over", "name": "chaos-state-..."}``, for it to go on under that one; ``{"do": "state_kept",
+    "problem": ""}``, to ranks that wait for what is handed over.
 
     Args:
         session: this member's part in the job.
@@ -108,6 +112,15 @@ class ControlSocket:
         if request["do"] == "status":
             yield {**self._status.answer(), "last": True}
             return
+        if request["do"] == "relaunch":
+            facts = relaunch.facts(os.environ, launching.arguments(), START_DIRECTORY)
+            where = {"members": list(session.members), "host": session.host}
+            yield {**where, **facts, "has_state": session.has_state, "last": True}
+            return
+        if request["do"] == "state_kept":
+            session.state_kept(str(request["problem"]))
+            yield {"last": True}
+            return
         if request["do"] == "end":
             end_soon(session)  # who asks for it does not wait for an answer
             return
@@ -115,6 +128,8 @@ class ControlSocket:
             session.request_join(1, str(request.get("host", "")), answer)
         elif request["do"] == "remove":
             session.request_leave(str(request["member"]), answer)
+        elif request["do"] == "hand_over":
+            session.request_move(str(request["name"]), answer)
         else:
             raise ValueError(f"there is no request {request['do']!r}")
         while True:

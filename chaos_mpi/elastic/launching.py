@@ -37,23 +37,29 @@ def start(join: Join, directory: str) -> Bridge:
     """
     if launcher.is_lost():
         raise JoinError(
-            "mpirun, which starts ranks, is gone; those that are left train on, but none can be added to this job"
+            "mpirun, which starts ranks, is gone; those that are left train on, but none can be added before another "
+            "launcher takes over: run 'chaosctl takeover' on one of their hosts"
         )
-    arguments = own_arguments(join)
-    proxied = spawn_command(os.environ, join.host, directory, arguments)
+    own = own_arguments(join)
+    proxied = spawn_command(os.environ, join.host, directory, own)
     if proxied is not None:
         return growth.spawn(proxied, host="", directory="")
-    return growth.spawn([sys.executable, *arguments], host=join.host, directory=directory)
+    return growth.spawn([sys.executable, *own], host=join.host, directory=directory)
 
 
 def own_arguments(join: Join) -> list[str]:
     """The arguments of this Python process, to start another one like it, which bears the name of the join."""
-    arguments = list(sys.orig_argv[1:])
-    for index in range(len(arguments) - 1):
-        if arguments[index] == "-X" and arguments[index + 1].startswith(f"{_OPTION}="):
-            del arguments[index : index + 2]
+    return ["-X", _mark(join), *arguments()]
+
+
+def arguments() -> list[str]:
+    """The arguments of this Python process, without the name of a join."""
+    found = list(sys.orig_argv[1:])
+    for index in range(len(found) - 1):
+        if found[index] == "-X" and found[index + 1].startswith(f"{_OPTION}="):
+            del found[index : index + 2]
             break
-    return ["-X", _mark(join), *arguments]
+    return found
 
 
 def refuse_orphan() -> None:

@@ -70,6 +70,10 @@ class Negotiator:
         """Ask that a member goes; returns the id of the request."""
         return self._request("leave", member=member, answer=answer)
 
+    def request_move(self, name: str, answer: Answer | None = None) -> str:
+        """Ask that all end, with the state kept under this name; returns the id of the request."""
+        return self._request("move", name=name, answer=answer)
+
     def propose(self, proposal: Proposal) -> None:
         """Put a proposal before all members at the next boundary."""
         with self._lock:
@@ -87,7 +91,7 @@ class Negotiator:
         """Negotiate if any member wants to, and carry out what follows. Called by all at the same boundary.
 
         Raises:
-            SystemExit: this member leaves.
+            SystemExit: this member leaves, or the job moves to another launcher.
         """
         self._autoscaler.at_boundary()
         if not self.due:
@@ -117,6 +121,8 @@ class Negotiator:
         self._tell(outcome)
         if goes:
             self._depart()
+        if outcome.move is not None:
+            self._move(outcome.move)
         if outcome.cut and self._overlap is not None:
             self._overlap.cut(begun)
         if outcome.activate:
@@ -173,6 +179,20 @@ class Negotiator:
             self._overlap.leave()
         self._autoscaler.close()
         self._session.depart()
+
+    def _move(self, move: Proposal) -> None:
+        """Keep the state, and end; returns, and all train on, if no host can keep it."""
+        session = self._session
+        if reason := session.keep_state(move.name):
+            if session.rank == 0:
+                log.warning("the job cannot move to another launcher: %s", reason)
+            self._answer(move.id, "refused", {"reason": reason})
+            return
+        for id_ in set(self._answers) - {move.id}:
+            self._answer(id_, "refused", {"reason": "the job moves to another launcher; ask again when it is there"})
+        self._answer(move.id, "moved", {"step": session.step})
+        self.close()
+        session.move_away()
 
     def _admit(self, joins: tuple[Join, ...], begun: float) -> None:
         session = self._session
@@ -236,7 +256,9 @@ class Negotiator:
 
     # -- small parts -----------------------------------------------------------------------------------
 
-    def _request(self, kind: str, *, member: str = "", host: str = "", answer: Answer | None = None) -> str:
+    def _request(
+        self, kind: str, *, member: str = "", host: str = "", name: str = "", answer: Answer | None = None
+    ) -> str:
         session = self._session
         with self._lock:
             id_ = f"{kind}-{session.member}-{next(self._numbers)}"
@@ -244,7 +266,7 @@ class Negotiator:
                 self._answers[id_] = answer
         if kind == "join":
             session.emit("join_requested", id=id_, host=host)
-        self.propose(Proposal(kind, id_, member, host, asked_at=time.time()))
+        self.propose(Proposal(kind, id_, member, host, asked_at=time.time(), name=name))
         return id_
 
     def _tell(self, outcome: Outcome) -> None:
@@ -262,7 +284,7 @@ class Negotiator:
         answer = self._answers.get(id_)
         if answer is not None:
             answer(what, fields)
-            if what in ("refused", "left", "active"):
+            if what in ("refused", "left", "active", "moved"):
                 del self._answers[id_]
 
     def _width(self) -> int:

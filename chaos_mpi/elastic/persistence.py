@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from chaos_mpi.elastic import checkpoint
+from chaos_mpi.elastic import checkpoint, kept
 from chaos_mpi.elastic.learning_rate import scale_learning_rate
+from chaos_mpi.elastic.lifecycle import write_record
 from chaos_mpi.elastic.rng import capture_rng, of_rank, restore_rng
 from chaos_mpi.elastic.scaling import lr_factor
 from chaos_mpi.elastic.signature import with_groups_of
@@ -25,6 +27,8 @@ log = logging.getLogger("chaos_mpi.elastic")
 
 #: Longest wait at the end of a job for the checkpoint that is being written.
 FLUSH_LIMIT_S = 120.0
+#: The launcher waits for a job that is to be handed over as long as ranks do; to tell of it may take so much longer.
+TELLING_LIMIT_S = 30.0
 
 
 class Persistence:
@@ -42,6 +46,7 @@ class Persistence:
         self._rng_of_ranks: list[dict[str, Any]] | None = None
         self._rng_to_take: Mapping[str, Any] | None = None
         self._made_as: dict[str, Any] = {}
+        self._state_is_kept, self._why_not_kept = threading.Event(), ""
 
     @property
     def has_state(self) -> bool:
@@ -68,8 +73,12 @@ class Persistence:
             scale_learning_rate(optimizer, self._lr_factor)
         self._state = state
         self._made_as = state.signature()
+        if newcomer:
+            return
         directory = self._settings.checkpoint_dir
-        if directory is not None and not newcomer:
+        if self._settings.resume_from is not None:
+            self._resume_kept(state, self._settings.resume_from)
+        elif directory is not None:
             self._resume(state, directory)
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -147,6 +156,43 @@ class Persistence:
             return "No state was saved, because there is no checkpoint directory (--checkpoint-dir)."
         return self.save_emergency()
 
+    def state_kept(self, problem: str) -> None:
+        """The state to go on from is kept now, or why it is not; from any thread."""
+        self._why_not_kept = problem
+        self._state_is_kept.set()
+
+    def keep(self, name: str) -> str:
+        """Have each host keep the state in its memory; called by all members, at a boundary.
+
+        Returns:
+            Why no host could; empty if any has it.
+        """
+        session = self._session
+        if self._state is None:
+            return "the script names no training state (chaos_mpi.TrainingState)"
+        if self._state.keeps_rng:
+            self._rng_of_ranks = session.gather(self._rng)
+        place, problem = "", ""
+        if session.member in kept.keepers(session.members):
+            packed, step = self._packed(clone=False), session.step
+            try:
+                path = kept.keep(
+                    name,
+                    packed.nbytes,
+                    lambda here: checkpoint.save_now(checkpoint.checkpoint_path(here, step), step, packed),
+                )
+                place = str(path)
+            except CheckpointError as error:
+                problem = f"{session.host}: {error}"
+        words = session.gather([place, problem])
+        problems = "; ".join(problem for _, problem in words if problem)
+        if any(place for place, _ in words):
+            if problems and session.rank == 0:
+                log.warning("other hosts will send the state to where it is not kept: %s", problems)
+            return ""
+        kept.remove(name)
+        return problems or "the members that were to keep the state have died"
+
     def pack_with(self, samplers: list[dict[str, Any]]) -> Packed:
         """The state, with live tensors, and what the samplers hand over."""
         assert self._state is not None
@@ -204,6 +250,57 @@ class Persistence:
             problems = [offer["problem"] for offer in offers if offer["problem"]]
             raise CheckpointError(problems[0] if problems else f"nothing to load in {directory}")
         packed = self._distribute(loaded[1] if loaded is not None else None, best["member"])
+        self._restore(state, packed, str(directory))
+
+    def _resume_kept(self, state: TrainingState, name: str) -> None:
+        """Go on from what the hosts have kept; hosts that have kept nothing, or something older, get it from others."""
+        session = self._session
+        if self._settings.awaits_state:
+            self._await_state()
+        loaded, problem = None, f"nothing is kept under {name}"
+        try:
+            for place in kept.found(name):
+                loaded = loaded or checkpoint.load_latest(place)
+        except ChaosError as error:
+            problem = str(error)
+        step, digest = -1, ""
+        if loaded is not None:
+            step, digest = loaded[0], checkpoint.content_digest(*loaded)
+        offers = session.gather({"member": session.member, "step": step, "digest": digest, "problem": problem})
+        best = max(offers, key=lambda offer: offer["step"])
+        if best["step"] < 0:
+            raise CheckpointError(
+                f"no host has the state of the job that was to go on here ({offers[0]['problem']}); "
+                f"start it without {kept.VARIABLE}, from its last checkpoint if it has one (--checkpoint-dir, --resume)"
+            )
+        lacking = [
+            offer["member"] for offer in offers if (offer["step"], offer["digest"]) != (best["step"], best["digest"])
+        ]
+        if lacking and session.rank == 0:
+            log.warning("%s sends the state to %s", best["member"], ", ".join(lacking))
+        packed = loaded[1] if loaded is not None else None
+        if lacking or packed is None:
+            packed = self._distribute(packed, best["member"])
+        self._restore(state, packed, "the memory of the hosts")
+        session.emit("resumed", params_digest=state.digest())
+        kept.remove(name)
+
+    def _await_state(self) -> None:
+        """All ranks are up: say so to the launcher, and wait until it has had the job that runs end.
+
+        Raises:
+            CheckpointError: it does not end, so this one has to.
+        """
+        self._session.barrier()
+        write_record(self._settings.run_dir, "ready", {})
+        limit_s = self._settings.timeout_s + TELLING_LIMIT_S
+        if not self._state_is_kept.wait(limit_s):
+            raise CheckpointError(f"the job to go on from was not handed over within {limit_s:.0f} s; see how it fares")
+        if self._why_not_kept:
+            raise CheckpointError(self._why_not_kept)
+
+    def _restore(self, state: TrainingState, packed: Packed, source: str) -> None:
+        session = self._session
         tree = unpack(packed)
         state.restore(tree["state"])
         session.resumed(tree["session"]["step"], tree["session"]["initial_size"])
@@ -213,7 +310,7 @@ class Persistence:
         elif state.keeps_rng and session.rank == 0:
             log.warning("the checkpoint holds no random number generators; they start anew")
         if session.rank == 0:
-            log.warning("resumed from step %d in %s", session.step, directory)
+            log.warning("resumed from step %d in %s", session.step, source)
 
     def _distribute(self, mine: Packed | None, source: str) -> Packed:
         """The packed state of the member ``source``, at every rank."""

@@ -27,6 +27,7 @@ from chaos_mpi.membership.view import View
 
 #: A join is given up after its process failed to start so often.
 MAX_ATTEMPTS = 3
+_REQUESTS = frozenset({"join", "leave", "move"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,8 @@ class Proposal:
             called ``member``); ``failed`` (attempt number ``attempt`` to start it came to nothing, perhaps after it
             was up); ``misfit`` (it is up and cannot be used, so it is not tried again); ``ready`` and ``caught_up``
             (the newcomers that are replicating, join ``id`` among them, are ready for the cut, or as far as they can
-            get); ``hosts`` (the machines that there are now are ``hosts``).
+            get); ``hosts`` (the machines that there are now are ``hosts``); ``move`` (all are to end, with their
+            state kept as ``name``, because the job goes on under another launcher).
         id: of the request; unique in the life of a job.
         member: see ``kind``; empty for a join.
         host: for a join, the machine it is to run on; empty for any.
@@ -46,6 +48,7 @@ class Proposal:
         reason: for a person to read.
         asked_at: when the request was made, Unix seconds, by the clock of its origin; 0 if not known.
         hosts: see ``kind``.
+        name: see ``kind``.
     """
 
     kind: str
@@ -56,6 +59,7 @@ class Proposal:
     reason: str = ""
     asked_at: float = 0.0
     hosts: tuple[HostSlots, ...] = ()
+    name: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON-able dict."""
@@ -151,6 +155,7 @@ class Outcome:
         leave: members that go now, in rank order.
         cut: whether the cut is now, for those that are replicating.
         activate: those that were replicating and are to be members now.
+        move: the request to move the job to another launcher, after those that go have gone; None if there is none.
         refused: why requests are not carried out, by id.
     """
 
@@ -160,6 +165,7 @@ class Outcome:
     leave: tuple[str, ...] = ()
     cut: bool = False
     activate: tuple[Join, ...] = ()
+    move: Proposal | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -177,7 +183,7 @@ def negotiate(agenda: Agenda, view: View, proposals: Iterable[Sequence[Proposal]
     rows = [list(of_member) for of_member in proposals]
     everything = [proposal for row in rows for proposal in row]
     requests = sorted(
-        {p.id: p for p in reversed(everything) if p.kind in ("join", "leave") and p.id not in agenda.settled}.values(),
+        {p.id: p for p in reversed(everything) if p.kind in _REQUESTS and p.id not in agenda.settled}.values(),
         key=lambda p: (p.kind != "leave", p.id),
     )
     refused: dict[str, str] = {}
@@ -198,10 +204,12 @@ def negotiate(agenda: Agenda, view: View, proposals: Iterable[Sequence[Proposal]
         join = Join(proposal.id, proposal.host, turn, _sponsor(staying, turn), asked_at=proposal.asked_at)
         joins.append(join)
         start.append(join)
+    moves = [p for p in requests if p.kind == "move"]
+    refused |= {p.id: "the job moves to another launcher already" for p in moves[1:]}
     settled = agenda.settled | {p.id for p in requests}
     hosts = newest(agenda.hosts, (p.hosts for p in everything if p.kind == "hosts"))
     following = replace(replicating, joins=tuple(joins), settled=settled, hosts=hosts)
-    return Outcome(following, tuple(start), tuple(admit), leaving, cut, activate, refused)
+    return Outcome(following, tuple(start), tuple(admit), leaving, cut, activate, moves[0] if moves else None, refused)
 
 
 def orphaned(agenda: Agenda, view: View) -> bool:

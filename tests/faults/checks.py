@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from jobs import Finished
@@ -90,6 +91,29 @@ def check_history(job: Finished, problem: Problem, finals: Collection[str]) -> d
         final = torch.load(job.folder / f"final-{member}.pt", weights_only=True)
         assert largest_difference(reference, final) < TOLERANCE
     return steps
+
+
+def check_move(events: Sequence[Mapping[str, Any]], before: Collection[str], began: float) -> None:
+    """Assert that a job has moved to another launcher bit for bit, between two steps.
+
+    Args:
+        events: of all members, in order of time.
+        before: the members that ended for it.
+        began: when it was asked for, Unix seconds.
+    """
+    moved = [e for e in events if e["event"] == "session_ended" and e["outcome"] == "moved"]
+    assert {e["member"] for e in moved} == set(before)
+    resumed = [e for e in events if e["event"] == "resumed"]
+    assert resumed
+    assert not {e["member"] for e in resumed} & set(before)
+    assert len({(e["step"], e["params_digest"]) for e in (*moved, *resumed)}) == 1, (moved, resumed)
+    step = moved[0]["step"]
+    steps = [e for e in events if e["event"] == "step"]
+    last = next(e for e in reversed(steps) if e["member"] in before)
+    following = next(e for e in steps if e["member"] not in before)
+    assert (last["step"], following["step"]) == (step, step + 1)
+    print(f"from the request to the next finished step after the move: {following['t'] - began:.2f} s")
+    print(f"from one step to the next over the move: {following['t'] - last['t']:.2f} s")
 
 
 def _check_events(job: Finished, alive: list[str], gone: set[str], noticed: set[str], steps: int) -> None:

@@ -168,6 +168,13 @@ class Job:
             time.sleep(0.02)
         return Finished(self._process.returncode, self.output(), self.folder, seconds)
 
+    def finish_launcher(self) -> int:
+        """Wait for the end of the launcher alone; its exit status."""
+        while self._process.poll() is None:
+            self._check_limit("the launcher ended")
+            time.sleep(0.01)
+        return self._process.returncode
+
     def _check_limit(self, what: str) -> None:
         if time.monotonic() - self._began > self._limit_s:
             stacks = "\n".join(f"--- {_describe(pid)}\n{_stack(pid)}" for pid in self.processes())

@@ -5,16 +5,18 @@ That real hosts are reached by ssh, and what becomes of a job when they are lost
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from checks import check_history
-from jobs import HERE, PACKAGE_ROOT, Job, clean_environment, start_training
-from problem import Problem
+from checks import check_history, check_move
+from jobs import HERE, PACKAGE_ROOT, Finished, Job, clean_environment, start_training
+from problem import Problem, as_trained
+
+from chaos_mpi.elastic import kept
 
 pytestmark = pytest.mark.faults
 
@@ -41,17 +43,32 @@ def programs(folder: Path) -> tuple[str, Path]:
     return f"{made}:{os.environ['PATH']}", HERE.parents[1] / "launch" / "slurm" / "run_on"
 
 
-def start(folder: Path, problem: Problem, hosts: str) -> Job:
-    path, run_on = programs(folder)
-    options = ["--hosts", hosts, "--ssh-program", str(run_on), "--network", "lo"]
-    environment = {"PATH": path, "TMPDIR": str(folder)}
+def start(folder: Path, problem: Problem, hosts: str, *more: str) -> Job:
+    _, run_on = programs(folder)
+    options = ["--hosts", hosts, "--ssh-program", str(run_on), "--network", "lo", *more]
+    environment = variables(folder)
     return start_training(folder / "job", problem, options=options, environment=environment)
 
 
+def variables(folder: Path) -> dict[str, str]:
+    return {"PATH": f"{folder / 'programs'}:{os.environ['PATH']}", "TMPDIR": str(folder)}
+
+
+def chaosctl(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, **variables(folder), "PYTHONPATH": str(PACKAGE_ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "chaos_mpi.cli.chaosctl", *arguments], env=environment, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
 def members(job: Job) -> dict[str, str]:
-    """Member ids by host."""
-    texts = [path.read_text().partition("\n")[0] for path in job.folder.glob("events-*.jsonl")]
-    return {event["host"]: event["member"] for event in map(json.loads, filter(None, texts))}
+    """Member ids by host, the newest."""
+    return {event["host"]: event["member"] for event in so_far(job).events("session_started")}
+
+
+def so_far(job: Job) -> Finished:
+    return Finished(0, "", job.folder, 0.0)
 
 
 def test_a_job_on_hosts(tmp_path: Path) -> None:
@@ -68,12 +85,9 @@ def test_a_host_is_added_and_one_is_lost(tmp_path: Path) -> None:
     problem = Problem(ranks=2, epochs=10**6, pause_s=0.02)
     with start(tmp_path, problem, "node1,node2") as job:
         job.wait_until(lambda: job.steps_finished() > 3, "training began")
-        command = [sys.executable, "-m", "chaos_mpi.cli.chaosctl", "add", "--host", "node3"]
-        environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(PACKAGE_ROOT)}
-        environment["PATH"] = f"{tmp_path / 'programs'}:{environment['PATH']}"
-        told = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50, check=False)
+        told, _ = chaosctl(tmp_path, "add", "--host", "node3").communicate(timeout=50)
         of = members(job)
-        assert f"{of['node3']} takes part" in told.stdout, told
+        assert f"{of['node3']} takes part" in told
         job.kill(int(of["node1"].rpartition(":")[2]))
         before = job.steps_finished()
         job.wait_until(lambda: job.steps_finished() > before + 5, "it went on")
@@ -96,3 +110,30 @@ def test_a_script_that_starts_python_without_becoming_it(tmp_path: Path) -> None
     refused = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50, check=False)
     assert "exec python train.py" in refused.stderr, refused
     assert refused.returncode != 0
+
+
+def test_another_launcher_takes_over(tmp_path: Path) -> None:
+    """The first one lives: what becomes of a job when it has been lost is tested on real hosts."""
+    problem = Problem(ranks=2, epochs=10**6, pause_s=0.02)
+    with start(tmp_path, problem, "node1,node2", "--heartbeat-limit", "2") as job:
+        job.wait_until(lambda: job.steps_finished() > 3, "training began")
+        first = set(members(job).values())
+        began = time.time()
+        launcher = chaosctl(tmp_path, "takeover", "--tag-output")
+        assert job.finish_launcher() == 4
+        assert "the job moved to another launcher" in job.output()
+        environ = Path(f"/proc/{launcher.pid}/environ").read_bytes().split(b"\0")
+        (name,) = [entry.partition(b"=")[2].decode() for entry in environ if entry.startswith(kept.VARIABLE.encode())]
+        (job.folder / "stop").touch()
+        output, _ = launcher.communicate(timeout=50)
+        # The last agents go when they have agreed that they are the last.
+        limit = time.monotonic() + 30
+        while list(tmp_path.glob("chaosrun-*")):
+            assert time.monotonic() < limit, "something is left of the job"
+            time.sleep(0.05)
+    finished = Finished(launcher.returncode, output, job.folder, 0.0)
+    second = set(members(job).values())
+    assert not second & first
+    check_history(finished, as_trained(problem, job.folder), second)
+    check_move(finished.events(), first, began)
+    assert not any(place.exists() for place in kept.places(name)), "the state is left in memory"

@@ -18,7 +18,7 @@ from launch.testbed.testbed import TestBed
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "faults"))
 
-from checks import check_history  # noqa: E402
+from checks import check_history, check_move  # noqa: E402, F401
 from jobs import Finished, Job, start_training  # noqa: E402
 from problem import Problem, read_traces  # noqa: E402
 
@@ -44,13 +44,11 @@ def start_on_hosts(bed: Bed, folder: Path, python: str, problem: Problem, *optio
 
 def members(job: Job) -> dict[str, str]:
     """Member ids by host, as the job began or grew; the newest of each host."""
-    found = {}
+    started = []
     for path in job.folder.glob("events-*.jsonl"):
-        for line in path.read_text().splitlines():
-            event = json.loads(line)
-            if event["event"] == "session_started":
-                found[event["host"]] = event["member"]
-    return found
+        started += [event for event in map(json.loads, path.read_text().split("\n")[:-1])
+                    if event["event"] == "session_started"]  # fmt: skip
+    return {event["host"]: event["member"] for event in sorted(started, key=lambda event: event["mono"])}
 
 
 def pid_of(job: Job, host: str) -> int:

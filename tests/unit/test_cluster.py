@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from chaos_mpi.agent.environment import host_variables
+from chaos_mpi.agent.environment import THREADS_BY_HOST, host_variables
 from chaos_mpi.agent.proxy import is_here, parser, placement_of
 from chaos_mpi.agent.spawning import VARIABLE, proxy_command, spawn_command, variables
 from chaos_mpi.cli.chaosrun import main
@@ -108,8 +108,9 @@ def test_names_of_this_host() -> None:
 
 
 def test_cores_are_shared_among_neighbours() -> None:
-    assert host_variables({"host": "a", "neighbours": 2}, {}, 8) == {"CHAOS_HOST": "a", "OMP_NUM_THREADS": "4"}
-    assert host_variables({"host": None, "neighbours": 9}, {}, 8) == {"OMP_NUM_THREADS": "1"}
+    shared = {"CHAOS_HOST": "a", "OMP_NUM_THREADS": "4", THREADS_BY_HOST: "1"}
+    assert host_variables({"host": "a", "neighbours": 2}, {}, 8) == shared
+    assert host_variables({"host": None, "neighbours": 9}, {}, 8)["OMP_NUM_THREADS"] == "1"
     assert host_variables({"host": None, "neighbours": 1}, {"OMP_NUM_THREADS": "2"}, 8) == {}
 
 

@@ -105,6 +105,32 @@ def test_a_second_request_for_a_member_that_left_is_refused() -> None:
     assert list(again.refused) == ["2"]
 
 
+# -- a move to another launcher ----------------------------------------------------------------------------
+
+
+def move(id_: str, name: str = "state") -> Proposal:
+    return Proposal("move", id_, name=name)
+
+
+def test_a_job_moves_once_whoever_asks() -> None:
+    outcome = settle(Agenda(), ABC, [move("2", "two")], [move("1", "one")])
+    assert outcome.move == move("1", "one")
+    assert outcome.refused == {"2": "the job moves to another launcher already"}
+    assert settle(outcome.agenda, ABC, [move("1", "one")], [move("2", "two")]).move is None
+
+
+def test_a_move_does_not_keep_the_rest_from_being_done() -> None:
+    """In case that it comes to nothing."""
+    proposals = [leave("l", "b"), join("j")]
+    moving = settle(Agenda(), ABC, [*proposals, move("m")])
+    plain = settle(Agenda(), ABC, proposals)
+    assert moving == replace(plain, move=move("m"), agenda=replace(plain.agenda, settled=plain.agenda.settled | {"m"}))
+
+
+def test_a_move_survives_the_way_to_the_others() -> None:
+    assert Proposal.from_json(json.loads(json.dumps(move("m").to_json()))) == move("m")
+
+
 # -- joins -------------------------------------------------------------------------------------------------
 
 

@@ -24,6 +24,7 @@ CRASHED = {"outcome": "crashed", "message": "ValueError: oh"}
 STOPPED = {"outcome": "stopped", "message": "too few ranks; the state is in ckpt"}
 FAILED = {"outcome": "failed", "message": "waited in vain"}
 CUT_OFF = {"outcome": "cut off", "message": "a is not heard"}
+MOVED = {"outcome": "moved", "message": "the job moved to another launcher after step 5"}
 LEFT = {"outcome": "left", "message": ""}
 
 CASES: dict[str, tuple[Records, int, Verdict]] = {
@@ -50,6 +51,8 @@ CASES: dict[str, tuple[Records, int, Verdict]] = {
     "one crashed, the rest died": (
         records(CRASHED, members=3), 137, Verdict(1, "training did not finish: ValueError: oh"),
     ),
+    "moved": (records(MOVED, MOVED, members=3), 137, Verdict(4, MOVED["message"])),
+    "moved outweighs crashed": (records(CRASHED, MOVED), 1, Verdict(4, MOVED["message"])),
     "stopped": (records(STOPPED, STOPPED, members=4), 3, Verdict(3, STOPPED["message"])),
     "stopped, with no word why": (records({"outcome": "stopped"}), 3, Verdict(3, "the job stopped before the end")),
     "stopped outweighs crashed": (records(CRASHED, STOPPED), 3, Verdict(3, STOPPED["message"])),

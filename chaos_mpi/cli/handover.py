@@ -1,0 +1,92 @@
+"""A job that runs under another launcher is handed over to this one, when its new ranks are up."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import click
+import psutil
+
+from chaos_mpi.cli.control import RefusedError, ask, tell_all
+from chaos_mpi.cli.outcome import read_records
+from chaos_mpi.config import load_settings
+from chaos_mpi.elastic import kept
+
+_POLL_S = 0.05
+
+
+class HandOver(threading.Thread):
+    """Waits for the new ranks, has the old ones end with their state kept, and tells the new ones.
+
+    When that fails, the new ranks are told why, and end; the job goes on as it was.
+
+    Args:
+        old: private directory on this host of the job as it runs.
+        name: under which the hosts are to keep its state.
+        new: private directory of the job as it is started here.
+        ranks: how many are started.
+        limit_s: longest wait for the old ranks, seconds.
+    """
+
+    def __init__(self, old: Path, name: str, new: Path, ranks: int, limit_s: float) -> None:
+        super().__init__(name="chaos_mpi-handover", daemon=True)
+        self._old, self._name, self._new, self._ranks, self._limit_s = old, name, new, ranks, limit_s
+        self._again = f"{kept.VARIABLE}={name} {shlex.join(['chaosrun', *sys.argv[1:]])}"
+
+    def left(self) -> str:
+        """At the end of the new job: how to go on if the state still waits on this host, because nobody took it."""
+        if not kept.found(self._name):
+            return ""
+        return f"the state is still kept on the hosts; go on from it by: {self._again}"
+
+    def run(self) -> None:
+        """Ends with the process when the new ranks never come up."""
+        while not ready(self._new, self._ranks):
+            time.sleep(_POLL_S)
+        began = time.monotonic()
+        problem = ""
+        try:
+            step = self._ask()
+        except click.ClickException as error:
+            problem = error.message
+        tell_all(self._new, {"do": "state_kept", "problem": problem})
+        if not problem:
+            seconds = time.monotonic() - began
+            print(f"chaosrun: the job goes on here after step {step}, handed over in {seconds:.2f} s", file=sys.stderr)
+
+    def _ask(self) -> int:
+        """Have the old ranks end; after which step they did."""
+        try:
+            *_, answer = ask(self._old, {"do": "hand_over", "name": self._name}, self._limit_s)
+            if answer["what"] == "refused":
+                raise RefusedError(answer["reason"])
+        except RefusedError as error:
+            raise click.ClickException(f"the job was not handed over, and goes on as it was: {error}") from error
+        except click.ClickException as error:
+            raise click.ClickException(
+                f"the job was not handed over: {error}. If it has ended all the same, go on with it by: {self._again}"
+            ) from error
+        return int(answer["step"])
+
+
+def begin(environ: Mapping[str, str], new: Path, ranks: int) -> HandOver | None:
+    """Begin a hand-over if the environment, as ``chaosctl takeover`` leaves it, says that there is to be one."""
+    if not (old := environ.get(kept.OLD_JOB)):
+        return None
+    begun = HandOver(Path(old), environ[kept.VARIABLE], new, ranks, load_settings(environ=environ).timeout_s)
+    begun.start()
+    return begun
+
+
+def ready(job: Path, ranks: int) -> bool:
+    """Whether all ranks of a new job that live wait for the state, and have come so far that they can be told."""
+    records = read_records(job)
+    started = {*records.starting, *records.members}
+    waiting = {int(path.stem.rpartition("-")[2]) for path in job.glob("ready-*.json")}
+    others = [pid for pid in started - waiting if psutil.pid_exists(pid)]
+    return len(started) >= ranks and bool(waiting) and not others

@@ -1,0 +1,81 @@
+"""How a launcher has a job handed over, with control sockets of both jobs and nothing behind them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+
+from chaos_mpi.cli.handover import HandOver
+from chaos_mpi.elastic import kept
+from chaos_mpi.elastic.control import ControlSocket
+from chaos_mpi.elastic.negotiator import Answer
+from chaos_mpi.elastic.session import Session
+from chaos_mpi.errors import ConfigError
+
+Jobs = tuple[Path, Path, list[str]]
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Iterator[Jobs]:
+    """The directories of an old job and of a new one, all of whose ranks wait; and what they are told."""
+    told: list[str] = []
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+    for kind in ("starting", "ready"):
+        (tmp_path / "new" / f"{kind}-{os.getpid()}.json").write_text("{}")
+    rank = cast("Session", SimpleNamespace(member="new", state_kept=told.append))
+    control = ControlSocket(rank, tmp_path / "new" / "control-1.sock")
+    yield tmp_path / "old", tmp_path / "new", told
+    control.close()
+
+
+def hand_over(jobs: Jobs, what: str = "", **fields: object) -> str:
+    """Do so with an old job that answers like this; what the new ranks are told is wrong."""
+    old, new, told = jobs
+
+    def request(_: str, answer: Answer) -> None:
+        if not what:
+            raise ConfigError("there is no state")
+        answer(what, dict(fields))
+
+    member = cast("Session", SimpleNamespace(member="old", request_move=request))
+    control = ControlSocket(member, old / "control-1.sock")
+    try:
+        HandOver(old, kept.new_name(), new, ranks=1, limit_s=20).run()
+    finally:
+        control.close()
+    (problem,) = told
+    return problem
+
+
+def test_new_ranks_are_told_that_the_state_is_kept(jobs: Jobs, capsys: pytest.CaptureFixture[str]) -> None:
+    assert hand_over(jobs, "moved", step=7) == ""
+    assert "the job goes on here after step 7" in capsys.readouterr().err
+
+
+def test_new_ranks_are_told_that_the_job_goes_on_as_it_was(jobs: Jobs) -> None:
+    assert hand_over(jobs, "refused", reason="no room") == "the job was not handed over, and goes on as it was: no room"
+    jobs[2].clear()
+    assert hand_over(jobs).endswith("goes on as it was: there is no state")
+
+
+def test_how_to_go_on_is_said_when_nobody_knows_what_became_of_the_job(jobs: Jobs) -> None:
+    old, new, told = jobs
+    HandOver(old, name := kept.new_name(), new, ranks=1, limit_s=1).run()
+    assert "no member of the job" in told[0]
+    assert f"go on with it by: {kept.VARIABLE}={name} chaosrun" in told[0]
+
+
+def test_how_to_go_on_is_said_when_the_state_is_left(
+    jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept, "SHM_DIRECTORY", tmp_path)
+    handover = HandOver(jobs[0], name := kept.new_name(), jobs[1], ranks=1, limit_s=1)
+    assert handover.left() == ""
+    kept.keep(name, 1, lambda place: None)
+    assert f"{kept.VARIABLE}={name} chaosrun" in handover.left()
