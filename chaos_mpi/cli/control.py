@@ -153,16 +153,6 @@ def end_ranks(job: Path) -> bool:
     return told
 
 
-def tell_all(job: Path, request: dict[str, Any]) -> None:
-    """Send a request to every member of the job that answers, and wait until each has it."""
-    for path in sorted(job.glob("control-*.sock")):
-        if (connection := _reach(path)) is not None:
-            with connection, contextlib.suppress(OSError, ValueError):
-                member = _Member(connection)
-                member.ask(request, CONNECT_LIMIT_S)
-                member.stream.readline()
-
-
 class _Member:
     """A conversation with one member.
 

@@ -12,12 +12,14 @@ from pathlib import Path
 import click
 import psutil
 
-from chaos_mpi.cli.control import RefusedError, ask, tell_all
+from chaos_mpi.cli.control import RefusedError, ask, ask_all
 from chaos_mpi.cli.outcome import read_records
 from chaos_mpi.config import load_settings
 from chaos_mpi.elastic import kept
 
 _POLL_S = 0.05
+#: How long one rank may take to answer, and how often those that do not are told again, seconds.
+_ANSWER_LIMIT_S, _TELL_LIMIT_S = 5.0, 20.0
 
 
 class HandOver(threading.Thread):
@@ -54,10 +56,19 @@ class HandOver(threading.Thread):
             step = self._ask()
         except click.ClickException as error:
             problem = error.message
-        tell_all(self._new, {"do": "state_kept", "problem": problem})
+        self._tell(problem)
         if not problem:
             seconds = time.monotonic() - began
             print(f"chaosrun: the job goes on here after step {step}, handed over in {seconds:.2f} s", file=sys.stderr)
+
+    def _tell(self, problem: str) -> None:
+        """Tell every new rank what became of it: one that is not told holds the others up."""
+        limit = time.monotonic() + _TELL_LIMIT_S
+        request = {"do": "state_kept", "problem": problem}
+        while len(ask_all(self._new, request, _ANSWER_LIMIT_S)) < len(list(self._new.glob("control-*.sock"))):
+            if time.monotonic() > limit:
+                print("chaosrun: not all new ranks could be told of the hand-over", file=sys.stderr)
+                return
 
     def _ask(self) -> int:
         """Have the old ranks end; after which step they did."""

@@ -249,7 +249,9 @@ class ChangingSession(CollectiveCalls):
         self._sequence.close()
         if self.rank == 0:
             log.warning("step %d: the job moves to another launcher", self.step)
-        self._end("moved", f"the job moved to another launcher after step {self.step}", self._persistence.digest())
+        # The new ranks are busy with the state by now: a digest is for who reads the log, and else not worth the time.
+        digest = self._persistence.digest() if self.settings.event_log is not None else ""
+        self._end("moved", f"the job moved to another launcher after step {self.step}", digest)
         self._guard.release()
         self._sequence.free()
         runtime.stop()

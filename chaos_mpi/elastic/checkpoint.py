@@ -251,7 +251,7 @@ def _header(step: int, packed: Packed, tensors: list[tuple[str, torch.Tensor]]) 
         "format_version": str(FORMAT_VERSION),
         "package_version": chaos_mpi.__version__,
         "step": str(step),
-        "digest": content_digest(step, packed),
+        "digest": _content_digest(step, packed),
         "dtypes": json.dumps(others),
         "skeleton": packed.skeleton,
     }
@@ -265,8 +265,20 @@ def _header(step: int, packed: Packed, tensors: list[tuple[str, torch.Tensor]]) 
     return struct.pack("<Q", len(text)) + text
 
 
-def content_digest(step: int, packed: Packed) -> str:
-    """Digest over all that a checkpoint of this step holds."""
+def stored_digest(path: str | os.PathLike[str]) -> str:
+    """The digest over all that a checkpoint holds, as written in it; :func:`load` makes sure that it is right.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return str((file.metadata() or {}).get("digest", ""))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _content_digest(step: int, packed: Packed) -> str:
     skeleton = torch.frombuffer(bytearray(packed.skeleton.encode()), dtype=torch.uint8)
     return params_digest([(f"step {step}", skeleton), *sorted(packed.tensors.items())])
 
@@ -287,7 +299,7 @@ def _read(path: Path) -> tuple[int, Packed]:
         for name, (dtype, shape) in json.loads(metadata["dtypes"]).items():
             tensors[name] = tensors[name].view(getattr(torch, dtype)).reshape(shape)
         step, packed = int(metadata["step"]), Packed(metadata["skeleton"], tensors)
-        good = content_digest(step, packed) == metadata["digest"]
+        good = _content_digest(step, packed) == metadata["digest"]
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise _DamagedError(f"{path} is damaged: {error!r}") from error
     if not good:

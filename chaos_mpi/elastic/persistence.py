@@ -257,15 +257,14 @@ class Persistence:
         session = self._session
         if self._settings.awaits_state:
             self._await_state()
-        loaded, problem = None, f"nothing is kept under {name}"
+        packed, step, digest, problem = None, -1, "", f"nothing is kept under {name}"
         try:
             for place in kept.found(name):
-                loaded = loaded or checkpoint.load_latest(place)
+                if packed is None and (loaded := checkpoint.load_latest(place)) is not None:
+                    step, packed = loaded
+                    digest = checkpoint.stored_digest(checkpoint.checkpoint_path(place, step))
         except ChaosError as error:
             problem = str(error)
-        step, digest = -1, ""
-        if loaded is not None:
-            step, digest = loaded[0], checkpoint.content_digest(*loaded)
         offers = session.gather({"member": session.member, "step": step, "digest": digest, "problem": problem})
         best = max(offers, key=lambda offer: offer["step"])
         if best["step"] < 0:
@@ -278,11 +277,11 @@ class Persistence:
         ]
         if lacking and session.rank == 0:
             log.warning("%s sends the state to %s", best["member"], ", ".join(lacking))
-        packed = loaded[1] if loaded is not None else None
         if lacking or packed is None:
             packed = self._distribute(packed, best["member"])
         self._restore(state, packed, "the memory of the hosts")
-        session.emit("resumed", params_digest=state.digest())
+        if self._settings.event_log is not None:
+            session.emit("resumed", params_digest=state.digest())
         kept.remove(name)
 
     def _await_state(self) -> None:
