@@ -241,7 +241,7 @@ class ChangingSession(CollectiveCalls):
 
     def state_kept(self, problem: str) -> None:
         """The job that this one is to go on from has ended, with its state kept, or why it has not; from any thread."""
-        self._persistence.state_kept(problem)
+        self._persistence.awaited.tell(problem)
 
     def move_away(self) -> NoReturn:
         """All members have agreed to go on under another launcher, and the state is kept: end in good order."""

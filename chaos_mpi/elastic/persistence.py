@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from chaos_mpi.elastic import checkpoint, kept
+from chaos_mpi.elastic.awaited import AwaitedState
 from chaos_mpi.elastic.learning_rate import scale_learning_rate
 from chaos_mpi.elastic.lifecycle import write_record
 from chaos_mpi.elastic.rng import capture_rng, of_rank, restore_rng
@@ -32,7 +32,11 @@ TELLING_LIMIT_S = 30.0
 
 
 class Persistence:
-    """Takes care of the training state of one session. Rank 0 writes; whoever is rank 0 at the time."""
+    """Takes care of the training state of one session. Rank 0 writes; whoever is rank 0 at the time.
+
+    Attributes:
+        awaited: the state to go on from, where that is still to come.
+    """
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -46,7 +50,7 @@ class Persistence:
         self._rng_of_ranks: list[dict[str, Any]] | None = None
         self._rng_to_take: Mapping[str, Any] | None = None
         self._made_as: dict[str, Any] = {}
-        self._state_is_kept, self._why_not_kept = threading.Event(), ""
+        self.awaited = AwaitedState()
 
     @property
     def has_state(self) -> bool:
@@ -156,11 +160,6 @@ class Persistence:
             return "No state was saved, because there is no checkpoint directory (--checkpoint-dir)."
         return self.save_emergency()
 
-    def state_kept(self, problem: str) -> None:
-        """The state to go on from is kept now, or why it is not; from any thread."""
-        self._why_not_kept = problem
-        self._state_is_kept.set()
-
     def keep(self, name: str) -> str:
         """Have each host keep the state in its memory; called by all members, at a boundary.
 
@@ -256,7 +255,9 @@ class Persistence:
         """Go on from what the hosts have kept; hosts that have kept nothing, or something older, get it from others."""
         session = self._session
         if self._settings.awaits_state:
-            self._await_state()
+            session.barrier()  # all ranks are up
+            write_record(self._settings.run_dir, "ready", {})
+            self.awaited.wait(name, self._settings.timeout_s + TELLING_LIMIT_S)
         packed, step, digest, problem = None, -1, "", f"nothing is kept under {name}"
         try:
             for place in kept.found(name):
@@ -283,20 +284,6 @@ class Persistence:
         if self._settings.event_log is not None:
             session.emit("resumed", params_digest=state.digest())
         kept.remove(name)
-
-    def _await_state(self) -> None:
-        """All ranks are up: say so to the launcher, and wait until it has had the job that runs end.
-
-        Raises:
-            CheckpointError: it does not end, so this one has to.
-        """
-        self._session.barrier()
-        write_record(self._settings.run_dir, "ready", {})
-        limit_s = self._settings.timeout_s + TELLING_LIMIT_S
-        if not self._state_is_kept.wait(limit_s):
-            raise CheckpointError(f"the job to go on from was not handed over within {limit_s:.0f} s; see how it fares")
-        if self._why_not_kept:
-            raise CheckpointError(self._why_not_kept)
 
     def _restore(self, state: TrainingState, packed: Packed, source: str) -> None:
         session = self._session

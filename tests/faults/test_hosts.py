@@ -54,8 +54,8 @@ def variables(folder: Path) -> dict[str, str]:
     return {"PATH": f"{folder / 'programs'}:{os.environ['PATH']}", "TMPDIR": str(folder)}
 
 
-def chaosctl(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, **variables(folder), "PYTHONPATH": str(PACKAGE_ROOT)}
+def chaosctl(folder: Path, *arguments: str, **more: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, **variables(folder), "PYTHONPATH": str(PACKAGE_ROOT), **more}
     return subprocess.Popen(
         [sys.executable, "-m", "chaos_mpi.cli.chaosctl", *arguments], env=environment, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -69,6 +69,14 @@ def members(job: Job) -> dict[str, str]:
 
 def so_far(job: Job) -> Finished:
     return Finished(0, "", job.folder, 0.0)
+
+
+def wait_for_agents(job: Job) -> None:
+    """The last ones go when they have agreed that they are the last."""
+    limit = time.monotonic() + 30
+    while job.processes() or list(job.folder.parent.glob("chaosrun-*")):
+        assert time.monotonic() < limit, "something is left of the job"
+        time.sleep(0.05)
 
 
 def test_a_job_on_hosts(tmp_path: Path) -> None:
@@ -126,14 +134,27 @@ def test_another_launcher_takes_over(tmp_path: Path) -> None:
         (name,) = [entry.partition(b"=")[2].decode() for entry in environ if entry.startswith(kept.VARIABLE.encode())]
         (job.folder / "stop").touch()
         output, _ = launcher.communicate(timeout=50)
-        # The last agents go when they have agreed that they are the last.
-        limit = time.monotonic() + 30
-        while list(tmp_path.glob("chaosrun-*")):
-            assert time.monotonic() < limit, "something is left of the job"
-            time.sleep(0.05)
+        wait_for_agents(job)
     finished = Finished(launcher.returncode, output, job.folder, 0.0)
     second = set(members(job).values())
     assert not second & first
     check_history(finished, as_trained(problem, job.folder), second)
     check_move(finished.events(), first, began)
     assert not any(place.exists() for place in kept.places(name)), "the state is left in memory"
+
+
+def test_a_takeover_whose_ranks_do_not_start_leaves_the_job_as_it_was(tmp_path: Path) -> None:
+    problem = Problem(ranks=2, epochs=10**6, pause_s=0.02)
+    with start(tmp_path, problem, "node1,node2", "--heartbeat-limit", "2") as job:
+        job.wait_until(lambda: job.steps_finished() > 3, "training began")
+        launcher = chaosctl(tmp_path, "takeover", CHAOS_MIN_RANKS="5")
+        output, _ = launcher.communicate(timeout=50)
+        assert "min_ranks is 5, but the job was started with 2 ranks" in output
+        assert launcher.returncode == 3
+        before = job.steps_finished()
+        job.wait_until(lambda: job.steps_finished() > before + 5, "it went on")
+        (job.folder / "stop").touch()
+        job.finish_launcher()
+        wait_for_agents(job)
+        finished = job.finish()
+    check_history(finished, as_trained(problem, job.folder), set(members(job).values()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,12 +11,14 @@ from typing import cast
 
 import pytest
 
+from chaos_mpi.agent.launcher import LauncherPipe
 from chaos_mpi.cli.handover import HandOver
 from chaos_mpi.elastic import kept
+from chaos_mpi.elastic.awaited import AwaitedState
 from chaos_mpi.elastic.control import ControlSocket
 from chaos_mpi.elastic.negotiator import Answer
 from chaos_mpi.elastic.session import Session
-from chaos_mpi.errors import ConfigError
+from chaos_mpi.errors import CheckpointError, ConfigError
 
 Jobs = tuple[Path, Path, list[str]]
 
@@ -69,6 +72,31 @@ def test_how_to_go_on_is_said_when_nobody_knows_what_became_of_the_job(jobs: Job
     HandOver(old, name := kept.new_name(), new, ranks=1, limit_s=1).run()
     assert "no member of the job" in told[0]
     assert f"go on with it by: {kept.VARIABLE}={name} chaosrun" in told[0]
+
+
+def test_a_rank_waits_until_it_is_told() -> None:
+    awaited = AwaitedState()
+    telling = threading.Timer(0.05, awaited.tell, ("",))
+    telling.start()
+    awaited.wait(kept.new_name(), 20)
+    telling.join()
+    awaited.tell("no room")
+    with pytest.raises(CheckpointError, match=r"^no room$"):
+        awaited.wait(kept.new_name(), 20)
+
+
+def test_a_rank_does_not_wait_for_a_launcher_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, name = LauncherPipe(), kept.new_name()
+    for variable, value in pipe.variables().items():
+        monkeypatch.setenv(variable, value)
+    pipe.close()
+    try:
+        with pytest.raises(CheckpointError, match=f"mpirun is gone .* go on from it with {kept.VARIABLE}={name}"):
+            AwaitedState().wait(name, 20)
+    finally:
+        pipe.passed_on()
+    with pytest.raises(CheckpointError, match="was not handed over within 0 s"):
+        AwaitedState().wait(name, 0)
 
 
 def test_how_to_go_on_is_said_when_the_state_is_left(
