@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from chaos_mpi.autoscale.policy import POLICIES
 from chaos_mpi.errors import ConfigError
+from chaos_mpi.membership import Limits
 
 JOIN_POLICIES = ("auto", "overlap", "blocking")
 BATCH_POLICIES = ("keep_global_batch", "linear", "sqrt", "none")
@@ -39,6 +40,8 @@ class Settings:
             change while the job runs. None for none.
         scale_policy: what the size of the job follows (``available``, the slots that there are, or ``manual``, requests
             only); None for ``available`` with ``hosts_from`` and ``manual`` without.
+        restarts: how often within an hour a rank that crashed is started again on the same host, in a job on several
+            hosts. Nothing is with the scale policy ``available``, which fills free slots anyway.
         discovery_interval_s: time between two looks at ``hosts_from``, seconds.
         join_timeout_s: longest time from the start of a newcomer's process until it can take the state, seconds.
         run_dir: private directory that ``chaosrun`` made for this job, or None.
@@ -60,6 +63,7 @@ class Settings:
     hosts_from: Path | None = None
     scale_policy: str | None = None
     discovery_interval_s: float = 1.0
+    restarts: int = 3
     run_dir: Path | None = None
     resume_from: str | None = None
     awaits_state: bool = False
@@ -78,6 +82,8 @@ class Settings:
             raise ConfigError(f"scale_policy is {self.scale_policy!r}; choose one of {', '.join(SCALE_POLICIES)}")
         if self.scale_policy == "available" and self.hosts_from is None:
             raise ConfigError("the scale policy available needs a list of hosts (hosts_from, or --hosts-from)")
+        if self.restarts < 0:
+            raise ConfigError(f"restarts is {self.restarts}; it is a number of restarts an hour, 0 for none")
         if not 0 < self.discovery_interval_s < float("inf"):
             raise ConfigError(f"discovery_interval_s is {self.discovery_interval_s}; it must be a positive number")
         if self.batch_policy not in BATCH_POLICIES:
@@ -95,6 +101,12 @@ class Settings:
     def policy_name(self) -> str:
         """The scale policy in force."""
         return self.scale_policy or ("available" if self.hosts_from is not None else "manual")
+
+    @property
+    def limits(self) -> Limits:
+        """What requests to change the size of the job are held to."""
+        restarts = 0 if self.policy_name == "available" else self.restarts
+        return Limits(self.min_ranks, self.max_ranks, restarts)
 
     @property
     def guest_limit_s(self) -> float:
@@ -153,6 +165,7 @@ def load_settings(
         hosts_from=Path(hosts).absolute() if hosts is not None else None,
         scale_policy=choose(scale_policy, "CHAOS_SCALE_POLICY", str, None),
         discovery_interval_s=choose(discovery_interval_s, "CHAOS_DISCOVERY_INTERVAL_S", float, 1.0),
+        restarts=choose(None, "CHAOS_RESTARTS", int, 3),
         run_dir=Path(run_dir) if run_dir is not None else None,
         resume_from=environ.get("CHAOS_RESUME_FROM") or None,
         awaits_state=bool(environ.get("CHAOS_TAKEOVER")),

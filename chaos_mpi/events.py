@@ -28,6 +28,7 @@ EVENTS = frozenset(
         "view_committed",
         "recovered",
         "hosts_changed",
+        "rank_crashed",
         "scaled",
         "join_requested",
         "join_spawned",

@@ -13,6 +13,7 @@ import logging
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chaos_mpi.agent.contacts import Contact, Interface, own_interfaces, select
@@ -81,16 +82,22 @@ class Guard:
 
     Args:
         settings: how.
+        directory: of the job on this host, for the rank's link; None where it has none.
         write: takes frames for the proxy.
         say: prints a line where the rank's output goes.
         kill: ends the rank.
     """
 
     def __init__(
-        self, settings: Settings, write: Callable[[bytes], None], say: Callable[[str], None], kill: Callable[[], None]
+        self,
+        settings: Settings,
+        directory: Path | None,
+        write: Callable[[bytes], None],
+        say: Callable[[str], None],
+        kill: Callable[[], None],
     ) -> None:
         self._settings, self._write, self._say, self._kill = settings, write, say, kill
-        self._link = LinkServer(self._may_go_on_without)
+        self._link = LinkServer(self._may_go_on_without, directory)
         self._mesh: Mesh | None = None
         self._watch: Watch | None = None
         self._begun = False
@@ -119,7 +126,7 @@ class Guard:
         assert self._mesh is not None
         mesh = self._mesh
         me = Contact(name, self._settings.host, mesh.addresses, mesh.port, mesh.key)
-        self._watch = Watch(me, mesh, self._settings.timing, self._removed, self._stopped)
+        self._watch = Watch(me, mesh, self._settings.timing, self._removed, self._stopped, self._link.crashed)
         self._link.name(name)
         self._write(encode_json(Kind.CONTACT, me.to_json()))
 
@@ -145,11 +152,15 @@ class Guard:
             else:
                 self._watch.know(contacts)
 
-    def rank_ended(self) -> asyncio.Task[None]:
-        """Tell the others at once; the task ends when they have confirmed it, or after a limit."""
+    def rank_ended(self, crash: str = "") -> asyncio.Task[None]:
+        """Tell the others at once; the task ends when they have confirmed it, or after a limit.
+
+        Args:
+            crash: how it crashed; empty if it did not.
+        """
         if self._killing is not None:
             self._killing.cancel()
-        return asyncio.get_running_loop().create_task(self._announce())
+        return asyncio.get_running_loop().create_task(self._announce(crash))
 
     async def linger(self) -> None:
         """After :meth:`rank_ended`: help the others to agree on a view without this node."""
@@ -166,9 +177,9 @@ class Guard:
         if self._mesh is not None:
             await self._mesh.close()
 
-    async def _announce(self) -> None:
+    async def _announce(self, crash: str) -> None:
         if self._watch is not None:
-            await self._watch.announce_end(ANNOUNCE_LIMIT_S)
+            await self._watch.announce_end(ANNOUNCE_LIMIT_S, crash)
 
     # -- what the watch tells ------------------------------------------------------------------------------------
 

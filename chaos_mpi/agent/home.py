@@ -84,17 +84,25 @@ class Home:
         """What a rank has written down since the last call: kind, and fields."""
         for kind in RECORDS:
             with contextlib.suppress(OSError, ValueError):
-                text = (self.path / f"{kind}-{pid}.json").read_bytes()
+                text = self._record_of(kind, pid).read_bytes()
                 if text != self._seen.get(kind):
                     self._seen[kind] = text
                     yield kind, json.loads(text)
+
+    def record(self, kind: str, pid: int) -> dict[str, Any] | None:
+        """The fields of what a rank has written down; None if it has not."""
+        try:
+            fields: dict[str, Any] = json.loads(self._record_of(kind, pid).read_bytes())
+        except (OSError, ValueError):
+            return None
+        return fields
 
     def close(self, pid: int | None) -> None:
         """Remove what one rank has left, and with the last one the directory."""
         if pid is not None:
             self.control_socket(pid).unlink(missing_ok=True)
             for kind in RECORDS:
-                (self.path / f"{kind}-{pid}.json").unlink(missing_ok=True)
+                self._record_of(kind, pid).unlink(missing_ok=True)
         self._mark.unlink(missing_ok=True)
         if any(self.path.glob("supervisor-*.json")):
             return
@@ -105,3 +113,6 @@ class Home:
                 left.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # a supervisor that has come meanwhile keeps it
             self.path.rmdir()
+
+    def _record_of(self, kind: str, pid: int) -> Path:
+        return self.path / f"{kind}-{pid}.json"

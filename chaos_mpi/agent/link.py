@@ -1,7 +1,8 @@
 """The connection between a rank and the agent beside it: a UNIX socket, and a JSON object on each line.
 
 The agent begins with ``{"member": name}``, by which the other agents know this rank, and says
-``{"sever": [addresses], "members": [names]}`` and ``{"stop": reason}``. The rank asks
+``{"sever": [addresses], "members": [names]}``, ``{"crashed": name, "host": where, "how": text}`` of another rank, and
+``{"stop": reason}``. The rank asks
 ``{"may_go_on_without": [names], "id": n}`` and gets ``{"id": n, "reason": ""}``, where an empty reason is a yes.
 Without torch and without MPI.
 """
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from chaos_mpi.agent import sockets
+from chaos_mpi.agent.crashes import Crash
 
 log = logging.getLogger("chaos_mpi.agent")
 
@@ -41,6 +43,7 @@ class LinkServer:
 
     Args:
         may_go_on_without: answers a rank's question; see :meth:`chaos_mpi.agent.watch.Watch.may_go_on_without`.
+        directory: for the socket, private; None: one that is made for it.
 
     Attributes:
         path: of the socket.
@@ -49,15 +52,15 @@ class LinkServer:
         OSError: the socket cannot be made.
     """
 
-    def __init__(self, may_go_on_without: Callable[[list[str]], Awaitable[str]]) -> None:
+    def __init__(self, may_go_on_without: Callable[[list[str]], Awaitable[str]], directory: Path | None = None) -> None:
         self._ask = may_go_on_without
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         self._stop: str | None = None
         self._member: asyncio.Future[str] | None = None
-        self._directory = Path(tempfile.mkdtemp(prefix="chaos_mpi-"))  # mode 0700
-        self.path = self._directory / "agent.sock"
+        self._own_directory = Path(tempfile.mkdtemp(prefix="chaos_mpi-")) if directory is None else None  # mode 0700
+        self.path = (self._own_directory or directory or Path()) / f"agent-{os.getpid()}.sock"
 
     async def listen(self) -> None:
         """Begin to take connections."""
@@ -79,6 +82,10 @@ class LinkServer:
         """Tell the rank that the machines with these addresses, and so these members, are given up."""
         self._tell_all({"sever": list(addresses), "members": list(members)})
 
+    def crashed(self, crash: Crash) -> None:
+        """Tell the rank that another one has crashed."""
+        self._tell_all({"crashed": crash.member, "host": crash.host, "how": crash.how})
+
     def stop(self, reason: str) -> None:
         """Tell the rank, also one that connects later, that it must not go on."""
         self._stop = reason
@@ -92,7 +99,9 @@ class LinkServer:
             task.cancel()
         for writer in self._writers:
             writer.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self.path.unlink(missing_ok=True)
+        if self._own_directory is not None:
+            shutil.rmtree(self._own_directory, ignore_errors=True)
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         assert self._member is not None
@@ -141,6 +150,7 @@ class AgentLink:
         connection: to the agent.
         on_sever: is called with the addresses of machines that are given up.
         on_stop: is called with the reason, when the rank must not go on.
+        on_crash: is called when another rank has crashed.
 
     Attributes:
         member: the name by which the agents know this rank.
@@ -154,8 +164,9 @@ class AgentLink:
         connection: socket.socket,
         on_sever: Callable[[Collection[str]], object],
         on_stop: Callable[[str], object],
+        on_crash: Callable[[Crash], object] = lambda _: None,
     ) -> None:
-        self._connection, self._on_sever, self._on_stop = connection, on_sever, on_stop
+        self._connection, self._on_sever, self._on_stop, self._on_crash = connection, on_sever, on_stop, on_crash
         self._stream = connection.makefile("rb")
         first = self._stream.readline()
         if not first:
@@ -174,6 +185,7 @@ class AgentLink:
         environ: Mapping[str, str],
         on_sever: Callable[[Collection[str]], object],
         on_stop: Callable[[str], object],
+        on_crash: Callable[[Crash], object] = lambda _: None,
     ) -> Self | None:
         """Connect with the agent of this rank.
 
@@ -181,6 +193,7 @@ class AgentLink:
             environ: of the rank.
             on_sever: see the class.
             on_stop: see the class.
+            on_crash: see the class.
 
         Returns:
             None when there is none.
@@ -189,7 +202,7 @@ class AgentLink:
             OSError: there should be one, but it cannot be reached.
         """
         path = environ.get(VARIABLE)
-        return cls(sockets.connect(Path(path), CONNECT_LIMIT_S), on_sever, on_stop) if path else None
+        return cls(sockets.connect(Path(path), CONNECT_LIMIT_S), on_sever, on_stop, on_crash) if path else None
 
     def may_go_on_without(self, members: Iterable[str], limit_s: float) -> str:
         """Wait until the agents have agreed that these members are out, and that this rank may go on.
@@ -237,6 +250,8 @@ class AgentLink:
         if "sever" in message:
             log.info("%s given up; closing connections to %s", message.get("members"), message["sever"])
             self._on_sever(message["sever"])
+        elif "crashed" in message:
+            self._on_crash(Crash(str(message["crashed"]), str(message["host"]), str(message["how"])))
         elif "stop" in message:
             self._end(str(message["stop"]))
             self._on_stop(str(message["stop"]))

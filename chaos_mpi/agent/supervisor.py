@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from chaos_mpi.agent.control import ControlConnector
+from chaos_mpi.agent.crashes import how_it_crashed
 from chaos_mpi.agent.environment import host_variables, moved, server_endpoint, through_relay
 from chaos_mpi.agent.frames import MAGIC, Decoder, Frame, Kind, encode, encode_json
 from chaos_mpi.agent.guard import Guard, Settings
@@ -65,7 +66,7 @@ class Supervisor:
         self._process: asyncio.subprocess.Process | None = None
         self._output: Output | None = None
         self._launcher: tuple[int, int] | None = None
-        self._told_to_end = False
+        self._told_to_end = self._ended_from_here = False
         self._launcher_pipe = LauncherPipe()
         self._home: Home | None = None
         self._control: ControlConnector | None = None
@@ -86,7 +87,7 @@ class Supervisor:
         assert self._process is not None
         beside = [asyncio.create_task(self._listen()), asyncio.create_task(self._report())]
         status = await self._process.wait()
-        announced = self._guard.rank_ended() if self._guard is not None else None
+        announced = self._guard.rank_ended(self._crash(status)) if self._guard is not None else None
         await self._finish_output()
         self._report_new()
         await self._relay.close()
@@ -100,8 +101,7 @@ class Supervisor:
         """Pass a signal on to the rank and its children, as ``mpirun`` does with its own."""
         if number in _ENDING_SIGNALS:
             self._told_to_end = True
-        if self._process is not None and self._process.returncode is None:
-            kill_group(self._process.pid, number)
+        self._signal(number)
 
     # -- start ---------------------------------------------------------------------------------------------------
 
@@ -204,9 +204,8 @@ class Supervisor:
     async def _proxy_gone(self) -> None:
         if self._lost:
             return
-        assert self._process is not None
         if self._told_to_end or await self._launcher_lives():
-            kill_group(self._process.pid, signal.SIGKILL)
+            self._kill()
         else:
             self._go_on_alone()
 
@@ -238,7 +237,8 @@ class Supervisor:
         """Get ready to watch, if so ordered; returns the variables that the rank is to have."""
         if order["watch"] is None:
             return {}
-        self._guard = Guard(Settings.from_json(order["watch"]), self._write, output.say, self._kill)
+        directory = self._home.path if self._home is not None else None
+        self._guard = Guard(Settings.from_json(order["watch"]), directory, self._write, output.say, self._kill)
         return await self._guard.open()
 
     async def _leave_watch(self, announced: asyncio.Task[None] | None) -> None:
@@ -258,10 +258,23 @@ class Supervisor:
         await self._guard.close()
 
     def _kill(self) -> None:
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: int) -> None:
         if self._process is not None and self._process.returncode is None:
-            kill_group(self._process.pid, signal.SIGKILL)
+            self._ended_from_here |= number in _ENDING_SIGNALS or number == signal.SIGKILL
+            kill_group(self._process.pid, number)
 
     # -- the end -------------------------------------------------------------------------------------------------
+
+    def _crash(self, status: int) -> str:
+        """How the rank crashed; empty if it did not."""
+        assert self._process is not None
+        if self._ended_from_here or self._home is None:
+            return ""
+        pid = self._process.pid
+        outcome = self._home.record("outcome", pid) or {}
+        return how_it_crashed(status, self._home.record("member", pid) is not None, outcome.get("outcome"))
 
     async def _finish_output(self) -> None:
         _, left = await asyncio.wait(self._pumps, timeout=DRAIN_LIMIT_S)

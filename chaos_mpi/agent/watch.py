@@ -11,11 +11,13 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable
-from typing import Any, Protocol
+from typing import Any
 
 from chaos_mpi.agent.assembly import Assembly
 from chaos_mpi.agent.contacts import Contact
+from chaos_mpi.agent.crashes import Crash, crash_of
 from chaos_mpi.agent.losses import Losses, Removal
+from chaos_mpi.agent.talk import CONTACTS, ENDED, HERE, NOTED, WHO, Network, entries
 from chaos_mpi.errors import ConfigError
 from chaos_mpi.monitor.cluster import ClusterView, Node, Timing
 from chaos_mpi.monitor.member import Member, State
@@ -33,18 +35,6 @@ _FAREWELL_S = 5.0
 _FAREWELL_PAUSED_S = 600.0
 #: A newcomer on its way in that is silent for so long, at least, is not waited for.
 _NEWCOMER_SILENT_S = 2.0
-#: What agents say to each other besides the messages of the state machine.
-HERE, ENDED, NOTED, WHO, CONTACTS = "Here", "Ended", "Noted", "Who", "Contacts"
-
-
-class Network(Protocol):
-    """What carries the messages: :class:`chaos_mpi.agent.mesh.Mesh`."""
-
-    def know(self, contact: Contact) -> None: ...
-
-    def forget(self, member: str) -> None: ...
-
-    def send(self, member: str, message: dict[str, Any]) -> bool: ...
 
 
 def boot_clock_s() -> float:
@@ -61,6 +51,7 @@ class Watch:
         timing: limits, the same on all nodes.
         on_removed: is called after a new view has left members out.
         on_stopped: is called with the reason, once, when this node must not go on.
+        on_crashed: is called once for each other rank that has crashed, when its agent has said so.
 
     Attributes:
         ended: members whose ranks have ended by themselves.
@@ -73,10 +64,11 @@ class Watch:
         timing: Timing,
         on_removed: Callable[[Removal], None],
         on_stopped: Callable[[str], None],
+        on_crashed: Callable[[Crash], None],
     ) -> None:
-        self.me, self.ended = me.member, set[str]()
+        self.me, self.ended, self._host = me.member, set[str](), me.host
         self._network, self._timing = network, timing
-        self._on_removed, self._on_stopped = on_removed, on_stopped
+        self._on_removed, self._on_stopped, self._on_crashed = on_removed, on_stopped, on_crashed
         self._contacts = {me.member: me}
         self._assembly: Assembly | None = None
         self._member: Member | None = None
@@ -154,13 +146,18 @@ class Watch:
                 return reason
             await self._change(min(self._timing.beat_s, deadline_s - now_s))
 
-    async def announce_end(self, limit_s: float) -> None:
-        """Tell the others that the rank has ended; returns when all have confirmed it, or after ``limit_s`` seconds."""
+    async def announce_end(self, limit_s: float, crash: str = "") -> None:
+        """Tell the others that the rank has ended; returns when all have confirmed it, or after ``limit_s`` seconds.
+
+        Args:
+            limit_s: see above.
+            crash: how it crashed; empty if it did not.
+        """
         self._leave()
         deadline_s = boot_clock_s() + limit_s
         while (silent := self._others() - self._confirmed) and boot_clock_s() < deadline_s:
             for member in silent:
-                self._network.send(member, {"kind": ENDED})
+                self._network.send(member, {"kind": ENDED, "crashed": crash, "host": self._host})
             await self._change(_REPEAT_S)
 
     async def linger(self, limit_s: float) -> None:
@@ -195,21 +192,18 @@ class Watch:
         if kind == HERE:
             self._heard_here(sender, fields.get("complete") is True, now_s)
         elif kind == ENDED:
-            self._network.send(sender, {"kind": NOTED})
-            self.ended.add(sender)
-            if self._assembly is not None:
-                self._assembly.ended(sender)
+            self._heard_end(sender, crash_of(sender, fields))
         elif kind == NOTED:
             self._confirmed.add(sender)
         elif kind == WHO:
             known = [
                 self._contacts[str(name)].to_json()
-                for name in _entries(fields, "members")
+                for name in entries(fields, "members")
                 if str(name) in self._contacts
             ]
             self._network.send(sender, {"kind": CONTACTS, "contacts": known})
         elif kind == CONTACTS:
-            self.know([Contact.from_json(entry) for entry in _entries(fields, "contacts")])
+            self.know([Contact.from_json(entry) for entry in entries(fields, "contacts")])
         else:
             self._receive_monitor(Node(sender), from_json(fields), now_s)
         self._tell_change()
@@ -235,6 +229,16 @@ class Watch:
         if assembly.complete and not before:
             self._say_here(assembly)
         self._start_if_assembled(now_s)
+
+    def _heard_end(self, sender: str, crash: Crash | None) -> None:
+        self._network.send(sender, {"kind": NOTED})
+        if sender in self.ended:
+            return
+        self.ended.add(sender)
+        if self._assembly is not None:
+            self._assembly.ended(sender)
+        if crash is not None:
+            self._on_crashed(crash)
 
     def _heard_view(self, view: ClusterView, now_s: float) -> None:
         """What a newcomer hears."""
@@ -389,10 +393,3 @@ class Watch:
     def _tell_change(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
-
-
-def _entries(fields: dict[str, Any], name: str) -> list[Any]:
-    entries = fields.get(name)
-    if not isinstance(entries, list):
-        raise ValueError(f"{fields.get('kind')} without a list of {name}")
-    return entries

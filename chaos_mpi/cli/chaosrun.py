@@ -60,6 +60,10 @@ class _Command(click.Command):
     help="Size of the job: the slots that are there (default with --hosts-from), or changed by request only.",
 )  # fmt: skip
 @click.option("--discovery-interval", type=Seconds(), help="Seconds between two looks.")
+@click.option(
+    "--restarts", type=click.IntRange(min=0), metavar="N",
+    help="With --hosts: start crashed ranks again, N times an hour on each host. Default: 3; 0: not.",
+)  # fmt: skip
 @click.option("--batch-policy", type=click.Choice(BATCH_POLICIES), help="Batch and learning rate on a change of size.")
 @click.option("--timeout", type=Seconds(), help="Longest wait for other ranks, seconds.")
 @click.option("--checkpoint-dir", type=click.Path(file_okay=False, path_type=Path), help="Write checkpoints there.")
@@ -83,6 +87,7 @@ def main(
     hosts_from: Path | None,
     scale_policy: str | None,
     discovery_interval: float | None,
+    restarts: int | None,
     batch_policy: str | None,
     timeout: float | None,
     checkpoint_dir: Path | None,
@@ -112,6 +117,10 @@ def main(
     except ConfigError as error:
         _refuse(str(error))
     ranks = _size(len(hosts.hosts) if hosts is not None else ranks, min_ranks, max_ranks, hosts_from, scale_policy)
+    if restarts and hosts is None:
+        _refuse("--restarts is for jobs on several hosts: give --hosts or --hostfile as well")
+    if restarts and hosts_from is not None and scale_policy != "manual":
+        _refuse("--scale-policy available fills the place of a rank that crashed already: leave --restarts out")
     if resume and checkpoint_dir is None:
         _refuse("--resume needs --checkpoint-dir")
     if checkpoint_dir is not None:
@@ -123,6 +132,7 @@ def main(
         "CHAOS_HOSTS_FROM": hosts_from.absolute() if hosts_from is not None else None,
         "CHAOS_SCALE_POLICY": scale_policy,
         "CHAOS_DISCOVERY_INTERVAL_S": discovery_interval,
+        "CHAOS_RESTARTS": restarts,
         "CHAOS_BATCH_POLICY": batch_policy,
         "CHAOS_TIMEOUT_S": timeout,
         "CHAOS_CHECKPOINT_DIR": checkpoint_dir.absolute() if checkpoint_dir is not None else None,

@@ -10,6 +10,8 @@ _TAG = re.compile(rb"^\[\d+,(?P<rank>\d+)\]<(?:stdout|stderr|stddiag)>: ?")
 _NBC = re.compile(
     rb"^NBC_Progress: an error \d+ was found during schedule \S+ at row-offset \d+ - aborting the schedule\s*$"
 )
+# Open MPI's event library, where Open MPI has closed a broken connection before it has let the library know.
+_EVENT = re.compile(rb"^\[warn\] Epoll [A-Z]+\(\d+\) on fd \d+ failed\..*: Bad file descriptor\s*$")
 _RULE = re.compile(rb"^-{40,}\s*$")
 # PRRTE's boxed notices about the end of a rank or of the job; chaosrun says what became of the job itself.
 _BOXED_NOISE = re.compile(
@@ -20,6 +22,7 @@ _BOXED_NOISE = re.compile(
 _NOISE_STARTS = (
     b"NBC_Progress:",
     b"-" * 40,
+    b"[warn] Epoll ",
     b"Abort is in progress...hit ctrl-c again",
     b"LAUNCHER JOB OBJECT NOT FOUND",
     b"Error in NBC_Start_round()",
@@ -90,10 +93,12 @@ class OutputFilter:
         if _NBC.match(line):
             self._empty_lines_owed += 1
             return []
+        if _EVENT.match(line):
+            return []
         if not line.strip() and self._empty_lines_owed:
             self._empty_lines_owed -= 1
             return []
-        if line.startswith(_NOISE_STARTS[2:]):
+        if line.startswith(_NOISE_STARTS[3:]):
             return []
         if line.startswith(b"chaos_mpi: ") and len(self.own_lines) < 100:
             self.own_lines.add(line.decode(errors="replace").strip())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
+from chaos_mpi.agent.crashes import Crash
 from chaos_mpi.agent.link import AgentLink
 from chaos_mpi.errors import EngineError
 from chaos_mpi.mpi.sever import sever
@@ -13,17 +14,18 @@ from chaos_mpi.mpi.sever import sever
 log = logging.getLogger("chaos_mpi.elastic")
 
 
-def open_link(member: str) -> AgentLink | None:
+def open_link(member: str, crashed: Callable[[Crash], object]) -> AgentLink | None:
     """The connection with the agent; None where there is none.
 
     Args:
         member: id of this rank.
+        crashed: is called, from a thread, when a rank has crashed.
 
     Raises:
         EngineError: there should be one, but it does not answer, or it takes another process for the rank.
     """
     try:
-        link = AgentLink.open(os.environ, _sever, _stop)
+        link = AgentLink.open(os.environ, _sever, _stop, crashed)
         if link is not None and link.member != member:
             raise EngineError(
                 f"this rank is {member}, but the process that was started for it is {link.member}: if a script starts "

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from chaos_mpi.agent import relaunch, sockets
 from chaos_mpi.elastic import launching
+from chaos_mpi.elastic.lifecycle import write_record
 from chaos_mpi.elastic.sponsor import START_DIRECTORY
 from chaos_mpi.elastic.status import MemberStatus
 from chaos_mpi.errors import ChaosError
@@ -176,7 +177,7 @@ def end_soon(session: Session) -> None:
     if session.told_to_end:
         return
     session.told_to_end = True
-    timer = threading.Timer(LEAVE_DEADLINE_S, os.kill, (os.getpid(), signal.SIGKILL))
+    timer = threading.Timer(LEAVE_DEADLINE_S, _end_now, (session,))
     timer.daemon = True
     timer.start()
 
@@ -186,3 +187,10 @@ def end_soon(session: Session) -> None:
 
     # In a thread, because a signal handler may have interrupted whoever holds the lock of the inbox.
     threading.Thread(target=session.request_leave, args=(None, answer), daemon=True).start()
+
+
+def _end_now(session: Session) -> None:
+    """It is noted down first, for this is no crash."""
+    record = {"member": session.member, "outcome": "ended", "message": "it was told to end, and could not leave"}
+    write_record(session.settings.run_dir, "outcome", record)
+    os.kill(os.getpid(), signal.SIGKILL)

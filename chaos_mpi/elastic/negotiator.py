@@ -11,9 +11,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from chaos_mpi.agent import launcher
 from chaos_mpi.autoscale.settling import with_failed
 from chaos_mpi.elastic import admission
 from chaos_mpi.elastic.admission import LiveState
@@ -24,6 +25,7 @@ from chaos_mpi.elastic.transitions import Admit, Leave
 from chaos_mpi.membership import Agenda, Join, Limits, Outcome, Proposal, View, cut_is_due, negotiate, orphaned, restart
 
 if TYPE_CHECKING:
+    from chaos_mpi.agent.crashes import Crash
     from chaos_mpi.elastic.session import Session
 
 log = logging.getLogger("chaos_mpi.elastic")
@@ -73,6 +75,20 @@ class Negotiator:
     def request_move(self, name: str, answer: Answer | None = None) -> str:
         """Ask that all end, with the state kept under this name; returns the id of the request."""
         return self._request("move", name=name, answer=answer)
+
+    def propose_restart(self, crash: Crash) -> None:
+        """Another rank has crashed: ask for one more in its place. All do so who hear of it, and it counts once."""
+        if not self.limits.restarts_an_hour:
+            return
+        obstacle = ""
+        if launcher.is_lost():
+            obstacle = "mpirun, which starts ranks, is gone"
+        elif not self._session.has_state:
+            obstacle = "the script has no TrainingState, which a new rank would start from"
+        id_, host = f"restart-{crash.member}", crash.host or "localhost"
+        self.propose(
+            Proposal("restart", id_, crash.member, host, reason=crash.how, asked_at=time.time(), obstacle=obstacle)
+        )
 
     def propose(self, proposal: Proposal) -> None:
         """Put a proposal before all members at the next boundary."""
@@ -270,6 +286,10 @@ class Negotiator:
         return id_
 
     def _tell(self, outcome: Outcome) -> None:
+        for crash in outcome.crashes:
+            self._session.emit("rank_crashed", **asdict(crash))
+            if self._session.rank == 0:
+                log.warning("%s", crash)
         for id_, reason in outcome.refused.items():
             if self._session.rank == 0:
                 log.warning("%s is refused: %s", id_, reason)

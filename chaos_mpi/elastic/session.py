@@ -27,7 +27,7 @@ from chaos_mpi.elastic.persistence import Persistence
 from chaos_mpi.elastic.sequence import OperationSequence
 from chaos_mpi.errors import ChaosError, ConfigError, CutOffError, NoSessionError, TooFewRanksError, WaitTimeoutError
 from chaos_mpi.events import EventLog
-from chaos_mpi.membership import Limits, View
+from chaos_mpi.membership import View
 from chaos_mpi.mpi import runtime
 from chaos_mpi.mpi.growth import bridge_to_sponsor
 
@@ -93,7 +93,6 @@ class Session(ChangingSession):
         self._result: SessionResult | None = None
         write_record(settings.run_dir, "starting", {"member": self.member, "pid": os.getpid(), "host": self.host})
         refuse_orphan()
-        self._agent = open_link(self.member)
         world = runtime.start(settings.timeout_s)
         runtime.bound_threads()
         self.initial_size = self.started_with = world.size
@@ -104,7 +103,8 @@ class Session(ChangingSession):
         self._sequence = OperationSequence(world, self.member, settings.timeout_s, self)
         self._last_contributors = self.members
         self._persistence = Persistence(self)
-        self._negotiator = Negotiator(self, Limits(settings.min_ranks, settings.max_ranks))
+        self._negotiator = Negotiator(self, settings.limits)
+        self._agent = open_link(self.member, self._negotiator.propose_restart)
         self._arrival: Arrival | None = None
         self._control: ControlSocket | None = None
         self._guard = ExitGuard(self.close, self._crashed, lambda: self.size > 1, settings.run_dir)

@@ -14,11 +14,13 @@ from chaos_mpi.membership.negotiation import (
     restart,
 )
 from chaos_mpi.membership.progress import Decision, Report, decide
+from chaos_mpi.membership.restarts import Crash, Restart
 from chaos_mpi.membership.view import View
 
 __all__ = [
     "Agenda",
     "Changes",
+    "Crash",
     "Decision",
     "HostList",
     "HostSlots",
@@ -27,6 +29,7 @@ __all__ = [
     "Outcome",
     "Proposal",
     "Report",
+    "Restart",
     "View",
     "cut_is_due",
     "decide",

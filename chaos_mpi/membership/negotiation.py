@@ -23,11 +23,12 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
 from chaos_mpi.membership.hosts import HostList, HostSlots, as_entries, newest
+from chaos_mpi.membership.restarts import Crash, Restart, judge
 from chaos_mpi.membership.view import View
 
 #: A join is given up after its process failed to start so often.
 MAX_ATTEMPTS = 3
-_REQUESTS = frozenset({"join", "leave", "move"})
+_REQUESTS = frozenset({"join", "leave", "move", "restart"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +41,17 @@ class Proposal:
             was up); ``misfit`` (it is up and cannot be used, so it is not tried again); ``ready`` and ``caught_up``
             (the newcomers that are replicating, join ``id`` among them, are ready for the cut, or as far as they can
             get); ``hosts`` (the machines that there are now are ``hosts``); ``move`` (all are to end, with their
-            state kept as ``name``, because the job goes on under another launcher).
+            state kept as ``name``, because the job goes on under another launcher); ``restart`` (``member`` crashed,
+            and one more rank is to run on ``host``).
         id: of the request; unique in the life of a job.
         member: see ``kind``; empty for a join.
         host: for a join, the machine it is to run on; empty for any.
         attempt: for ``arrived`` and ``failed``, the number of the attempt they speak of.
-        reason: for a person to read.
+        reason: for a person to read; for ``restart``, how the rank ended.
         asked_at: when the request was made, Unix seconds, by the clock of its origin; 0 if not known.
         hosts: see ``kind``.
         name: see ``kind``.
+        obstacle: for ``restart``, why it cannot be; empty if it can as far as its origin knows.
     """
 
     kind: str
@@ -60,6 +63,7 @@ class Proposal:
     asked_at: float = 0.0
     hosts: tuple[HostSlots, ...] = ()
     name: str = ""
+    obstacle: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON-able dict."""
@@ -96,10 +100,11 @@ class Join:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How many members a job may have."""
+    """How many members a job may have, and how often a rank that crashed is started again on a host within an hour."""
 
     min_ranks: int = 1
     max_ranks: int | None = None
+    restarts_an_hour: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +118,7 @@ class Agenda:
         ready: members that know all they need to fix the cut for them.
         cut: whether it is fixed.
         hosts: the machines that ranks may run on; None if nobody has looked.
+        restarts: of ranks that crashed; those of the last hour, at least.
     """
 
     joins: tuple[Join, ...] = ()
@@ -121,6 +127,7 @@ class Agenda:
     ready: frozenset[str] = frozenset()
     cut: bool = False
     hosts: HostList | None = None
+    restarts: tuple[Restart, ...] = ()
 
     @property
     def expected(self) -> int:
@@ -135,13 +142,18 @@ class Agenda:
     def to_json(self) -> dict[str, Any]:
         """As a JSON-able dict. Without those that replicate: it is for them, for when they do no more."""
         hosts = self.hosts.to_json() if self.hosts is not None else None
-        return {"joins": [asdict(join) for join in self.joins], "settled": sorted(self.settled), "hosts": hosts}
+        return {
+            "joins": [asdict(join) for join in self.joins], "settled": sorted(self.settled), "hosts": hosts,
+            "restarts": [asdict(restart) for restart in self.restarts],
+        }  # fmt: skip
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
         """The reverse of :meth:`to_json`."""
         hosts = HostList.from_json(fields["hosts"]) if fields["hosts"] is not None else None
-        return cls(tuple(Join(**join) for join in fields["joins"]), frozenset(fields["settled"]), hosts=hosts)
+        joins = tuple(Join(**join) for join in fields["joins"])
+        restarts = tuple(Restart(**restart) for restart in fields["restarts"])
+        return cls(joins, frozenset(fields["settled"]), hosts=hosts, restarts=restarts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +169,7 @@ class Outcome:
         activate: those that were replicating and are to be members now.
         move: the request to move the job to another launcher, after those that go have gone; None if there is none.
         refused: why requests are not carried out, by id.
+        crashes: what is done about ranks that crashed.
     """
 
     agenda: Agenda
@@ -167,6 +180,7 @@ class Outcome:
     activate: tuple[Join, ...] = ()
     move: Proposal | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
+    crashes: tuple[Crash, ...] = ()
 
 
 def negotiate(agenda: Agenda, view: View, proposals: Iterable[Sequence[Proposal]], limits: Limits) -> Outcome:
@@ -193,12 +207,21 @@ def negotiate(agenda: Agenda, view: View, proposals: Iterable[Sequence[Proposal]
     replicating = _replication(agenda, staying, zip(view.members, rows, strict=False))
     cut = replicating.cut and not agenda.cut
     activate = agenda.replicating if not replicating.replicating else ()
-    for proposal in [p for p in requests if p.kind == "join"]:
-        size = staying.size + len(admit) + len(joins) + len(agenda.replicating)
-        if limits.max_ranks is not None and size >= limits.max_ranks:
-            refused[proposal.id] = (
-                f"the job has {size} ranks, counting those on their way, and max_ranks is {limits.max_ranks}"
-            )
+    restarts, crashes = agenda.restarts, []
+    obstacles = {p.id: p.obstacle for p in everything if p.obstacle}
+    for proposal in [p for p in requests if p.kind in ("join", "restart")]:
+        size = staying.size + len(admit) + len(joins) + len(agenda.replicating) - (proposal.member in staying.members)
+        full = _full(size, limits)
+        if proposal.kind == "restart":
+            crash, restarts = judge(
+                restarts, proposal.host, proposal.reason, proposal.asked_at, limits.restarts_an_hour,
+                obstacles.get(proposal.id, "") or full,
+            )  # fmt: skip
+            crashes.append(crash)
+            if crash.obstacle:
+                continue
+        elif full:
+            refused[proposal.id] = full
             continue
         turn = len(agenda.settled) + len(start)
         join = Join(proposal.id, proposal.host, turn, _sponsor(staying, turn), asked_at=proposal.asked_at)
@@ -208,8 +231,9 @@ def negotiate(agenda: Agenda, view: View, proposals: Iterable[Sequence[Proposal]
     refused |= {p.id: "the job moves to another launcher already" for p in moves[1:]}
     settled = agenda.settled | {p.id for p in requests}
     hosts = newest(agenda.hosts, (p.hosts for p in everything if p.kind == "hosts"))
-    following = replace(replicating, joins=tuple(joins), settled=settled, hosts=hosts)
-    return Outcome(following, tuple(start), tuple(admit), leaving, cut, activate, moves[0] if moves else None, refused)
+    following = replace(replicating, joins=tuple(joins), settled=settled, hosts=hosts, restarts=restarts)
+    move = moves[0] if moves else None
+    return Outcome(following, tuple(start), tuple(admit), leaving, cut, activate, move, refused, tuple(crashes))
 
 
 def orphaned(agenda: Agenda, view: View) -> bool:
@@ -233,6 +257,13 @@ def restart(agenda: Agenda, view: View, failed: Iterable[Join]) -> tuple[Agenda,
         else:
             again.append(next_try)
     return replace(agenda, joins=(*agenda.joins, *again)), tuple(again), tuple(given_up)
+
+
+def _full(size: int, limits: Limits) -> str:
+    """Why a job of this size takes nobody in; empty if it does."""
+    if limits.max_ranks is None or size < limits.max_ranks:
+        return ""
+    return f"the job has {size} ranks, counting those on their way, and max_ranks is {limits.max_ranks}"
 
 
 def _leaving(requests: Sequence[Proposal], view: View, limits: Limits, refused: dict[str, str]) -> tuple[str, ...]:

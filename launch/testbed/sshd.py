@@ -69,6 +69,15 @@ class SshServers:
     ) -> None:
         self._stack.close()
 
+    def restart(self, host: str) -> None:
+        """Start the server of a host again that was powered off and is powered on.
+
+        Raises:
+            TestBedError: it does not start.
+        """
+        self._stack.callback(self._stop, self._start(host))
+        self._wait_for(host)
+
     def _configure(self) -> None:
         place = self._directory
         hosts = "\n".join(f"Host {host}\n  HostName {self._bed.address(host)}" for host in self._bed.hosts)

@@ -6,15 +6,19 @@ That real hosts are reached by ssh, and what becomes of a job when they are lost
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from checks import check_history, check_move
+from fault_points import Rule
 from jobs import HERE, PACKAGE_ROOT, Finished, Job, clean_environment, start_training
 from problem import Problem, as_trained
+from watched_jobs import wait_for
 
 from chaos_mpi.elastic import kept
 
@@ -43,11 +47,12 @@ def programs(folder: Path) -> tuple[str, Path]:
     return f"{made}:{os.environ['PATH']}", HERE.parents[1] / "launch" / "slurm" / "run_on"
 
 
-def start(folder: Path, problem: Problem, hosts: str, *more: str) -> Job:
+def start(folder: Path, problem: Problem, hosts: str, *more: str, rules: Sequence[Rule] = ()) -> Job:
+    """Ranks that crash are not started again unless ``more`` says so."""
     _, run_on = programs(folder)
-    options = ["--hosts", hosts, "--ssh-program", str(run_on), "--network", "lo", *more]
-    environment = variables(folder)
-    return start_training(folder / "job", problem, options=options, environment=environment)
+    options = ["--hosts", hosts, "--ssh-program", str(run_on), "--network", "lo", "--restarts", "0"]
+    options += ["--log-dir", str(folder / "logs"), *more]
+    return start_training(folder / "job", problem, rules, options=options, environment=variables(folder))
 
 
 def variables(folder: Path) -> dict[str, str]:
@@ -158,3 +163,53 @@ def test_a_takeover_whose_ranks_do_not_start_leaves_the_job_as_it_was(tmp_path: 
         wait_for_agents(job)
         finished = job.finish()
     check_history(finished, as_trained(problem, job.folder), set(members(job).values()))
+
+
+AGAIN = (
+    "its rank crashed (by an error in the script) and is not started again: that was done 2 times within the hour, and "
+    "--restarts is 2"
+)
+
+
+def test_a_rank_that_crashes_is_started_again_so_often(tmp_path: Path) -> None:
+    problem = Problem(ranks=3, epochs=10**6, pause_s=0.02)
+    # Rank 1, and each newcomer in the first step that it takes part in.
+    rules: list[Rule] = [{"rank": 1, "at": "forward", "step": 6, "do": "die"}]
+    rules += [{"rank": 100 * number, "at": "before optimizer", "do": "raise"} for number in (1, 2, 3)]
+    with start(tmp_path, problem, "node1,node2,node3", "--restarts", "2", rules=rules) as job:
+        job.wait_until(lambda: "is not started again" in job.output(), "the limit was reached")
+        before = job.steps_finished()
+        job.wait_until(lambda: job.steps_finished() > before + 5, "it went on")
+        (job.folder / "stop").touch()
+        finished = job.finish()
+    told = [line.partition("node2: ")[2] for line in finished.output.splitlines() if "node2: its rank" in line]
+    assert told == [
+        "its rank crashed (SIGKILL) and is started again (1 of 2 this hour)",
+        "its rank crashed (by an error in the script) and is started again (2 of 2 this hour)",
+        AGAIN,
+    ]
+    of = members(job)
+    assert set(finished.results()) == {of["node1"], of["node3"]}
+    assert len(finished.events("join_requested")) == 0
+    assert finished.status == 0
+    assert not list(tmp_path.glob("chaosrun-*"))
+
+
+def test_nothing_is_started_without_the_launcher(tmp_path: Path) -> None:
+    problem = Problem(ranks=3, epochs=10**6, pause_s=0.02)
+    with start(tmp_path, problem, "node1,node2,node3", "--restarts", "2", "--log-level", "info") as job:
+        job.wait_until(lambda: job.steps_finished() > 3, "training began")
+        of = members(job)
+        (mpirun,) = [pid for pid in job.processes() if Path(f"/proc/{pid}/exe").resolve().name == "prterun"]
+        os.kill(mpirun, signal.SIGKILL)
+        before = job.steps_finished()
+        wait_for("steps without mpirun", lambda: job.steps_finished() > before + 5)
+        job.kill(int(of["node2"].rpartition(":")[2]))
+        said = "mpirun, which starts ranks, is gone"
+        wait_for(said, lambda: any(said in log.read_text() for log in (tmp_path / "logs").rglob("*.log")))
+        after = job.steps_finished()
+        wait_for("steps without the rank", lambda: job.steps_finished() > after + 5)
+        (job.folder / "stop").touch()
+        wait_for("the end of all", lambda: not job.processes())
+    results = {path.name for path in job.folder.glob("result-*.json")}
+    assert results == {f"result-{of[node]}.json" for node in ("node1", "node3")}

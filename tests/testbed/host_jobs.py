@@ -32,12 +32,14 @@ ENDLESS = Problem(ranks=3, epochs=10**6, pause_s=0.01)
 def start_on_hosts(bed: Bed, folder: Path, python: str, problem: Problem, *options: str) -> Job:
     """``chaosrun`` on the launch host; ``options`` say on which hosts.
 
+    Ranks that crash are not started again, unless the options say so.
+
     Args:
         folder: for the job; ``tmp`` in it is where the launcher and the hosts have their temporary files.
         python: to be used on the hosts.
     """
     where = ["--ssh-args", shlex.join(bed[1].command[1:]), "--remote-python", python]
-    where += ["--network", bed[0].subnet, "--log-dir", str(folder / "logs"), *options]
+    where += ["--network", bed[0].subnet, "--log-dir", str(folder / "logs"), "--restarts", "0", *options]
     environment = {"TMPDIR": str(folder / "tmp")}
     return start_training(folder / "job", problem, options=where, environment=environment, limit_s=LIMIT_S)
 

@@ -33,7 +33,7 @@ class Beside:
         self._decoder = Decoder()
         self._decoder.feed(MAGIC)
         settings = Settings("a", False, Timing(limit_s=0.3), network)
-        self.guard = Guard(settings, self._write, self.said.append, self.killed.set)
+        self.guard = Guard(settings, None, self._write, self.said.append, self.killed.set)
 
     def _write(self, data: bytes) -> None:
         for frame in self._decoder.feed(data)[1]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import queue
 import stat
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from chaos_mpi.agent.crashes import Crash
 from chaos_mpi.agent.link import VARIABLE, AgentLink, LinkServer, is_watched
 from chaos_mpi.agent.sockets import connect
 
@@ -92,6 +94,34 @@ def test_a_rank_is_told_its_name(agent: Agent) -> None:
 def test_a_question_that_nobody_answers_has_a_limit(agent: Agent) -> None:
     answer = Rank(agent).link.may_go_on_without(["a:1"], 0.05)
     assert answer == "the agent of this node did not say within 0.05 s whether a:1 are out"
+
+
+def test_a_crash_elsewhere(agent: Agent) -> None:
+    crashes = queue.SimpleQueue[Crash]()
+    link = AgentLink.open(agent.server.variables(), print, print, crashes.put)
+    assert link is not None
+    answer = queue.SimpleQueue[str]()
+    threading.Thread(target=lambda: answer.put(link.may_go_on_without(["b:2"], LIMIT_S)), daemon=True).start()
+    agent.asked.get(timeout=LIMIT_S)  # so it is connected
+    agent.do(lambda: agent.server.crashed(Crash("b:2", "edge2", "SIGSEGV")))
+    assert crashes.get(timeout=LIMIT_S) == Crash("b:2", "edge2", "SIGSEGV")
+    agent.do(lambda: agent.answers["b:2"].set_result(""))
+    assert answer.get(timeout=LIMIT_S) == ""
+
+
+def test_a_directory_of_the_job(tmp_path: Path) -> None:
+    async def test() -> None:
+        async def never(_: list[str]) -> str:
+            raise AssertionError
+
+        server = LinkServer(never, tmp_path)
+        await server.listen()
+        assert [path.name for path in tmp_path.iterdir()] == [f"agent-{os.getpid()}.sock"]
+        server.close()
+        assert tmp_path.is_dir()
+        assert not list(tmp_path.iterdir())
+
+    asyncio.run(test())
 
 
 def test_what_is_severed(agent: Agent) -> None:

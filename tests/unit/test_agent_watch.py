@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from chaos_mpi.agent.assembly import Assembly
 from chaos_mpi.agent.contacts import Contact
+from chaos_mpi.agent.crashes import Crash
 from chaos_mpi.agent.losses import Removal
 from chaos_mpi.agent.mesh import Mesh
 from chaos_mpi.agent.watch import Watch
@@ -40,11 +41,14 @@ class Agent:
         self.name = f"{name}:1"
         self.removals: list[Removal] = []
         self.stops: list[str] = []
+        self.crashes: list[Crash] = []
         # All of 127.0.0.0/8 is loopback: each host has an address of its own in it.
         address = ipaddress.ip_interface(f"127.1.{ord(host or name)}.1/8")
         self.mesh = Filtered((address,), lambda sender, message: self.watch.receive(sender, message))
         self.contact = Contact(self.name, host or name, self.mesh.addresses, self.mesh.port, self.mesh.key)
-        self.watch = Watch(self.contact, self.mesh, TIMING, self.removals.append, self.stops.append)
+        self.watch = Watch(
+            self.contact, self.mesh, TIMING, self.removals.append, self.stops.append, self.crashes.append
+        )  # fmt: skip
         self.alive = True
 
     async def die(self) -> None:
@@ -161,6 +165,20 @@ def test_the_end_of_a_rank_is_known_without_waiting_for_silence() -> None:
     run(test())
 
 
+def test_a_crash_is_told_to_all_once() -> None:
+    async def test() -> None:
+        async with agents("abc", hosts="xyz") as (a, b, c):
+            await begin([a, b, c])
+            await c.watch.announce_end(LIMIT_S, "SIGSEGV")
+            await c.watch.announce_end(LIMIT_S, "SIGSEGV")
+            assert a.crashes == b.crashes == [Crash("c:1", "z", "SIGSEGV")]
+            await b.watch.announce_end(LIMIT_S)
+            assert a.crashes == [Crash("c:1", "z", "SIGSEGV")], "b has ended in good order"
+            assert not c.crashes
+
+    run(test())
+
+
 def test_the_votes_of_ranks_that_have_ended_count() -> None:
     """Three of four ranks end together: the last one is no majority alone."""
 
@@ -249,7 +267,14 @@ def test_a_stranger_cannot_begin() -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"kind": "Nonsense"}, {"kind": "Beat"}, {"kind": "Who"}, {"kind": "Contacts", "contacts": [{"member": 1}]}],
+    [
+        {},
+        {"kind": "Nonsense"},
+        {"kind": "Beat"},
+        {"kind": "Who"},
+        {"kind": "Contacts", "contacts": [{"member": 1}]},
+        {"kind": "Ended", "crashed": 9, "host": "x"},
+    ],
 )
 def test_nonsense_is_refused(fields: dict[str, Any]) -> None:
     async def test() -> None:
