@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from launch.testbed.testbed import TestBed
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from host_jobs import Bed, Job, Problem, Start, start_on_hosts
+from host_jobs import Bed, Job, Problem, Rule, Start, start_on_hosts
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,8 +67,8 @@ def launched(ssh_bed: Bed, tmp_path: Path, remote_python: str) -> Iterator[Start
     """Starts a job on hosts of the bed."""
     with contextlib.ExitStack() as stack:
 
-        def make(problem: Problem, hosts: str, *options: str) -> Job:
-            job = start_on_hosts(ssh_bed, tmp_path, remote_python, problem, "--hosts", hosts, *options)
+        def make(problem: Problem, hosts: str, *options: str, rules: Sequence[Rule] = ()) -> Job:
+            job = start_on_hosts(ssh_bed, tmp_path, remote_python, problem, "--hosts", hosts, *options, rules=rules)
             return stack.enter_context(job)
 
         yield make

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from launch.testbed.sshd import SshServers
 from launch.testbed.testbed import TestBed
@@ -19,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "faults"))
 
 from checks import check_history, check_move  # noqa: E402, F401
+from fault_points import Rule  # noqa: E402
 from jobs import Finished, Job, start_training  # noqa: E402
 from problem import Problem, read_traces  # noqa: E402
 
@@ -29,7 +32,9 @@ LIMIT_S = 90.0
 ENDLESS = Problem(ranks=3, epochs=10**6, pause_s=0.01)
 
 
-def start_on_hosts(bed: Bed, folder: Path, python: str, problem: Problem, *options: str) -> Job:
+def start_on_hosts(
+    bed: Bed, folder: Path, python: str, problem: Problem, *options: str, rules: Sequence[Rule] = ()
+) -> Job:
     """``chaosrun`` on the launch host; ``options`` say on which hosts.
 
     Ranks that crash are not started again, unless the options say so.
@@ -37,20 +42,17 @@ def start_on_hosts(bed: Bed, folder: Path, python: str, problem: Problem, *optio
     Args:
         folder: for the job; ``tmp`` in it is where the launcher and the hosts have their temporary files.
         python: to be used on the hosts.
+        rules: see :mod:`fault_points`.
     """
     where = ["--ssh-args", shlex.join(bed[1].command[1:]), "--remote-python", python]
     where += ["--network", bed[0].subnet, "--log-dir", str(folder / "logs"), "--restarts", "0", *options]
     environment = {"TMPDIR": str(folder / "tmp")}
-    return start_training(folder / "job", problem, options=where, environment=environment, limit_s=LIMIT_S)
+    return start_training(folder / "job", problem, rules, options=where, environment=environment, limit_s=LIMIT_S)
 
 
 def members(job: Job) -> dict[str, str]:
     """Member ids by host, as the job began or grew; the newest of each host."""
-    started = []
-    for path in job.folder.glob("events-*.jsonl"):
-        started += [event for event in map(json.loads, path.read_text().split("\n")[:-1])
-                    if event["event"] == "session_started"]  # fmt: skip
-    return {event["host"]: event["member"] for event in sorted(started, key=lambda event: event["mono"])}
+    return {event["host"]: event["member"] for event in events(job, "session_started")}
 
 
 def pid_of(job: Job, host: str) -> int:
@@ -69,9 +71,23 @@ def stop(job: Job) -> None:
 
 def chaosctl(job: Job, *arguments: str) -> subprocess.CompletedProcess[str]:
     """On the launch host."""
+    with asked(job, *arguments) as process:
+        output, errors = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+@contextlib.contextmanager
+def asked(job: Job, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """``chaosctl`` on the launch host, which is not waited for."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(job.folder.parent / "tmp")}
     command = [sys.executable, "-m", "chaos_mpi.cli.chaosctl", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def launcher_pid(job: Job, name: str) -> int:
@@ -94,6 +110,29 @@ def wait(condition: Callable[[], bool], what: str) -> None:
     while not condition():
         assert time.monotonic() < limit, f"waited for {what}"
         time.sleep(0.02)
+
+
+def check_survivors(job: Job, *hosts: str) -> None:
+    """The newest ranks of these end well and alike, and nothing is left of the job."""
+    stop(job)
+    of = members(job)
+    names = {f"result-{of[host]}.json" for host in hosts}
+    wait(lambda: {path.name for path in job.folder.glob("result-*.json")} >= names, "the results")
+    results = [json.loads((job.folder / name).read_text()) for name in sorted(names)]
+    assert len({result["digest"] for result in results}) == 1, results
+    assert all(result["identical"] and result["size"] == len(hosts) for result in results), results
+    wait(lambda: not job.processes(), "the end of all processes")
+
+
+def reach(job: Job, mark: str) -> None:
+    """Wait until a rank is at the point of a rule that says so."""
+    job.wait_until((job.folder / f"mark-{mark}").exists, mark)
+
+
+def events(job: Job, name: str) -> list[dict[str, Any]]:
+    """Those so far, in order of time."""
+    lines = [line for path in job.folder.glob("events-*.jsonl") for line in path.read_text().split("\n")[:-1]]
+    return sorted((e for e in map(json.loads, lines) if e["event"] == name), key=lambda e: e["mono"])
 
 
 def check_nothing_left(job: Job) -> None:
