@@ -35,6 +35,19 @@ def cut(data: bytes, places: Iterable[int]) -> list[bytes]:
     return [data[a:b] for a, b in itertools.pairwise(ends)]
 
 
+EVENT_LIBRARY = (
+    b"[warn] Epoll MOD(1) on fd 25 failed. Old events were 6; read change was 0 (none); write change was 2 (del); close "
+    b"change was 0 (none): Bad file descriptor\n"
+)
+
+
+def test_what_the_event_library_remarks_is_left_out() -> None:
+    assert filtered([b"a\n" + EVENT_LIBRARY + b"b\n"]) == b"a\nb\n"
+    assert filtered([EVENT_LIBRARY], drop_noise=False) == EVENT_LIBRARY
+    other = EVENT_LIBRARY.replace(b"Bad file descriptor", b"No space left on device")
+    assert filtered([other]) == other
+
+
 # -- what is no noise stays -------------------------------------------------------------------------------
 
 #: By which the launcher's remarks are known.
