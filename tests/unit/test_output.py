@@ -36,8 +36,8 @@ def cut(data: bytes, places: Iterable[int]) -> list[bytes]:
 
 
 EVENT_LIBRARY = (
-    b"[warn] Epoll MOD(1) on fd 25 failed. Old events were 6; read change was 0 (none); write change was 2 (del); close "
-    b"change was 0 (none): Bad file descriptor\n"
+    b"[warn] Epoll MOD(1) on fd 25 failed. Old events were 6; read change was 0 (none); write change was 2 (del); "
+    b"close change was 0 (none): Bad file descriptor\n"
 )
 
 
