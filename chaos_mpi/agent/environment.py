@@ -23,6 +23,11 @@ SESSION_DIRECTORY = "PMIX_SERVER_TMPDIR"
 #: ``mpirun`` crashes on the next spawn when only its clients are told not to.
 LAUNCHER_SETTINGS = {"PMIX_MCA_gds": "hash"}
 
+#: What Open MPI's TCP transport may do: its defaults without ``put``. When a connection ends while a put is under way,
+#: Open MPI 5.0 sends a last word about that on the same connection while it holds its lock, and waits for itself for
+#: ever (``mca_btl_tcp_endpoint_close``, ``mca_pml_ob1_send_fin``): the process receives nothing more from anybody.
+TCP_FLAGS = "send,inplace,need-ack,need-csum,hetero-rdma"
+
 _SERVER_URI = re.compile(r"PMIX_SERVER_URI\d*")
 _TCP_URI = re.compile(r"(?P<server>.+);tcp4://(?P<host>[\d.]+):(?P<port>\d{1,5})")
 
@@ -108,7 +113,7 @@ def network_settings(networks: str | None) -> dict[str, str]:
     Args:
         networks: interfaces or networks (``10.1.0.0/16``) to use, separated by commas; None: all but loopback.
     """
-    settings = {"btl": "self,tcp"}
+    settings = {"btl": "self,tcp", "btl_tcp_flags": TCP_FLAGS}
     if networks is not None:
         settings["btl_tcp_if_include"] = networks
     return settings

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from chaos_mpi.agent.environment import (
     CARRIED_PREFIXES,
+    TCP_FLAGS,
     Endpoint,
     carried,
     moved,
@@ -78,5 +79,6 @@ def test_another_installation() -> None:
 
 
 def test_no_shared_memory_between_hosts() -> None:
-    assert network_settings(None) == {"btl": "self,tcp"}
+    assert network_settings(None) == {"btl": "self,tcp", "btl_tcp_flags": TCP_FLAGS}
+    assert "put" not in TCP_FLAGS
     assert network_settings("10.1.0.0/16")["btl_tcp_if_include"] == "10.1.0.0/16"
