@@ -29,6 +29,9 @@ except ImportError as missing:
 
 log = logging.getLogger("chaos_mpi.agent")
 
+#: When an agent ends, how long what it has said to a peer that takes nothing is kept for it.
+_LAST_WORDS_MS = 100
+
 #: Larger messages are not sent, and who sends one is disconnected.
 MAX_MESSAGE_BYTES = 1 << 18
 #: Messages that wait for one peer, at most, here and there; more are dropped.
@@ -106,12 +109,17 @@ class Mesh:
         self._members[contact.key] = contact.member
         self._senders[contact.member] = self._connect(contact, address)
 
-    def forget(self, member: str) -> None:
-        """Send nothing to this peer and take nothing from it."""
+    def forget(self, member: str, linger_ms: int = 0) -> None:
+        """Send nothing to this peer and take nothing from it.
+
+        Args:
+            member: its name.
+            linger_ms: how long what was said last may take to be sent.
+        """
         contact = self._contacts.pop(member, None)
         if contact is not None:
             del self._members[contact.key]
-            self._senders.pop(member).close(linger=0)
+            self._senders.pop(member).close(linger=linger_ms)
 
     def send(self, member: str, message: dict[str, Any]) -> bool:
         """Send; does not wait.
@@ -133,13 +141,13 @@ class Mesh:
         return True
 
     async def close(self) -> None:
-        """End all connections; what was not sent yet is dropped."""
+        """End all connections; what was said last has a moment to be sent."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for member in list(self._contacts):
-            self.forget(member)
-        self._context.destroy(linger=0)
+            self.forget(member, linger_ms=_LAST_WORDS_MS)
+        self._context.destroy(linger=_LAST_WORDS_MS)
 
     # -- connections ---------------------------------------------------------------------------------------------
 

@@ -29,6 +29,8 @@ log = logging.getLogger("chaos_mpi.agent")
 ASSEMBLY_LIMIT_S = 15.0
 #: How often the end of a rank is told to who has not confirmed it.
 _REPEAT_S = 0.02
+#: How long an agent whose rank has ended waits for others, whose ranks have as well, to say that they know.
+_PARTING_S = 1.0
 #: How long a member that has ended and is out can still be spoken to.
 _FAREWELL_S = 5.0
 #: The same for one that may be paused, and does not know that it is out.
@@ -79,6 +81,7 @@ class Watch:
         self._timer: asyncio.TimerHandle | None = None
         self._changed = asyncio.Event()
         self._confirmed: set[str] = set()
+        self._end: dict[str, Any] = {"kind": ENDED}
         self._forget_s: dict[str, float] = {}
         self._losses = Losses(max(2 * timing.limit_s, _NEWCOMER_SILENT_S))
 
@@ -155,21 +158,31 @@ class Watch:
         """
         self._leave()
         deadline_s = boot_clock_s() + limit_s
+        self._end = {"kind": ENDED, "crashed": crash, "host": self._host}
         while (silent := self._others() - self._confirmed) and boot_clock_s() < deadline_s:
-            for member in silent:
-                self._network.send(member, {"kind": ENDED, "crashed": crash, "host": self._host})
+            self._tell_end(silent)
             await self._change(_REPEAT_S)
 
     async def linger(self, limit_s: float) -> None:
         """After the rank has ended: vote until there is a view without it.
 
         Many ranks may end together, and those that are left may be no majority without the votes of these agents.
-        Returns when there is such a view, when all others have ended as well, or after ``limit_s`` seconds.
+        Returns when there is such a view, when all others have ended as well and know of this one, or after ``limit_s``
+        seconds.
         """
         self._leave()
-        deadline_s = boot_clock_s() + limit_s
-        while self._member is not None and not self._stopped and self._others() and boot_clock_s() < deadline_s:
+        begun_s = boot_clock_s()
+        while self._member is not None and not self._stopped and (now_s := boot_clock_s()) < begun_s + limit_s:
+            # Who has ended too, and has gone, cannot confirm any more.
+            unaware = set(self._contacts) - {self.me} - self._confirmed if now_s < begun_s + _PARTING_S else set()
+            if not unaware | self._others():
+                return
+            self._tell_end(unaware)
             await self._change(self._timing.beat_s)
+
+    def _tell_end(self, members: Iterable[str]) -> None:
+        for member in members:
+            self._network.send(member, self._end)
 
     def close(self) -> None:
         """Say and do nothing any more."""

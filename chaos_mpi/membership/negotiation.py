@@ -210,8 +210,8 @@ def negotiate(agenda: Agenda, view: View, proposals: Iterable[Sequence[Proposal]
     restarts, crashes = agenda.restarts, []
     obstacles = {p.id: p.obstacle for p in everything if p.obstacle}
     for proposal in [p for p in requests if p.kind in ("join", "restart")]:
-        size = staying.size + len(admit) + len(joins) + len(agenda.replicating) - (proposal.member in staying.members)
-        full = _full(size, limits)
+        replaced = proposal.kind == "restart" and proposal.member in staying.members
+        full = _full(staying.size + len(admit) + len(joins) + len(agenda.replicating) - replaced, limits)
         if proposal.kind == "restart":
             crash, restarts = judge(
                 restarts, proposal.host, proposal.reason, proposal.asked_at, limits.restarts_an_hour,

@@ -50,7 +50,18 @@ def programs(folder: Path) -> tuple[str, Path]:
 def start(folder: Path, problem: Problem, hosts: str, *more: str, rules: Sequence[Rule] = ()) -> Job:
     """Ranks that crash are not started again unless ``more`` says so."""
     _, run_on = programs(folder)
-    options = ["--hosts", hosts, "--ssh-program", str(run_on), "--network", "lo", "--restarts", "0"]
+    options = [
+        "--hosts",
+        hosts,
+        "--ssh-program",
+        str(run_on),
+        "--network",
+        "lo",
+        "--restarts",
+        "0",
+        "--heartbeat-limit",
+        "2",
+    ]
     options += ["--log-dir", str(folder / "logs"), *more]
     return start_training(folder / "job", problem, rules, options=options, environment=variables(folder))
 
@@ -128,7 +139,7 @@ def test_a_script_that_starts_python_without_becoming_it(tmp_path: Path) -> None
 def test_another_launcher_takes_over(tmp_path: Path) -> None:
     """The first one lives: what becomes of a job when it has been lost is tested on real hosts."""
     problem = Problem(ranks=2, epochs=10**6, pause_s=0.02)
-    with start(tmp_path, problem, "node1,node2", "--heartbeat-limit", "2") as job:
+    with start(tmp_path, problem, "node1,node2") as job:
         job.wait_until(lambda: job.steps_finished() > 3, "training began")
         first = set(members(job).values())
         began = time.time()
@@ -150,7 +161,7 @@ def test_another_launcher_takes_over(tmp_path: Path) -> None:
 
 def test_a_takeover_whose_ranks_do_not_start_leaves_the_job_as_it_was(tmp_path: Path) -> None:
     problem = Problem(ranks=2, epochs=10**6, pause_s=0.02)
-    with start(tmp_path, problem, "node1,node2", "--heartbeat-limit", "2") as job:
+    with start(tmp_path, problem, "node1,node2") as job:
         job.wait_until(lambda: job.steps_finished() > 3, "training began")
         launcher = chaosctl(tmp_path, "takeover", CHAOS_MIN_RANKS="5")
         output, _ = launcher.communicate(timeout=50)

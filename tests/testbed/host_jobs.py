@@ -45,7 +45,8 @@ def start_on_hosts(
         rules: see :mod:`fault_points`.
     """
     where = ["--ssh-args", shlex.join(bed[1].command[1:]), "--remote-python", python]
-    where += ["--network", bed[0].subnet, "--log-dir", str(folder / "logs"), "--restarts", "0", *options]
+    where += ["--network", bed[0].subnet, "--log-dir", str(folder / "logs"), "--restarts", "0"]
+    where += ["--heartbeat-limit", "2", *options]  # two cores hold up the agents of five hosts, now and then
     environment = {"TMPDIR": str(folder / "tmp")}
     return start_training(folder / "job", problem, rules, options=where, environment=environment, limit_s=LIMIT_S)
 
