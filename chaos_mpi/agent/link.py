@@ -1,7 +1,8 @@
 """The connection between a rank and the agent beside it: a UNIX socket, and a JSON object on each line.
 
 The agent begins with ``{"member": name}``, by which the other agents know this rank, and says
-``{"sever": [addresses], "members": [names]}`` and ``{"stop": reason}``. The rank asks
+``{"sever": [addresses], "members": [names]}``, ``{"links": [{"a": host, "b": host, "state": s, "via": host}]}`` of
+links that have changed, and ``{"stop": reason}``. The rank asks
 ``{"may_go_on_without": [names], "id": n}`` and gets ``{"id": n, "reason": ""}``, where an empty reason is a yes.
 Without torch and without MPI.
 """
@@ -23,6 +24,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from chaos_mpi.agent import sockets
+from chaos_mpi.monitor.hostlinks import LinkStatus
+from chaos_mpi.monitor.hostlinks import to_json as links_to_json
 
 log = logging.getLogger("chaos_mpi.agent")
 
@@ -55,6 +58,7 @@ class LinkServer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         self._stop: str | None = None
+        self._links: dict[tuple[str, str], LinkStatus] = {}
         self._member: asyncio.Future[str] | None = None
         self._directory = Path(tempfile.mkdtemp(prefix="chaos_mpi-"))  # mode 0700
         self.path = self._directory / "agent.sock"
@@ -79,6 +83,12 @@ class LinkServer:
         """Tell the rank that the machines with these addresses, and so these members, are given up."""
         self._tell_all({"sever": list(addresses), "members": list(members)})
 
+    def tell_links(self, links: Iterable[LinkStatus]) -> None:
+        """Tell the rank, also one that connects later, that these links are otherwise than before."""
+        for link in links:
+            self._links[link.ends] = link
+        self._tell_all({"links": links_to_json(links)})
+
     def stop(self, reason: str) -> None:
         """Tell the rank, also one that connects later, that it must not go on."""
         self._stop = reason
@@ -98,6 +108,8 @@ class LinkServer:
         assert self._member is not None
         _tell(writer, {"member": await self._member})
         self._writers.add(writer)
+        if self._links:
+            _tell(writer, {"links": links_to_json(self._links.values())})
         if self._stop is not None:
             _tell(writer, {"stop": self._stop})
         try:
@@ -156,6 +168,8 @@ class AgentLink:
         on_stop: Callable[[str], object],
     ) -> None:
         self._connection, self._on_sever, self._on_stop = connection, on_sever, on_stop
+        self._on_links: Callable[[list[dict[str, str]]], object] | None = None
+        self._links: dict[tuple[str, str], dict[str, str]] = {}
         self._stream = connection.makefile("rb")
         first = self._stream.readline()
         if not first:
@@ -221,6 +235,19 @@ class AgentLink:
             with self._lock:
                 self._answers.pop(number, None)
 
+    @property
+    def links(self) -> list[dict[str, str]]:
+        """The links between hosts that there was news of: ``a``, ``b``, ``state`` and ``via``."""
+        with self._lock:
+            return list(self._links.values())
+
+    def follow_links(self, on_links: Callable[[list[dict[str, str]]], object]) -> None:
+        """Have news of links told, from another thread, and first those that there was already."""
+        with self._lock:
+            self._on_links, known = on_links, list(self._links.values())
+        if known:
+            on_links(known)
+
     def close(self) -> None:
         """End the connection."""
         with contextlib.suppress(OSError):
@@ -237,6 +264,8 @@ class AgentLink:
         if "sever" in message:
             log.info("%s given up; closing connections to %s", message.get("members"), message["sever"])
             self._on_sever(message["sever"])
+        elif "links" in message:
+            self._heed_links(message["links"])
         elif "stop" in message:
             self._end(str(message["stop"]))
             self._on_stop(str(message["stop"]))
@@ -245,6 +274,13 @@ class AgentLink:
                 answer = self._answers.get(int(message["id"]))
             if answer is not None:
                 answer.put(str(message["reason"]))
+
+    def _heed_links(self, links: list[dict[str, str]]) -> None:
+        with self._lock:
+            self._links |= {(link["a"], link["b"]): link for link in links}
+            follow = self._on_links
+        if follow is not None:
+            follow(links)
 
     def _end(self, reason: str) -> None:
         """No question is answered with a yes from here on."""

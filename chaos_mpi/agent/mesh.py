@@ -100,11 +100,9 @@ class Mesh:
         if contact.key in self._members:
             self._complain(contact.member, f"{contact.member} has the key of {self._members[contact.key]}: ignored")
             return
-        same_machine = set(contact.addresses) == set(self.addresses)
-        address = nearest(contact.addresses, self._own, same_machine)
         self._contacts[contact.member] = contact
         self._members[contact.key] = contact.member
-        self._senders[contact.member] = self._connect(contact, address)
+        self._senders[contact.member] = self._connect(contact, self._address(contact))
 
     def forget(self, member: str) -> None:
         """Send nothing to this peer and take nothing from it."""
@@ -112,6 +110,13 @@ class Mesh:
         if contact is not None:
             del self._members[contact.key]
             self._senders.pop(member).close(linger=0)
+
+    def reconnect(self, member: str) -> None:
+        """Connect with this peer anew; what has not been sent to it yet is dropped."""
+        contact = self._contacts.get(member)
+        if contact is not None:
+            self._senders.pop(member).close(linger=0)
+            self._senders[member] = self._connect(contact, self._address(contact))
 
     def send(self, member: str, message: dict[str, Any]) -> bool:
         """Send; does not wait.
@@ -164,6 +169,10 @@ class Mesh:
             f"the node agent cannot listen at {', '.join(self.addresses) or 'no address'}: {problem}; "
             "--network names the interfaces or networks to use"
         )
+
+    def _address(self, contact: Contact) -> str:
+        same_machine = set(contact.addresses) == set(self.addresses)
+        return nearest(contact.addresses, self._own, same_machine)
 
     def _connect(self, contact: Contact, address: str) -> zmq.Socket[bytes]:
         public = self.key.encode()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from chaos_mpi.agent.link import AgentLink
 from chaos_mpi.errors import EngineError
@@ -34,6 +34,22 @@ def open_link(member: str) -> AgentLink | None:
         raise EngineError(
             f"the agent of this rank cannot be reached, and lost hosts would go unnoticed: {error}"
         ) from error
+
+
+def log_links(link: AgentLink | None, emit: Callable[..., None]) -> None:
+    """Have the event log tell of links that change, those of which there was news already included.
+
+    Args:
+        link: the connection with the agent, if there is one.
+        emit: writes to the event log: the name of an event, and its fields. It is called from another thread.
+    """
+
+    def changed(links: list[dict[str, str]]) -> None:
+        for fields in links:
+            emit("link_changed", **fields)
+
+    if link is not None:
+        link.follow_links(changed)
 
 
 def _sever(addresses: Collection[str]) -> None:

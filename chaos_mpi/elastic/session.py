@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from chaos_mpi.agent.launcher import is_lost
-from chaos_mpi.elastic.agent_link import open_link
+from chaos_mpi.elastic.agent_link import log_links, open_link
 from chaos_mpi.elastic.attached import AttachedSamplers
 from chaos_mpi.elastic.changes import ChangingSession
 from chaos_mpi.elastic.control import ControlSocket, leave_on_sigterm, open_control
@@ -102,6 +102,7 @@ class Session(ChangingSession):
             raise ConfigError(f"min_ranks is {settings.min_ranks}, but the job was started with {world.size} ranks")
         self._events = EventLog(settings.event_log, self.member, self.host)
         self._sequence = OperationSequence(world, self.member, settings.timeout_s, self)
+        log_links(self._agent, self.emit)
         self._last_contributors = self.members
         self._persistence = Persistence(self)
         self._negotiator = Negotiator(self, Limits(settings.min_ranks, settings.max_ranks))

@@ -123,9 +123,9 @@ class Member:
         self.leaving = True
         self._succession.leaving.add(self.me)
 
-    def diagnosis(self, now_s: float) -> Diagnosis:
-        """What this node thinks of the others."""
-        return self._hearing.diagnosis(now_s)
+    def diagnosis(self, now_s: float, limit_s: float | None = None) -> Diagnosis:
+        """What this node thinks of the others, when a silence of ``limit_s`` counts (that of the timing by default)."""
+        return self._hearing.diagnosis(now_s, limit_s)
 
     def due_s(self, now_s: float) -> float:
         """When :meth:`tick` is to be called next."""

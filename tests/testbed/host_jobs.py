@@ -97,3 +97,15 @@ def wait(condition: Callable[[], bool], what: str) -> None:
 def check_nothing_left(job: Job) -> None:
     """The last agents go when they have agreed that they are the last."""
     wait(lambda: not list((job.folder.parent / "tmp").iterdir()), "the end of what the job has left")
+
+
+def check_survivors(job: Job, *hosts: str) -> None:
+    """These end well and alike, and nothing is left of the job."""
+    stop(job)
+    of = members(job)
+    names = {f"result-{of[host]}.json" for host in hosts}
+    wait(lambda: {path.name for path in job.folder.glob("result-*.json")} >= names, "the results")
+    results = [json.loads((job.folder / name).read_text()) for name in sorted(names)]
+    assert len({result["digest"] for result in results}) == 1, results
+    assert all(result["identical"] and result["size"] == len(hosts) for result in results), results
+    wait(lambda: not job.processes(), "the end of all processes")

@@ -16,28 +16,15 @@ from host_jobs import (
     Job,
     Start,
     chaosctl,
+    check_survivors,
     launcher_pid,
-    members,
     pid_of,
-    stop,
     train,
     wait,
 )
 
 HOSTS = "edge1,edge2,edge3"
 FIVE = "edge1,edge2,edge3,edge4,edge5"
-
-
-def check_survivors(job: Job, *hosts: str) -> None:
-    """These end well and alike, and nothing is left of the job."""
-    stop(job)
-    of = members(job)
-    names = {f"result-{of[host]}.json" for host in hosts}
-    wait(lambda: {path.name for path in job.folder.glob("result-*.json")} >= names, "the results")
-    results = [json.loads((job.folder / name).read_text()) for name in sorted(names)]
-    assert len({result["digest"] for result in results}) == 1, results
-    assert all(result["identical"] and result["size"] == len(hosts) for result in results), results
-    wait(lambda: not job.processes(), "the end of all processes")
 
 
 def stall_s(job: Job) -> list[float]:
