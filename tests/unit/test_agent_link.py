@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 
 from chaos_mpi.agent.link import VARIABLE, AgentLink, LinkServer, is_watched
 from chaos_mpi.agent.sockets import connect
+from chaos_mpi.monitor.hostlinks import LinkStatus, to_json
 
 LIMIT_S = 20.0
 
@@ -183,3 +185,22 @@ def test_the_rank_needs_neither_torch_nor_mpi_for_it() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT_S, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_news_of_links_is_told_also_when_it_came_early(agent: Agent) -> None:
+    first, second = LinkStatus(("a", "b"), "cut"), LinkStatus(("b", "c"), "cut")
+    agent.do(lambda: agent.server.tell_links([first, second]))
+    rank = Rank(agent)
+    news = queue.SimpleQueue[list[dict[str, str]]]()
+    while len(rank.link.links) < 2:
+        time.sleep(0.01)
+    rank.link.follow_links(news.put)
+    assert news.get(timeout=LIMIT_S) == to_json([first, second])
+    healed = LinkStatus(("a", "b"), "detour", "c")
+    agent.do(lambda: agent.server.tell_links([healed]))
+    assert news.get(timeout=LIMIT_S) == [{"a": "a", "b": "b", "state": "detour", "via": "c"}]
+    assert rank.link.links == to_json([healed, second])
+    late = Rank(agent)
+    while len(late.link.links) < 2:
+        time.sleep(0.01)
+    assert late.link.links == rank.link.links
