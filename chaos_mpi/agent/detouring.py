@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -20,10 +21,16 @@ from chaos_mpi.agent.routes import (
     replace,
     routes_through,
 )
+from chaos_mpi.membership import host_of
+from chaos_mpi.monitor import detours
 from chaos_mpi.monitor.cluster import Timing
 from chaos_mpi.monitor.detours import Detours, Said, Way
-from chaos_mpi.monitor.hostlinks import LinkStatus, Sight, ends_of, host_of, sight_of
+from chaos_mpi.monitor.hostlinks import LinkStatus, Order, Sight, ends_of, sight_of
+from chaos_mpi.monitor.linktable import TABLE, TABLE_S, LinkTable
 from chaos_mpi.monitor.reachability import Diagnosis
+
+#: The messages that are about links.
+KINDS = frozenset({TABLE, *detours.KINDS})
 
 log = logging.getLogger("chaos_mpi.agent")
 
@@ -44,6 +51,8 @@ class Watching(Protocol):
     def contact(self, member: str) -> Contact | None: ...
 
     def diagnosis(self, limit_s: float) -> Diagnosis | None: ...
+
+    def rtt_s(self) -> dict[str, float]: ...
 
 
 class Detouring:
@@ -72,6 +81,7 @@ class Detouring:
         self._own, self._network, self._watch, self._on_change = tuple(own), network, watch, on_change
         self._timing = timing
         self._links = Detours(me, 2 * timing.limit_s, can_route=allowed, can_forward=allowed)
+        self._table = LinkTable(me)
         self._forwarding = Forwarding()
         self._sight: Sight | None = None
         self._set: dict[str, tuple[Way, list[Route]]] = {}  # by the other host
@@ -88,18 +98,54 @@ class Detouring:
             alone: no other rank of the job can have set routes on this host yet, so those that are there are left over.
         """
         if not self._tasks:
-            work = (self._look_again_and_again(), self._keep_routes(alone), self._probe())
+            work = (self._look_again_and_again(), self._keep_routes(alone), self._probe(), self._tell_table())
             self._tasks = [asyncio.get_running_loop().create_task(part) for part in work]
             for task in self._tasks:
                 task.add_done_callback(_report)
 
     def receive(self, sender: str, fields: dict[str, Any]) -> None:
-        """Take in a message of a peer that is of one of :data:`chaos_mpi.monitor.detours.KINDS`.
+        """Take in a message of a peer that is of one of :data:`KINDS`.
 
         Raises:
             ValueError: it cannot be understood.
         """
-        self._do(self._links.receive(sender, fields, boot_clock_s()))
+        if fields["kind"] == TABLE:
+            self._links.order(self._table.receive(sender, fields))
+        else:
+            self._do(self._links.receive(sender, fields, boot_clock_s()))
+
+    def table(self) -> list[dict[str, Any]]:
+        """All links; see :meth:`chaos_mpi.monitor.linktable.LinkTable.rows`."""
+        self._table.measured(self._watch.rtt_s())
+        return self._table.rows(self._hosts(), self._links.links)
+
+    def order(self, one: str, other: str, *, down: bool) -> str:
+        """Have a link not be used any more, or used again; returns why that cannot be, or nothing."""
+        hosts = self._hosts()
+        for host in (one, other):
+            if host not in hosts:
+                return f"there is no host {host} in the job; its hosts are {', '.join(sorted(hosts))}"
+        if one == other:
+            return f"a link has two ends, not {one} twice"
+        self._links.order({ends_of(one, other): Order(time.time(), self._links.me, down)})
+        self._send_table()
+        return ""
+
+    def _hosts(self) -> set[str]:
+        return set(self._sight.speakers) if self._sight is not None else set()
+
+    def _send_table(self) -> None:
+        if self._sight is not None:
+            self._table.measured(self._watch.rtt_s())
+            message = self._table.message(self._links.orders)
+            for member in self._sight.members:
+                self._network.send(member, message)
+
+    async def _tell_table(self) -> None:
+        while True:
+            await asyncio.sleep(TABLE_S)
+            if self._sight is not None and self._sight.speakers.get(self._links.host) == self._links.me:
+                self._send_table()
 
     async def close(self) -> None:
         """Put everything back."""

@@ -17,14 +17,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from chaos_mpi.agent.contacts import Contact, Interface, own_interfaces, select
-from chaos_mpi.agent.detouring import Detouring
+from chaos_mpi.agent.detouring import KINDS, Detouring
 from chaos_mpi.agent.frames import Frame, Kind, encode_json
 from chaos_mpi.agent.link import LinkServer
 from chaos_mpi.agent.losses import Removal
 from chaos_mpi.agent.watch import Watch
 from chaos_mpi.errors import ConfigError
 from chaos_mpi.monitor.cluster import Timing
-from chaos_mpi.monitor.detours import KINDS
 
 if TYPE_CHECKING:
     from chaos_mpi.agent.mesh import Mesh
@@ -96,7 +95,7 @@ class Guard:
         self, settings: Settings, write: Callable[[bytes], None], say: Callable[[str], None], kill: Callable[[], None]
     ) -> None:
         self._settings, self._write, self._say, self._kill = settings, write, say, kill
-        self._link = LinkServer(self._may_go_on_without)
+        self._link = LinkServer(self._may_go_on_without, self._about_links)
         self._mesh: Mesh | None = None
         self._watch: Watch | None = None
         self._detouring: Detouring | None = None
@@ -198,6 +197,13 @@ class Guard:
     async def _may_go_on_without(self, members: list[str]) -> str:
         assert self._watch is not None  # it is there before the rank can ask
         return await self._watch.may_go_on_without(members)
+
+    def _about_links(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._detouring is not None  # as above
+        if "order" in request:
+            one, other, down = request["order"]
+            return {"reason": self._detouring.order(str(one), str(other), down=down is True)}
+        return {"table": self._detouring.table()}
 
     def _removed(self, removal: Removal) -> None:
         task = asyncio.get_running_loop().create_task(self._cut_off(removal))

@@ -3,7 +3,9 @@
 The agent begins with ``{"member": name}``, by which the other agents know this rank, and says
 ``{"sever": [addresses], "members": [names]}``, ``{"links": [{"a": host, "b": host, "state": s, "via": host}]}`` of
 links that have changed, and ``{"stop": reason}``. The rank asks
-``{"may_go_on_without": [names], "id": n}`` and gets ``{"id": n, "reason": ""}``, where an empty reason is a yes.
+``{"may_go_on_without": [names], "id": n}`` and gets ``{"id": n, "reason": ""}``, where an empty reason is a yes;
+``{"links": true, "id": n}``, and gets ``{"id": n, "table": [...]}``; and ``{"links": true, "order": [host, host, down],
+"id": n}``, and gets a reason why not, or an empty one.
 Without torch and without MPI.
 """
 
@@ -44,6 +46,7 @@ class LinkServer:
 
     Args:
         may_go_on_without: answers a rank's question; see :meth:`chaos_mpi.agent.watch.Watch.may_go_on_without`.
+        about_links: answers a request about links.
 
     Attributes:
         path: of the socket.
@@ -52,8 +55,12 @@ class LinkServer:
         OSError: the socket cannot be made.
     """
 
-    def __init__(self, may_go_on_without: Callable[[list[str]], Awaitable[str]]) -> None:
-        self._ask = may_go_on_without
+    def __init__(
+        self,
+        may_go_on_without: Callable[[list[str]], Awaitable[str]],
+        about_links: Callable[[dict[str, Any]], dict[str, Any]] = lambda request: {},
+    ) -> None:
+        self._ask, self._about_links = may_go_on_without, about_links
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
@@ -124,6 +131,9 @@ class LinkServer:
             writer.close()
 
     def _heed(self, request: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        if "links" in request:
+            _tell(writer, {"id": request["id"], **self._about_links(request)})
+            return
         members, number = [str(name) for name in request["may_go_on_without"]], int(request["id"])
         task = asyncio.get_running_loop().create_task(self._answer(members, number, writer))
         self._tasks.add(task)
@@ -177,7 +187,7 @@ class AgentLink:
         self.member = str(json.loads(first)["member"])
         connection.settimeout(None)
         self._lock = threading.Lock()
-        self._answers: dict[int, queue.SimpleQueue[str]] = {}
+        self._answers: dict[int, queue.SimpleQueue[dict[str, Any]]] = {}
         self._asked = 0
         self._over = ""
         threading.Thread(target=self._listen, name="chaos_mpi-agent-link", daemon=True).start()
@@ -216,21 +226,43 @@ class AgentLink:
             Empty when so, else why not.
         """
         wanted = sorted(members)
-        answer = queue.SimpleQueue[str]()
+        what = f"whether {', '.join(wanted)} are out"
+        return str(self._ask({"may_go_on_without": wanted}, what, limit_s)["reason"])
+
+    def link_table(self, limit_s: float) -> list[dict[str, Any]]:
+        """All links between the hosts of the job; empty where the agent does not say.
+
+        Returns:
+            See :meth:`chaos_mpi.monitor.linktable.LinkTable.rows`.
+        """
+        table: list[dict[str, Any]] = self._ask({"links": True}, "which links there are", limit_s).get("table", [])
+        return table
+
+    def order_link(self, one: str, other: str, *, down: bool, limit_s: float) -> str:
+        """Have the link between two hosts not be used any more, or used again.
+
+        Returns:
+            Why that cannot be; empty if it is done.
+        """
+        what = f"what becomes of the link between {one} and {other}"
+        return str(self._ask({"links": True, "order": [one, other, down]}, what, limit_s)["reason"])
+
+    def _ask(self, request: dict[str, Any], what: str, limit_s: float) -> dict[str, Any]:
+        """The answer; where there is none, one with the reason for that."""
+        answer = queue.SimpleQueue[dict[str, Any]]()
         with self._lock:
             if self._over:
-                return self._over
+                return {"reason": self._over}
             self._asked += 1
             number = self._asked
             self._answers[number] = answer
-            request = json.dumps({"may_go_on_without": wanted, "id": number}).encode() + b"\n"
             # A broken connection is seen by the thread, which answers then.
             with contextlib.suppress(OSError):
-                self._connection.sendall(request)
+                self._connection.sendall(json.dumps({**request, "id": number}).encode() + b"\n")
         try:
             return answer.get(timeout=limit_s)
         except queue.Empty:
-            return f"the agent of this node did not say within {limit_s:g} s whether {', '.join(wanted)} are out"
+            return {"reason": f"the agent of this node did not say within {limit_s:g} s {what}"}
         finally:
             with self._lock:
                 self._answers.pop(number, None)
@@ -273,7 +305,7 @@ class AgentLink:
             with self._lock:
                 answer = self._answers.get(int(message["id"]))
             if answer is not None:
-                answer.put(str(message["reason"]))
+                answer.put(message)
 
     def _heed_links(self, links: list[dict[str, str]]) -> None:
         with self._lock:
@@ -287,7 +319,7 @@ class AgentLink:
         with self._lock:
             self._over = self._over or reason
             for answer in self._answers.values():
-                answer.put(self._over)
+                answer.put({"reason": self._over})
 
 
 def is_watched(environ: Mapping[str, str] = os.environ) -> bool:

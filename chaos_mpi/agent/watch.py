@@ -100,6 +100,11 @@ class Watch:
         """What this node thinks of the members, when a silence of so long counts; None while it takes no part."""
         return None if self._member is None or self._stopped else self._member.diagnosis(boot_clock_s(), limit_s)
 
+    def rtt_s(self) -> dict[str, float]:
+        """Round-trip times to other members."""
+        links = {} if self._member is None else self._member.links
+        return {node.name: link.rtt_s for node, link in links.items() if link.rtt_s is not None}
+
     def begin(self, members: Iterable[str], contacts: Iterable[Contact]) -> None:
         """Start as one of the first members.
 

@@ -34,6 +34,7 @@ from chaos_mpi.mpi.growth import bridge_to_sponsor
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from chaos_mpi.agent.link import AgentLink
     from chaos_mpi.config import Settings
     from chaos_mpi.elastic.arrival import Arrival
     from chaos_mpi.elastic.recovery import Regrouped
@@ -117,6 +118,11 @@ class Session(ChangingSession):
         self.emit("session_started", pid=os.getpid(), host=self.host, members=list(self.members), newcomer=newcomer)
 
     # -- who takes part ------------------------------------------------------------------------------
+
+    @property
+    def agent(self) -> AgentLink | None:
+        """The connection with the agent beside this rank, in a job on several hosts."""
+        return self._agent
 
     @property
     def rank(self) -> int:

@@ -20,9 +20,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from chaos_mpi.membership import host_of
 from chaos_mpi.monitor.cluster import Node
 from chaos_mpi.monitor.cuts import detour
-from chaos_mpi.monitor.hostlinks import CUT, DETOUR, UP, Ends, LinkStatus, Sight, ends_of, host_of
+from chaos_mpi.monitor.hostlinks import CUT, DETOUR, DOWN, UP, Ends, LinkStatus, Order, Sight, ends_of
 
 #: What agents say to each other of links.
 LINKS, CARRIES, DIRECT = "Links", "Carries", "Direct"
@@ -85,6 +86,7 @@ class Detours:
         self._carried: dict[Ends, tuple[str, float]] = {}  # for whom, and until when
         self._told: dict[str, tuple[dict[Ends, LinkStatus], float]] = {}  # by who said it, and until when
         self._direct_since_s: dict[str, float] = {}
+        self._orders: dict[Ends, Order] = {}
         self._unreachable: dict[str, float] = {}  # hosts that could not be connected with, until when that counts
         self._shown: dict[Ends, LinkStatus] = {}
         self._number = 0
@@ -166,6 +168,16 @@ class Detours:
             return []
         return [high for low, high in sorted(sight.cut) if low == self.host and high not in self._led]
 
+    @property
+    def orders(self) -> dict[Ends, Order]:
+        """What was ordered, for each link the latest."""
+        return dict(self._orders)
+
+    def order(self, orders: Mapping[Ends, Order]) -> None:
+        """Take note of what was ordered; what is older than what is known counts for nothing."""
+        for ends, order in orders.items():
+            self._orders[ends] = max(order, self._orders.get(ends, order))
+
     def refuse_to_forward(self) -> list[Said]:
         """This host cannot forward after all; what is to be said to those that count on it."""
         self.can_forward = False
@@ -186,8 +198,9 @@ class Detours:
     def _to_lead(self) -> list[str]:
         """The other ends of links that are cut, and for which nobody does anything so far."""
         known = {ends for told, _ in self._told.values() for ends, status in told.items() if status.state != UP}
-        return [high for high in self.to_probe(self._sight) if high in self._unreachable
-                and (self.host, high) not in known]  # fmt: skip
+        cut = [high for high in self.to_probe(self._sight) if high in self._unreachable]
+        down = [high for low, high in self._down() if low == self.host and high in self._sight.speakers]
+        return [high for high in {*cut, *down} - self._led.keys() if (self.host, high) not in known]
 
     def _take_over(self, now_s: float) -> None:
         """Lead what another agent of this host has led, which is gone."""
@@ -200,18 +213,25 @@ class Detours:
                         self._led[high] = _Led(now_s, status.via, self._number, works=True)
 
     def _lead(self, other: str, led: _Led, now_s: float) -> None:
-        if other not in self._sight.speakers or not self._is_cut(self.host, other):
-            # What was taken over works before it is said to do so.
-            carried = other in self._ways or (led.works and now_s - led.since_s < LEASE_S)
-            if not carried or self._direct_again(other, led, now_s) or other not in self._sight.speakers:
-                del self._led[other]
-                self._ways.pop(other, None)
-                if other in self._sight.speakers:
-                    self._over[other] = now_s + LEASE_S
-            else:
-                led.works = True
-            return
-        led.works = False
+        down = (self.host, other) in self._down()
+        cut = (self.host, other) in self._sight.cut
+        # What was taken over works before it is said to do so.
+        carried = other in self._ways or (led.works and now_s - led.since_s < LEASE_S)
+        if other not in self._sight.speakers:
+            self._end_lead(other)
+        elif not (cut or down) and (not carried or self._direct_again(other, led, now_s)):
+            self._end_lead(other)
+            self._over[other] = now_s + LEASE_S
+        else:
+            led.works = carried and not cut
+            if not led.works:
+                self._find_way(other, led, now_s)
+
+    def _end_lead(self, other: str) -> None:
+        del self._led[other]
+        self._ways.pop(other, None)
+
+    def _find_way(self, other: str, led: _Led, now_s: float) -> None:
         waited_s = now_s - led.since_s
         if led.via and (led.refused or waited_s >= self._try_s or not self._is_able(led.via, other)):
             led.failed.add(led.via)
@@ -225,18 +245,22 @@ class Detours:
 
     def _choice(self, other: str, failed: Collection[str]) -> str:
         hosts = [Node(host) for host in self._sight.speakers if host not in failed]
-        cut = {(Node(low), Node(high)) for low, high in self._sight.cut | self.links.keys()}
+        cut = {(Node(low), Node(high)) for low, high in self._unusable()}
         rates = {(Node(low), Node(high)): rate for (low, high), rate in self.bytes_per_s.items()}
         via = detour(Node(self.host), Node(other), hosts, cut, rates)
         return "" if via is None else via.name
 
-    def _is_cut(self, one: str, other: str) -> bool:
-        return ends_of(one, other) in self._sight.cut
+    def _down(self) -> set[Ends]:
+        return {ends for ends, order in self._orders.items() if order.down}
+
+    def _unusable(self) -> frozenset[Ends]:
+        """Links that no detour may lead over: neither those that are cut nor those that have one themselves."""
+        return self._sight.cut | frozenset(self.links) | self._down()
 
     def _is_able(self, via: str, other: str) -> bool:
         """Whether both ends still reach a host, and not by a detour."""
         hops = {ends_of(self.host, via), ends_of(via, other)}
-        return via in self._sight.speakers and hops.isdisjoint(self._sight.cut) and hops.isdisjoint(self.links)
+        return via in self._sight.speakers and hops.isdisjoint(self._unusable())
 
     def _direct_again(self, other: str, led: _Led, now_s: float) -> bool:
         since_s = self._direct_since_s.get(other, now_s)
@@ -249,13 +273,18 @@ class Detours:
     # -- what is said --------------------------------------------------------------------------------------------
 
     def _own(self) -> list[LinkStatus]:
-        own = [_status((self.host, other), DETOUR if led.works else CUT, led.via) for other, led in self._led.items()]
+        own = [_status((self.host, other), self._state(other, led), led.via) for other, led in self._led.items()]
         return own + [LinkStatus((self.host, other), UP) for other in self._over]
+
+    def _state(self, other: str, led: _Led) -> str:
+        if led.works:
+            return DETOUR
+        return DOWN if (self.host, other) in self._down() else CUT
 
     def _say_links(self, now_s: float) -> list[Said]:
         """To all, at once when something is new, and then again and again."""
         links = [
-            {"ends": [self.host, other], "state": DETOUR if led.works else CUT, "via": led.via, "number": led.number}
+            {"ends": [self.host, other], "state": self._state(other, led), "via": led.via, "number": led.number}
             for other, led in self._led.items()
         ]
         links += [{"ends": [self.host, other], "state": UP, "via": "", "number": 0} for other in self._over]

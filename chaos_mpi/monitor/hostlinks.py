@@ -6,21 +6,36 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from chaos_mpi.membership import host_of
 from chaos_mpi.monitor.reachability import Diagnosis
 
 #: States of a link.
-CUT, DETOUR, UP = "cut", "detour", "up"
+CUT, DOWN, DETOUR, UP = "cut", "down", "detour", "up"
 
 #: The names of two hosts, in order.
 Ends = tuple[str, str]
 
 
 class LinkStatus(NamedTuple):
-    """How a link is: ``cut``, ``detour`` (then through which host), or ``up``."""
+    """How a link is: ``cut``, ``down`` (not to be used, by order), ``detour`` (over ``via``), ``up``."""
 
     ends: Ends
     state: str
     via: str = ""
+
+
+class Order(NamedTuple):
+    """What somebody has said of a link: the latest one counts.
+
+    Attributes:
+        at_s: when, in Unix seconds by the clock of the host where it was said.
+        by: the member that was told.
+        down: whether the link is not to be used.
+    """
+
+    at_s: float
+    by: str
+    down: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +51,6 @@ class Sight:
     members: tuple[str, ...]
     speakers: Mapping[str, str]
     cut: frozenset[Ends]
-
-
-def host_of(member: str) -> str:
-    """The host of a member, ``host:pid``."""
-    return member.rpartition(":")[0]
 
 
 def ends_of(one: str, other: str) -> Ends:

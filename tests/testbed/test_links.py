@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from host_jobs import ENDLESS, Bed, Job, Start, check_survivors, members, pid_of, train, wait
+from host_jobs import ENDLESS, Bed, Job, Start, chaosctl, check_survivors, members, pid_of, train, wait
 
 HOSTS = "edge1,edge2,edge3"
 FOUR = "edge1,edge2,edge3,edge4"
@@ -109,3 +109,24 @@ def test_one_end_of_a_cut_link_is_given_up_where_there_is_no_detour(launched: St
     assert "edge2: the others went on without" in logs(job)
     assert ("edge1", "edge2", "cut", "") in link_states(job)["edge3"]
     assert not detours(ssh_bed, "edge1") and not forwards(ssh_bed, "edge3")
+
+
+def test_a_link_is_not_used_by_order(launched: Start, ssh_bed: Bed) -> None:
+    job = launched(ENDLESS, HOSTS)
+    train(job)
+    refused = chaosctl(job, "link", "down", "edge1", "edge9")
+    assert (refused.returncode, "there is no host edge9 in the job" in refused.stderr) == (1, True), refused
+    assert chaosctl(job, "link", "down", "edge2", "edge1").returncode == 0
+    job.wait_until(all_have_heard(job, ("edge1", "edge2", "detour", "edge3")), "the detour")
+    train(job, 20)
+    assert len(detours(ssh_bed, "edge1")) == len(detours(ssh_bed, "edge2")) == 1
+    job.wait_until(lambda: "ms" in chaosctl(job, "link").stdout, "round-trip times")
+    shown = chaosctl(job, "link").stdout.splitlines()
+    assert [line.partition(",")[0] for line in shown] == [
+        "edge1 - edge2: detour over edge3", "edge1 - edge3: up", "edge2 - edge3: up",
+    ], shown  # fmt: skip
+    assert "link edge1 - edge2: detour over edge3" in chaosctl(job, "status").stdout
+    assert chaosctl(job, "link", "up", "edge1", "edge2").returncode == 0
+    job.wait_until(all_have_heard(job, ("edge1", "edge2", "up", "")), "the link to be used again")
+    check_survivors(job, "edge1", "edge2", "edge3")
+    assert not any(events(job, "failure_detected").values())

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chaos_mpi.membership import host_of
 from chaos_mpi.monitor.cluster import Node, Timing
 from chaos_mpi.monitor.detours import LEASE_S, STEADY_S, Detours, Said
-from chaos_mpi.monitor.hostlinks import CUT, DETOUR, UP, Ends, LinkStatus, ends_of, host_of, sight_of
+from chaos_mpi.monitor.hostlinks import CUT, DETOUR, DOWN, UP, Ends, LinkStatus, Order, ends_of, sight_of
 from chaos_mpi.monitor.reachability import Diagnosis, Hearing
 
 TIMING = Timing(limit_s=0.5)
@@ -247,6 +248,51 @@ def test_a_host_that_may_not_set_routes_says_what_is_cut() -> None:
     bed.cut = set()
     bed.run(1.0)
     assert states(bed, "a:1")[-1] == states(bed, "c:1")[-1] == (UP, "")
+
+
+def order(bed: Bed, down: bool) -> None:
+    """Somebody says to all whether the link of a and b is to be used."""
+    for member in bed.members:
+        bed.agents[member].order({("a", "b"): Order(bed.now_s, "c:1", down)})
+
+
+def test_a_link_that_is_not_to_be_used_goes_round_until_it_is() -> None:
+    bed = Bed("a:1", "b:1", "c:1")
+    bed.run(1.0)
+    order(bed, True)
+    bed.run(0.3)
+    assert bed.way("a", "b") == bed.way("b", "a") == "c"
+    bed.run(10.0)
+    assert bed.way("a", "b") == bed.way("b", "a") == "c"
+    assert all([state for state, _ in states(bed, member)][-2:] == [DOWN, DETOUR] for member in bed.members)
+    for agent in bed.agents.values():  # one that comes late counts for nothing
+        agent.order({("a", "b"): Order(1.0, "b:1", down=False)})
+    bed.run(1.0)
+    assert bed.way("a", "b") == "c"
+    order(bed, False)
+    bed.run(STEADY_S + LEASE_S + 1.0)
+    assert not any(agent.ways or agent.forwards or agent.links for agent in bed.agents.values())
+    assert all(states(bed, member)[-1] == (UP, "") for member in bed.members)
+
+
+def test_a_link_that_is_not_to_be_used_is_where_there_is_no_detour() -> None:
+    bed = Bed("a:1", "b:1")
+    order(bed, True)
+    bed.run(5.0)
+    assert bed.connected("a", "b")
+    assert all(states(bed, member)[-1] == (DOWN, "") for member in bed.members)
+    order(bed, False)
+    bed.run(1.0)
+    assert all(states(bed, member)[-1] == (UP, "") for member in bed.members)
+
+
+def test_no_detour_leads_over_a_link_that_is_not_to_be_used() -> None:
+    bed = Bed("a:1", "b:1", "c:1", "d:1")
+    for member in bed.members:
+        bed.agents[member].order({("a", "c"): Order(bed.now_s, "d:1", down=True)})
+    bed.cut = {("a", "b")}
+    bed.run(2.0)
+    assert bed.way("a", "b") == bed.way("a", "c") == "d"
 
 
 def test_faster_detours_are_tried_first() -> None:
