@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -109,6 +111,22 @@ def test_one_end_of_a_cut_link_is_given_up_where_there_is_no_detour(launched: St
     assert "edge2: the others went on without" in logs(job)
     assert ("edge1", "edge2", "cut", "") in link_states(job)["edge3"]
     assert not detours(ssh_bed, "edge1") and not forwards(ssh_bed, "edge3")
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="there is no setpriv (util-linux), which takes rights away")
+def test_one_end_is_given_up_where_routes_may_not_be_set(ssh_bed: Bed, launched: Start, remote_python: str) -> None:
+    wrapper = Path(remote_python)
+    rights = "setpriv --bounding-set -net_admin --inh-caps -net_admin"
+    wrapper.write_text(wrapper.read_text().replace("exec ", f"exec {rights} "))
+    job = launched(ENDLESS, HOSTS)
+    train(job)
+    lost = pid_of(job, "edge2")
+    ssh_bed[0].cut("edge1", "edge2")
+    train(job, 20)
+    wait(lambda: lost not in ssh_bed[0].pids("edge2"), "the end of the rank that is given up")
+    check_survivors(job, "edge1", "edge3")
+    assert "edge3 cannot pass on what others send round a cut link" in (job.folder / "output.txt").read_text()
+    assert "edge2: the others went on without" in logs(job)
 
 
 def test_a_link_is_not_used_by_order(launched: Start, ssh_bed: Bed) -> None:
