@@ -55,7 +55,9 @@ def test_what_is_said_otherwise_is_left_out() -> None:
 def test_routes_are_left_alone_again() -> None:
     assert "--no-detours" not in launch_of(told(), "/python").options
     careful = told()
-    careful["proxy"] = [*careful["proxy"], "--no-detours"]
+    proxy = careful["proxy"]
+    assert isinstance(proxy, list)
+    proxy.append("--no-detours")
     assert launch_of(careful, "/python").options[-1] == "--no-detours"
     assert "--no-detours" not in launch_of(careful, "/python", ["--no-detours"]).options
 
