@@ -2,7 +2,8 @@
 
 What happens when a node is lost: the agents that are left agree on a view without it. Each has its proxy fence the
 lost host off (:mod:`chaos_mpi.agent.registry`), and then tells its rank to sever the connections with it. An agent that
-finds out that the others have gone on without it, or that it is cut off from the majority, ends its rank.
+finds out that the others have gone on without it, or that it is cut off from the majority, ends its rank. Where two
+hosts cannot reach each other but others can, their routes are led over one of these (:mod:`chaos_mpi.agent.detouring`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chaos_mpi.agent.contacts import Contact, Interface, own_interfaces, select
+from chaos_mpi.agent.detouring import KINDS, Detouring
 from chaos_mpi.agent.frames import Frame, Kind, encode_json
 from chaos_mpi.agent.link import LinkServer
 from chaos_mpi.agent.losses import Removal
@@ -46,18 +48,21 @@ class Settings:
         newcomer: whether the rank joins a job that runs already.
         timing: limits.
         network: interfaces or networks that the agents keep to; None: any.
+        detours: whether cut links may be healed by routes over other hosts.
     """
 
     host: str
     newcomer: bool
     timing: Timing
     network: str | None = None
+    detours: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON-able dict."""
         return {
             "host": self.host, "newcomer": self.newcomer, "network": self.network, "limit_s": self.timing.limit_s,
             "heal_s": self.timing.heal_s, "give_up_s": self.timing.give_up_s, "even_split": self.timing.even_split,
+            "detours": self.detours,
         }  # fmt: skip
 
     @classmethod
@@ -74,7 +79,7 @@ class Settings:
             )  # fmt: skip
         except ValueError as error:
             raise ConfigError(f"the watch over the nodes cannot be set up: {error}") from error
-        return cls(str(fields["host"]), bool(fields["newcomer"]), timing, fields["network"])
+        return cls(str(fields["host"]), bool(fields["newcomer"]), timing, fields["network"], bool(fields["detours"]))
 
 
 class Guard:
@@ -97,9 +102,11 @@ class Guard:
         kill: Callable[[], None],
     ) -> None:
         self._settings, self._write, self._say, self._kill = settings, write, say, kill
-        self._link = LinkServer(self._may_go_on_without, directory)
+        self._link = LinkServer(self._may_go_on_without, directory, self._about_links)
         self._mesh: Mesh | None = None
         self._watch: Watch | None = None
+        self._detouring: Detouring | None = None
+        self._own: tuple[Interface, ...] = ()
         self._begun = False
         self._fenced: dict[str, asyncio.Event] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -114,7 +121,8 @@ class Guard:
             OSError: the socket for the rank cannot be made.
         """
         try:
-            self._mesh = _mesh(select(own_interfaces(), self._settings.network), self._receive)
+            self._own = select(own_interfaces(), self._settings.network)
+            self._mesh = _mesh(self._own, self._receive)
             await self._link.listen()
         except BaseException:
             await self.close()
@@ -126,7 +134,11 @@ class Guard:
         assert self._mesh is not None
         mesh = self._mesh
         me = Contact(name, self._settings.host, mesh.addresses, mesh.port, mesh.key)
-        self._watch = Watch(me, mesh, self._settings.timing, self._removed, self._stopped, self._link.crashed)
+        timing = self._settings.timing
+        self._watch = Watch(me, mesh, timing, self._removed, self._stopped, self._link.crashed)
+        self._detouring = Detouring(
+            name, self._own, mesh, self._watch, timing, self._settings.detours, self._link.tell_links
+        )
         self._link.name(name)
         self._write(encode_json(Kind.CONTACT, me.to_json()))
 
@@ -138,7 +150,7 @@ class Guard:
         """
         if frame.kind is Kind.FENCED:
             self._fenced.setdefault(str(frame.json()), asyncio.Event()).set()
-        elif self._watch is not None:
+        elif self._watch is not None and self._detouring is not None:
             news = frame.json()
             contacts, first = [Contact.from_json(entry) for entry in news["contacts"]], news["first"]
             if self._begun:
@@ -146,9 +158,11 @@ class Guard:
             elif self._settings.newcomer:
                 self._begun = True
                 self._watch.join(contacts)
+                self._detouring.start(alone=False)
             elif first is not None:
                 self._begun = True
                 self._watch.begin([str(name) for name in first], contacts)
+                self._detouring.start(alone=True)
             else:
                 self._watch.know(contacts)
 
@@ -171,6 +185,8 @@ class Guard:
         """End all connections."""
         for task in self._tasks:
             task.cancel()
+        if self._detouring is not None:
+            await self._detouring.close()
         if self._watch is not None:
             self._watch.close()
         self._link.close()
@@ -184,12 +200,21 @@ class Guard:
     # -- what the watch tells ------------------------------------------------------------------------------------
 
     def _receive(self, sender: str, message: dict[str, Any]) -> None:
-        if self._watch is not None:
+        if self._detouring is not None and message.get("kind") in KINDS:
+            self._detouring.receive(sender, message)
+        elif self._watch is not None:
             self._watch.receive(sender, message)
 
     async def _may_go_on_without(self, members: list[str]) -> str:
         assert self._watch is not None  # it is there before the rank can ask
         return await self._watch.may_go_on_without(members)
+
+    def _about_links(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._detouring is not None  # as above
+        if "order" in request:
+            one, other, down = request["order"]
+            return {"reason": self._detouring.order(str(one), str(other), down=down is True)}
+        return {"table": self._detouring.table()}
 
     def _removed(self, removal: Removal) -> None:
         task = asyncio.get_running_loop().create_task(self._cut_off(removal))

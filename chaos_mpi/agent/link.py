@@ -1,9 +1,12 @@
 """The connection between a rank and the agent beside it: a UNIX socket, and a JSON object on each line.
 
 The agent begins with ``{"member": name}``, by which the other agents know this rank, and says
-``{"sever": [addresses], "members": [names]}``, ``{"crashed": name, "host": where, "how": text}`` of another rank, and
-``{"stop": reason}``. The rank asks
-``{"may_go_on_without": [names], "id": n}`` and gets ``{"id": n, "reason": ""}``, where an empty reason is a yes.
+``{"sever": [addresses], "members": [names]}``, ``{"crashed": name, "host": where, "how": text}`` of another rank,
+``{"links": [{"a": host, "b": host, "state": s, "via": host}]}`` of links that have changed, and ``{"stop": reason}``.
+The rank asks
+``{"may_go_on_without": [names], "id": n}`` and gets ``{"id": n, "reason": ""}``, where an empty reason is a yes;
+``{"links": true, "id": n}``, and gets ``{"id": n, "table": [...]}``; and ``{"links": true, "order": [host, host, down],
+"id": n}``, and gets a reason why not, or an empty one.
 Without torch and without MPI.
 """
 
@@ -25,6 +28,8 @@ from typing import Any, Self
 
 from chaos_mpi.agent import sockets
 from chaos_mpi.agent.crashes import Crash
+from chaos_mpi.monitor.hostlinks import LinkStatus
+from chaos_mpi.monitor.hostlinks import to_json as links_to_json
 
 log = logging.getLogger("chaos_mpi.agent")
 
@@ -44,6 +49,7 @@ class LinkServer:
     Args:
         may_go_on_without: answers a rank's question; see :meth:`chaos_mpi.agent.watch.Watch.may_go_on_without`.
         directory: for the socket, private; None: one that is made for it.
+        about_links: answers a request about links.
 
     Attributes:
         path: of the socket.
@@ -52,12 +58,18 @@ class LinkServer:
         OSError: the socket cannot be made.
     """
 
-    def __init__(self, may_go_on_without: Callable[[list[str]], Awaitable[str]], directory: Path | None = None) -> None:
-        self._ask = may_go_on_without
+    def __init__(
+        self,
+        may_go_on_without: Callable[[list[str]], Awaitable[str]],
+        directory: Path | None = None,
+        about_links: Callable[[dict[str, Any]], dict[str, Any]] = lambda request: {},
+    ) -> None:
+        self._ask, self._about_links = may_go_on_without, about_links
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         self._stop: str | None = None
+        self._links: dict[tuple[str, str], LinkStatus] = {}
         self._member: asyncio.Future[str] | None = None
         self._own_directory = Path(tempfile.mkdtemp(prefix="chaos_mpi-")) if directory is None else None  # mode 0700
         self.path = (self._own_directory or directory or Path()) / f"agent-{os.getpid()}.sock"
@@ -86,6 +98,12 @@ class LinkServer:
         """Tell the rank that another one has crashed."""
         self._tell_all({"crashed": crash.member, "host": crash.host, "how": crash.how})
 
+    def tell_links(self, links: Iterable[LinkStatus]) -> None:
+        """Tell the rank, also one that connects later, that these links are otherwise than before."""
+        for link in links:
+            self._links[link.ends] = link
+        self._tell_all({"links": links_to_json(links)})
+
     def stop(self, reason: str) -> None:
         """Tell the rank, also one that connects later, that it must not go on."""
         self._stop = reason
@@ -107,6 +125,8 @@ class LinkServer:
         assert self._member is not None
         _tell(writer, {"member": await self._member})
         self._writers.add(writer)
+        if self._links:
+            _tell(writer, {"links": links_to_json(self._links.values())})
         if self._stop is not None:
             _tell(writer, {"stop": self._stop})
         try:
@@ -121,6 +141,9 @@ class LinkServer:
             writer.close()
 
     def _heed(self, request: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        if "links" in request:
+            _tell(writer, {"id": request["id"], **self._about_links(request)})
+            return
         members, number = [str(name) for name in request["may_go_on_without"]], int(request["id"])
         task = asyncio.get_running_loop().create_task(self._answer(members, number, writer))
         self._tasks.add(task)
@@ -150,7 +173,6 @@ class AgentLink:
         connection: to the agent.
         on_sever: is called with the addresses of machines that are given up.
         on_stop: is called with the reason, when the rank must not go on.
-        on_crash: is called when another rank has crashed.
 
     Attributes:
         member: the name by which the agents know this rank.
@@ -164,9 +186,11 @@ class AgentLink:
         connection: socket.socket,
         on_sever: Callable[[Collection[str]], object],
         on_stop: Callable[[str], object],
-        on_crash: Callable[[Crash], object] = lambda _: None,
     ) -> None:
-        self._connection, self._on_sever, self._on_stop, self._on_crash = connection, on_sever, on_stop, on_crash
+        self._connection, self._on_sever, self._on_stop = connection, on_sever, on_stop
+        self._on_crash: Callable[[Crash], object] = lambda crash: None
+        self._on_links: Callable[[list[dict[str, str]]], object] | None = None
+        self._links: dict[tuple[str, str], dict[str, str]] = {}
         self._stream = connection.makefile("rb")
         first = self._stream.readline()
         if not first:
@@ -174,7 +198,7 @@ class AgentLink:
         self.member = str(json.loads(first)["member"])
         connection.settimeout(None)
         self._lock = threading.Lock()
-        self._answers: dict[int, queue.SimpleQueue[str]] = {}
+        self._answers: dict[int, queue.SimpleQueue[dict[str, Any]]] = {}
         self._asked = 0
         self._over = ""
         threading.Thread(target=self._listen, name="chaos_mpi-agent-link", daemon=True).start()
@@ -185,7 +209,6 @@ class AgentLink:
         environ: Mapping[str, str],
         on_sever: Callable[[Collection[str]], object],
         on_stop: Callable[[str], object],
-        on_crash: Callable[[Crash], object] = lambda _: None,
     ) -> Self | None:
         """Connect with the agent of this rank.
 
@@ -193,7 +216,6 @@ class AgentLink:
             environ: of the rank.
             on_sever: see the class.
             on_stop: see the class.
-            on_crash: see the class.
 
         Returns:
             None when there is none.
@@ -202,7 +224,7 @@ class AgentLink:
             OSError: there should be one, but it cannot be reached.
         """
         path = environ.get(VARIABLE)
-        return cls(sockets.connect(Path(path), CONNECT_LIMIT_S), on_sever, on_stop, on_crash) if path else None
+        return cls(sockets.connect(Path(path), CONNECT_LIMIT_S), on_sever, on_stop) if path else None
 
     def may_go_on_without(self, members: Iterable[str], limit_s: float) -> str:
         """Wait until the agents have agreed that these members are out, and that this rank may go on.
@@ -215,24 +237,63 @@ class AgentLink:
             Empty when so, else why not.
         """
         wanted = sorted(members)
-        answer = queue.SimpleQueue[str]()
+        what = f"whether {', '.join(wanted)} are out"
+        return str(self._ask({"may_go_on_without": wanted}, what, limit_s)["reason"])
+
+    def link_table(self, limit_s: float) -> list[dict[str, Any]]:
+        """All links between the hosts of the job; empty where the agent does not say.
+
+        Returns:
+            See :meth:`chaos_mpi.monitor.linktable.LinkTable.rows`.
+        """
+        table: list[dict[str, Any]] = self._ask({"links": True}, "which links there are", limit_s).get("table", [])
+        return table
+
+    def order_link(self, one: str, other: str, *, down: bool, limit_s: float) -> str:
+        """Have the link between two hosts not be used any more, or used again.
+
+        Returns:
+            Why that cannot be; empty if it is done.
+        """
+        what = f"what becomes of the link between {one} and {other}"
+        return str(self._ask({"links": True, "order": [one, other, down]}, what, limit_s)["reason"])
+
+    def _ask(self, request: dict[str, Any], what: str, limit_s: float) -> dict[str, Any]:
+        """The answer; where there is none, one with the reason for that."""
+        answer = queue.SimpleQueue[dict[str, Any]]()
         with self._lock:
             if self._over:
-                return self._over
+                return {"reason": self._over}
             self._asked += 1
             number = self._asked
             self._answers[number] = answer
-            request = json.dumps({"may_go_on_without": wanted, "id": number}).encode() + b"\n"
             # A broken connection is seen by the thread, which answers then.
             with contextlib.suppress(OSError):
-                self._connection.sendall(request)
+                self._connection.sendall(json.dumps({**request, "id": number}).encode() + b"\n")
         try:
             return answer.get(timeout=limit_s)
         except queue.Empty:
-            return f"the agent of this node did not say within {limit_s:g} s whether {', '.join(wanted)} are out"
+            return {"reason": f"the agent of this node did not say within {limit_s:g} s {what}"}
         finally:
             with self._lock:
                 self._answers.pop(number, None)
+
+    @property
+    def links(self) -> list[dict[str, str]]:
+        """The links between hosts that there was news of: ``a``, ``b``, ``state`` and ``via``."""
+        with self._lock:
+            return list(self._links.values())
+
+    def follow_links(self, on_links: Callable[[list[dict[str, str]]], object]) -> None:
+        """Have news of links told, from another thread, and first those that there was already."""
+        with self._lock:
+            self._on_links, known = on_links, list(self._links.values())
+        if known:
+            on_links(known)
+
+    def follow_crashes(self, on_crash: Callable[[Crash], object]) -> None:
+        """Have the crashes of other ranks told from now on, from another thread."""
+        self._on_crash = on_crash
 
     def close(self) -> None:
         """End the connection."""
@@ -252,6 +313,8 @@ class AgentLink:
             self._on_sever(message["sever"])
         elif "crashed" in message:
             self._on_crash(Crash(str(message["crashed"]), str(message["host"]), str(message["how"])))
+        elif "links" in message:
+            self._heed_links(message["links"])
         elif "stop" in message:
             self._end(str(message["stop"]))
             self._on_stop(str(message["stop"]))
@@ -259,14 +322,21 @@ class AgentLink:
             with self._lock:
                 answer = self._answers.get(int(message["id"]))
             if answer is not None:
-                answer.put(str(message["reason"]))
+                answer.put(message)
+
+    def _heed_links(self, links: list[dict[str, str]]) -> None:
+        with self._lock:
+            self._links |= {(link["a"], link["b"]): link for link in links}
+            follow = self._on_links
+        if follow is not None:
+            follow(links)
 
     def _end(self, reason: str) -> None:
         """No question is answered with a yes from here on."""
         with self._lock:
             self._over = self._over or reason
             for answer in self._answers.values():
-                answer.put(self._over)
+                answer.put({"reason": self._over})
 
 
 def is_watched(environ: Mapping[str, str] = os.environ) -> bool:

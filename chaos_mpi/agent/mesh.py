@@ -15,6 +15,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from chaos_mpi.agent import tasks
 from chaos_mpi.agent.contacts import Contact, Interface, nearest
 from chaos_mpi.errors import ConfigError, EngineError
 
@@ -103,11 +104,9 @@ class Mesh:
         if contact.key in self._members:
             self._complain(contact.member, f"{contact.member} has the key of {self._members[contact.key]}: ignored")
             return
-        same_machine = set(contact.addresses) == set(self.addresses)
-        address = nearest(contact.addresses, self._own, same_machine)
         self._contacts[contact.member] = contact
         self._members[contact.key] = contact.member
-        self._senders[contact.member] = self._connect(contact, address)
+        self._senders[contact.member] = self._connect(contact, self._address(contact))
 
     def forget(self, member: str, linger_ms: int = 0) -> None:
         """Send nothing to this peer and take nothing from it.
@@ -120,6 +119,13 @@ class Mesh:
         if contact is not None:
             del self._members[contact.key]
             self._senders.pop(member).close(linger=linger_ms)
+
+    def reconnect(self, member: str) -> None:
+        """Connect with this peer anew; what has not been sent to it yet is dropped."""
+        contact = self._contacts.get(member)
+        if contact is not None:
+            self._senders.pop(member).close(linger=0)
+            self._senders[member] = self._connect(contact, self._address(contact))
 
     def send(self, member: str, message: dict[str, Any]) -> bool:
         """Send; does not wait.
@@ -142,9 +148,7 @@ class Mesh:
 
     async def close(self) -> None:
         """End all connections; what was said last has a moment to be sent."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await tasks.cancel(self._tasks)
         for member in list(self._contacts):
             self.forget(member, linger_ms=_LAST_WORDS_MS)
         self._context.destroy(linger=_LAST_WORDS_MS)
@@ -172,6 +176,10 @@ class Mesh:
             f"the node agent cannot listen at {', '.join(self.addresses) or 'no address'}: {problem}; "
             "--network names the interfaces or networks to use"
         )
+
+    def _address(self, contact: Contact) -> str:
+        same_machine = set(contact.addresses) == set(self.addresses)
+        return nearest(contact.addresses, self._own, same_machine)
 
     def _connect(self, contact: Contact, address: str) -> zmq.Socket[bytes]:
         public = self.key.encode()

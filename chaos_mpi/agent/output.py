@@ -46,12 +46,14 @@ class Output:
                 self._stalled = True
 
     def say(self, line: str) -> None:
-        """Add a line to what the rank prints on standard error."""
+        """Add a line to what the rank prints on standard error, and to the file.
+
+        What has to be said is why this node does not go on. The launcher may be cut off from it at this very moment.
+        """
         data = line.encode(errors="replace") + b"\n"
         if self._takes():
             self._launcher.write(encode(Frame(Kind.STDERR, data)))
-        else:
-            self._write_log(data)
+        self._write_log(data)
 
     def close(self) -> None:
         """Close the file."""

@@ -321,7 +321,7 @@ def watch_of(options: argparse.Namespace, host: str) -> Settings | None:
         timing = Timing(options.heartbeat_limit, give_up_s=give_up_s, even_split=options.even_split)
     except ValueError as error:
         raise ConfigError(f"--heartbeat-limit: {error}") from error
-    return Settings(host, not options.hosts, timing, options.network)
+    return Settings(host, not options.hosts, timing, options.network, not options.no_detours)
 
 
 def liaison_of(options: argparse.Namespace, host: str, environ: Mapping[str, str]) -> Liaison | None:
@@ -349,6 +349,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--register", type=Path, metavar="DIRECTORY", help="the job's private directory on this host")
     made.add_argument("--heartbeat-limit", type=float, metavar="SECONDS", help="a host that is silent so long is lost")
     made.add_argument("--even-split", choices=EVEN_SPLITS, default="lowest", help="who goes on of two halves")
+    made.add_argument("--no-detours", action="store_true", help="leave routes as they are when a link is cut")
     made.add_argument("--network", help="interfaces or networks for the agents, separated by commas (default: any)")
     made.add_argument("argv", nargs="+", metavar="COMMAND")
     return made

@@ -92,6 +92,8 @@ def launch_of(told: Mapping[str, Any], python: str, given: Iterable[str] = ()) -
         "--even-split": way.even_split if way.heartbeat_limit is not None else None,
     }
     line = [part for name, value in options.items() if value and name not in given for part in (name, str(value))]
+    if way.no_detours and "--no-detours" not in given:
+        line.append("--no-detours")
     return Launch(tuple(line), _program(told["arguments"], python), dict(told["settings"]), str(told["directory"]))
 
 

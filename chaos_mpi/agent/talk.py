@@ -1,24 +1,12 @@
-"""What agents say to each other besides the messages of :mod:`chaos_mpi.monitor.messages`, and what carries it."""
+"""What agents say to each other besides the messages of :mod:`chaos_mpi.monitor.messages`."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
-
-from chaos_mpi.agent.contacts import Contact
+from typing import Any
 
 #: Kinds of messages. At the beginning: this agent is there, and has or has not heard all. A rank has ended, and may
 #: have crashed; that was heard. How are these members reached? So.
 HERE, ENDED, NOTED, WHO, CONTACTS = "Here", "Ended", "Noted", "Who", "Contacts"
-
-
-class Network(Protocol):
-    """What carries the messages: :class:`chaos_mpi.agent.mesh.Mesh`."""
-
-    def know(self, contact: Contact) -> None: ...
-
-    def forget(self, member: str) -> None: ...
-
-    def send(self, member: str, message: dict[str, Any]) -> bool: ...
 
 
 def entries(fields: dict[str, Any], name: str) -> list[Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
@@ -17,11 +16,13 @@ from chaos_mpi.agent.assembly import Assembly
 from chaos_mpi.agent.contacts import Contact
 from chaos_mpi.agent.crashes import Crash, crash_of
 from chaos_mpi.agent.losses import Losses, Removal
-from chaos_mpi.agent.talk import CONTACTS, ENDED, HERE, NOTED, WHO, Network, entries
+from chaos_mpi.agent.network import Network, boot_clock_s
+from chaos_mpi.agent.talk import CONTACTS, ENDED, HERE, NOTED, WHO, entries
 from chaos_mpi.errors import ConfigError
 from chaos_mpi.monitor.cluster import ClusterView, Node, Timing
 from chaos_mpi.monitor.member import Member, State
 from chaos_mpi.monitor.messages import Decided, JoinRequest, Message, Sent, from_json, to_json
+from chaos_mpi.monitor.reachability import Diagnosis
 
 log = logging.getLogger("chaos_mpi.agent")
 
@@ -37,11 +38,6 @@ _FAREWELL_S = 5.0
 _FAREWELL_PAUSED_S = 600.0
 #: A newcomer on its way in that is silent for so long, at least, is not waited for.
 _NEWCOMER_SILENT_S = 2.0
-
-
-def boot_clock_s() -> float:
-    """A clock that goes on while the process is stopped or the machine is suspended."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class Watch:
@@ -100,6 +96,19 @@ class Watch:
     def stopped(self) -> str:
         """Why this node must not go on; empty if it may, as far as it knows."""
         return self._stopped
+
+    def contact(self, member: str) -> Contact | None:
+        """How to reach another one, if that is known."""
+        return self._contacts.get(member)
+
+    def diagnosis(self, limit_s: float) -> Diagnosis | None:
+        """What this node thinks of the members, when a silence of so long counts; None while it takes no part."""
+        return None if self._member is None or self._stopped else self._member.diagnosis(boot_clock_s(), limit_s)
+
+    def rtt_s(self) -> dict[str, float]:
+        """Round-trip times to other members."""
+        links = {} if self._member is None else self._member.links
+        return {node.name: link.rtt_s for node, link in links.items() if link.rtt_s is not None}
 
     def begin(self, members: Iterable[str], contacts: Iterable[Contact]) -> None:
         """Start as one of the first members.

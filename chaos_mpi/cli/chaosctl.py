@@ -18,7 +18,7 @@ from chaos_mpi.cli.control import ask, find_job
 from chaos_mpi.cli.joblog import show
 from chaos_mpi.cli.options import Seconds
 from chaos_mpi.cli.outcome import EXIT_USAGE
-from chaos_mpi.cli.status import NOBODY, lines, look
+from chaos_mpi.cli.status import NOBODY, describe_link, lines, look
 from chaos_mpi.cli.takeover import take_over
 from chaos_mpi.cli.timeline import draw, rows, runs
 from chaos_mpi.events import read_events
@@ -162,6 +162,33 @@ def takeover(job: Path | None, options: tuple[str, ...]) -> None:
     OPTIONS of chaosrun, such as --hosts, say what is to be otherwise.
     """
     take_over(find_job(job).absolute(), options)
+
+
+@main.command()
+@_JOB
+@click.argument("order", type=click.Choice(["show", "down", "up"]), default="show")
+@click.argument("hosts", nargs=-1)
+def link(job: Path | None, order: str, hosts: tuple[str, ...]) -> None:
+    """Show the links between the hosts of a job; or have one not be used any more (down A B), or used again (up A B).
+
+    What would go over a link that is down goes over a third host, where the agents may set routes.
+    """
+    where = find_job(job)
+    if order == "show":
+        if hosts:
+            raise _UsageError("chaosctl link shows all links; down and up are for the link between two hosts")
+        if (state := look(where)) is None:
+            raise click.ClickException(NOBODY)
+        if not state["links"]:
+            raise click.ClickException("no links are known: the job runs on one host, or without agents")
+        for row in state["links"]:
+            click.echo(f"{row['a']} - {row['b']}: {describe_link(row)}")
+        return
+    if len(hosts) != 2:
+        raise _UsageError(f"chaosctl link {order} takes the names of two hosts")
+    (answer,) = ask(where, {"do": "link", "a": hosts[0], "b": hosts[1], "down": order == "down"}, limit_s=10.0)
+    if answer["reason"]:
+        raise click.ClickException(answer["reason"])
 
 
 class _UsageError(click.ClickException):

@@ -43,6 +43,9 @@ _OPTIONS = (
         help="When hosts fall apart into equal halves: the one with the lowest member goes on (default), or none.",
     ),
     click.option(
+        "--no-detours", is_flag=True, help="Set no routes round cut links; one of the two hosts is given up instead."
+    ),
+    click.option(
         "--log-dir", type=click.Path(file_okay=False, path_type=Path),
         help="On each host, for output once mpirun is gone. Default: ~/.local/state/chaos_mpi/logs.",
     ),
@@ -68,6 +71,7 @@ class Cluster:
         log_dir: see ``--log-dir``.
         heartbeat_limit_s: see ``--heartbeat-limit``.
         even_split: see ``--even-split``.
+        detours: unless ``--no-detours``.
     """
 
     hosts: tuple[str, ...]
@@ -77,6 +81,7 @@ class Cluster:
     log_dir: Path | None = None
     heartbeat_limit_s: float = 0.5
     even_split: str = EVEN_SPLITS[0]
+    detours: bool = True
     _paths: list[str] = field(default_factory=list)
 
     def needs(self, *paths: str | Path) -> None:
@@ -96,6 +101,8 @@ class Cluster:
         """The beginning of a proxy's command line."""
         way = ["--ssh-command", shlex.join(self.ssh), "--remote-python", self.python, "--register", str(run_dir)]
         way += ["--heartbeat-limit", f"{self.heartbeat_limit_s:g}", "--even-split", self.even_split]
+        if not self.detours:
+            way.append("--no-detours")
         if self.network is not None:
             way += ["--network", self.network]
         if self.log_dir is not None:
@@ -132,6 +139,7 @@ def cluster_of(
     log_dir: Path | None,
     heartbeat_limit: float | None,
     even_split: str | None,
+    no_detours: bool = False,
 ) -> Cluster | None:
     """Where the ranks are to run, from the command line; None for this machine alone.
 
@@ -147,7 +155,7 @@ def cluster_of(
         given = {
             "--ssh-args": ssh_args, "--ssh-program": ssh_program, "--remote-python": remote_python,
             "--network": network, "--log-dir": log_dir, "--heartbeat-limit": heartbeat_limit,
-            "--even-split": even_split,
+            "--even-split": even_split, "--no-detours": no_detours,
         }  # fmt: skip
         if unused := [name for name, value in given.items() if value]:
             raise ConfigError(f"{unused[0]} is for jobs on several hosts: give --hosts or --hostfile as well")
@@ -156,7 +164,7 @@ def cluster_of(
     python = remote_python or sys.executable
     return Cluster(
         place(found, ranks), ssh_command(ssh_args, ssh_program), python, network, log_dir,
-        heartbeat_limit or Timing().limit_s, even_split or EVEN_SPLITS[0],
+        heartbeat_limit or Timing().limit_s, even_split or EVEN_SPLITS[0], not no_detours,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from chaos_mpi.cli.control import LAUNCHER_FILE, ask_all
 from chaos_mpi.membership import host_of
+from chaos_mpi.monitor.hostlinks import UP
 
 Answer = dict[str, Any]
 Job = dict[str, Any]
@@ -54,7 +55,8 @@ def combine(answers: Sequence[Answer], started_at: float | None, now: float) -> 
         ``at``, ``started_at``; ``epoch``, ``step``, ``steps_per_s``, ``data_epochs``, ``members`` (ids in rank order),
         ``min_ranks``, ``max_ranks``, ``joins``, ``changes`` as in an answer; ``ranks``: for every member ``member``,
         ``rank``, ``host``, ``pid``, ``state``, ``step``, ``process`` and ``stalled_s`` (None where it does not answer);
-        ``machines``: what is known of each host, by name; ``transfers`` and ``events`` of all, events in order of time.
+        ``machines``: what is known of each host, by name; ``links`` as in an
+        answer; ``transfers`` and ``events`` of all, events in order of time.
     """
     furthest = max(answers, key=lambda answer: (answer["epoch"], answer["step"]))
     by_member = {answer["member"]: answer for answer in answers}
@@ -68,6 +70,7 @@ def combine(answers: Sequence[Answer], started_at: float | None, now: float) -> 
         "ranks": [_rank(rank, member, by_member.get(member), here) for rank, member in enumerate(furthest["members"])],
         "machines": {answer["host"]: answer["machine"] for answer in answers},
         "transfers": list({t["member"]: t for answer in answers for t in answer["transfers"]}.values()),
+        "links": furthest["links"],
         "events": merged(answers),
     }
 
@@ -99,6 +102,9 @@ def lines(job: Job) -> Iterator[str]:
         yield "  " + "  ".join(text.rjust(w) if w > 0 else text.ljust(-w) for text, w in _columns(rank)).rstrip()
     for host, machine in sorted(job["machines"].items()):
         yield f"  {host}: {describe_machine(machine)}"
+    for link in job["links"]:
+        if link["state"] != UP:
+            yield f"  link {link['a']} - {link['b']}: {describe_link(link)}"
     for join in job["joins"]:
         yield f"  on its way: {describe_join(join, job['at'])}"
     for transfer in job["transfers"]:
@@ -133,6 +139,12 @@ def describe_machine(machine: dict[str, Any]) -> str:
         f"load {load} on {machine['cores']} cores{cpu}, "
         f"memory {nbytes(used)} of {nbytes(machine['memory_total_bytes'])}"
     )
+
+
+def describe_link(link: dict[str, Any]) -> str:
+    """State of a link, and round-trip time."""
+    state = f"detour over {link['via']}" if link["via"] else str(link["state"])
+    return state if link["rtt_ms"] is None else f"{state}, {link['rtt_ms']:.2f} ms"
 
 
 def describe_join(join: dict[str, Any], now: float) -> str:

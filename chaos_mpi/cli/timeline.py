@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ JOIN_PARTS = {
     "regroup_s": "regroup",
     "first_step_s": "first step",
 }
+
+_LINK_STATES = {"cut": "cut", "down": "not to be used", "detour": "goes round by ", "up": "up"}
 
 
 def runs(events: list[Event]) -> list[list[Event]]:
@@ -94,10 +97,24 @@ def story(events: list[Event]) -> list[Line]:
         parts = ", ".join(f"{word} {active[name] * 1e3:.0f}" for name, word in JOIN_PARTS.items() if name in active)
         text = f"{active['member']} contributes, {active['total_s'] * 1e3:.0f} ms after the request ({parts})"
         told.append(_line(active, text, active["member"]))
+    told += _links(events)
     ended = [e for e in events if e["event"] == "session_ended" and e["outcome"] != "left"]
     if ended:
         told.append(_line(ended[-1], _ending(ended)))
     return sorted(told, key=lambda line: (line.t, line.step, line.text))
+
+
+def _links(events: list[Event]) -> list[Line]:
+    """What became of links; every member tells of it, and counts how often."""
+    times: Counter[tuple[str, ...]] = Counter()
+    first: dict[tuple[str, ...], Line] = {}
+    for event in (e for e in events if e["event"] == "link_changed"):
+        news = (event["a"], event["b"], event["state"], event["via"])
+        times[event["member"], *news] += 1
+        number = str(times[event["member"], *news])
+        text = f"link {event['a']} - {event['b']}: {_LINK_STATES[event['state']]}{event['via']}"
+        first.setdefault((*news, number), _line(event, text, *news, number))
+    return list(first.values())
 
 
 def _line(event: Event, text: str, *key: object) -> Line:

@@ -40,6 +40,8 @@ _LAST_ANSWERS_S = 2.0
 _REQUEST_BYTES = 65536
 #: How often the step is looked at, so that its speed is known when somebody asks, seconds.
 _LOOK_PERIOD_S = 1.0
+#: How long the agent has to take an order, seconds.
+_AGENT_LIMIT_S = 5.0
 #: What ends a conversation.
 _FINAL = frozenset({"active", "left", "moved", "refused"})
 
@@ -48,10 +50,10 @@ class ControlSocket:
     """Answers ``chaosctl``, in a thread.
 
     Requests: ``{"do": "status"}``, answered by :meth:`chaos_mpi.elastic.status.MemberStatus.answer`;
-    ``{"do": "add", "n": 1, "host": ""}``; ``{"do": "remove", "member": id}``; ``{"do": "end"}``, which is for this
-    member alone, as SIGTERM is; ``{"do": "relaunch"}``, what another launcher has to know to start the job anew;
-    ``{"do": "hand_over", "name": "chaos-state-..."}``, for it to go on under that one; ``{"do": "state_kept",
-    "problem": ""}``, to ranks that wait for what is handed over.
+    ``{"do": "add", "n": 1, "host": ""}``; ``{"do": "remove", "member": id}``; ``{"do": "link", "a": host, "b": host,
+    "down": true}``; ``{"do": "end"}``, which is for this member alone, as SIGTERM is; ``{"do": "relaunch"}``, what
+    another launcher has to know to start the job anew; ``{"do": "hand_over", "name": "chaos-state-..."}``, for it to go
+    on under that one; ``{"do": "state_kept", "problem": ""}``, to ranks that wait for what is handed over.
 
     Args:
         session: this member's part in the job.
@@ -100,6 +102,13 @@ class ControlSocket:
             except (ChaosError, ValueError, KeyError, TypeError) as error:
                 stream.write(json.dumps({"error": str(error), "last": True}).encode() + b"\n")
 
+    def _order_link(self, request: dict[str, Any]) -> str:
+        agent = self._session.agent
+        if agent is None:
+            return "the job has no agents that could set routes: it was not started with --hosts"
+        one, other, down = str(request["a"]), str(request["b"]), request["down"] is True
+        return agent.order_link(one, other, down=down, limit_s=_AGENT_LIMIT_S)
+
     def _answers(self, request: dict[str, Any]) -> Any:
         session, told = self._session, queue.SimpleQueue[dict[str, Any]]()
 
@@ -121,6 +130,9 @@ class ControlSocket:
         if request["do"] == "state_kept":
             session.state_kept(str(request["problem"]))
             yield {"last": True}
+            return
+        if request["do"] == "link":
+            yield {"reason": self._order_link(request), "last": True}
             return
         if request["do"] == "end":
             end_soon(session)  # who asks for it does not wait for an answer

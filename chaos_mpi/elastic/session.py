@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from chaos_mpi.agent.launcher import is_lost
-from chaos_mpi.elastic.agent_link import open_link
+from chaos_mpi.elastic.agent_link import follow, open_link
 from chaos_mpi.elastic.attached import AttachedSamplers
 from chaos_mpi.elastic.changes import ChangingSession
 from chaos_mpi.elastic.control import ControlSocket, leave_on_sigterm, open_control
@@ -34,6 +34,7 @@ from chaos_mpi.mpi.growth import bridge_to_sponsor
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from chaos_mpi.agent.link import AgentLink
     from chaos_mpi.config import Settings
     from chaos_mpi.elastic.arrival import Arrival
     from chaos_mpi.elastic.recovery import Regrouped
@@ -93,6 +94,7 @@ class Session(ChangingSession):
         self._result: SessionResult | None = None
         write_record(settings.run_dir, "starting", {"member": self.member, "pid": os.getpid(), "host": self.host})
         refuse_orphan()
+        self._agent = open_link(self.member)
         world = runtime.start(settings.timeout_s)
         runtime.bound_threads()
         self.initial_size = self.started_with = world.size
@@ -104,7 +106,7 @@ class Session(ChangingSession):
         self._last_contributors = self.members
         self._persistence = Persistence(self)
         self._negotiator = Negotiator(self, settings.limits)
-        self._agent = open_link(self.member, self._negotiator.propose_restart)
+        follow(self._agent, self.emit, self._negotiator.propose_restart)
         self._arrival: Arrival | None = None
         self._control: ControlSocket | None = None
         self._guard = ExitGuard(self.close, self._crashed, lambda: self.size > 1, settings.run_dir)
@@ -116,6 +118,11 @@ class Session(ChangingSession):
         self.emit("session_started", pid=os.getpid(), host=self.host, members=list(self.members), newcomer=newcomer)
 
     # -- who takes part ------------------------------------------------------------------------------
+
+    @property
+    def agent(self) -> AgentLink | None:
+        """The connection with the agent beside this rank, in a job on several hosts."""
+        return self._agent
 
     @property
     def rank(self) -> int:

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from chaos_mpi.elastic.session import Session
 
 
+#: The agent is beside this rank, and answers at once; or never, because it is stopped.
+_AGENT_LIMIT_S = 0.3
+
+
 class MemberStatus:
     """Looks at one session, from threads that are not its own.
 
@@ -40,6 +44,7 @@ class MemberStatus:
           once known), ``asked_at`` (Unix seconds), ...;
         * ``transfers``: see :class:`chaos_mpi.elastic.transfer.Transfer`; those on this machine;
         * ``changes``: see :class:`chaos_mpi.membership.Changes`;
+        * ``links``: between hosts, as :meth:`chaos_mpi.monitor.linktable.LinkTable.rows`; empty without an agent;
         * ``stalled_s``: seconds that this member has stood still, by cause;
         * ``events``: its last events, as in the event log, steps left out;
         * ``process``, ``machine``: see :class:`chaos_mpi.elastic.usage.Usage`.
@@ -64,6 +69,7 @@ class MemberStatus:
             "joins": session.pending_joins(),
             "transfers": transfers(session.settings.run_dir, session.members, time.time()),
             "changes": session.changes.to_json(),
+            "links": session.agent.link_table(_AGENT_LIMIT_S) if session.agent is not None else [],
             "stalled_s": dict(session.recent.stalled_s),
             "events": session.recent.events(),
             "process": self._usage.process(),

@@ -30,6 +30,7 @@ class Licence:
     now_s: float
     _promised_until_s: dict[Node, float] = field(init=False)
     _stamps_s: dict[Node, float] = field(init=False, default_factory=dict)
+    _came_s: dict[Node, float] = field(init=False, default_factory=dict)
     _echoes_s: dict[Node, float] = field(init=False, default_factory=dict)
     _voted_s: float | None = field(init=False, default=None)
     _out: bool = field(init=False, default=False)
@@ -42,6 +43,7 @@ class Licence:
         """Stand by a member whose heartbeat came; not after this node has voted, nor for a stamp that is not new."""
         if self._voted_s is None and stamp_s > self._stamps_s.get(node, -float("inf")):
             self._stamps_s[node] = stamp_s
+            self._came_s[node] = now_s
             self._promised_until_s[node] = now_s + self.timing.limit_s
 
     @property
@@ -52,6 +54,10 @@ class Licence:
     def echo_s(self, node: Node) -> float | None:
         """What to send back to a member: its newest stamp that this node stands by."""
         return self._stamps_s.get(node)
+
+    def held_s(self, node: Node, now_s: float) -> float:
+        """How long ago the stamp that is sent back came."""
+        return now_s - self._came_s.get(node, now_s)
 
     def echoed(self, node: Node, echo_s: float) -> None:
         """A member stands by what was sent at that time."""

@@ -56,10 +56,12 @@ from chaos_mpi.monitor.messages import (
     Prepare,
     Promise,
     Refused,
+    Row,
     Sent,
 )
 from chaos_mpi.monitor.reachability import Diagnosis, Hearing
 from chaos_mpi.monitor.succession import Succession
+from chaos_mpi.monitor.topology import LinkEstimate
 
 
 class State(enum.Enum):
@@ -89,6 +91,7 @@ class Member:
 
     Attributes:
         leaving: see :meth:`leave`.
+        links: round-trip times to the other members, as heartbeats come back.
 
     Raises:
         ValueError: this node is no member of the view.
@@ -102,6 +105,7 @@ class Member:
         self._hearing = Hearing(me, view.members, timing, now_s)
         self._licence = Licence(me, view, timing, now_s)
         self._succession = Succession(me, view, timing)
+        self.links: dict[Node, LinkEstimate] = {}
         self._proposer: Proposer | None = None
         self._highest = NO_BALLOT  # of this epoch, that was seen
         self._stopped, self.leaving = "", False
@@ -123,9 +127,9 @@ class Member:
         self.leaving = True
         self._succession.leaving.add(self.me)
 
-    def diagnosis(self, now_s: float) -> Diagnosis:
-        """What this node thinks of the others."""
-        return self._hearing.diagnosis(now_s)
+    def diagnosis(self, now_s: float, limit_s: float | None = None) -> Diagnosis:
+        """What this node thinks of the others, when a silence of ``limit_s`` counts (that of the timing by default)."""
+        return self._hearing.diagnosis(now_s, limit_s)
 
     def due_s(self, now_s: float) -> float:
         """When :meth:`tick` is to be called next."""
@@ -195,6 +199,8 @@ class Member:
             self._licence.promise(sender, beat.stamp_s, now_s)
         if beat.echo_s is not None:
             self._licence.echoed(sender, beat.echo_s)
+            taken_s = max(0.0, now_s - beat.echo_s - beat.held_s)
+            self.links[sender] = self.links.get(sender, LinkEstimate()).with_rtt(taken_s)
 
     def _handle_ballot(
         self, sender: Node, message: Prepare | Promise | Accept | Accepted | Refused, now_s: float
@@ -272,17 +278,18 @@ class Member:
         self.acceptor = Acceptor(view.epoch + 1)
         self._licence = Licence(self.me, view, self.timing, now_s)
         self._hearing.change_members(view.members, now_s)
+        self.links = {node: link for node, link in self.links.items() if node in view.members}
         self._succession.change_view(view)
         self._proposer, self._highest = None, NO_BALLOT
         self._next_beat_s = self._licensed_s = now_s
 
     def _beats(self, now_s: float) -> list[Sent]:
         rows = self._hearing.rows_to_send(now_s)
-        return [
-            Sent(node, Beat(self.view.epoch, now_s, self._licence.echo_s(node), rows, self.leaving))
-            for node in self.view.members
-            if node != self.me
-        ]
+        return [Sent(node, self._beat(node, rows, now_s)) for node in self.view.members if node != self.me]
+
+    def _beat(self, node: Node, rows: tuple[Row, ...], now_s: float) -> Beat:
+        licence = self._licence
+        return Beat(self.view.epoch, now_s, licence.echo_s(node), rows, self.leaving, licence.held_s(node, now_s))
 
     def _notice_pause(self, now_s: float) -> None:
         """After a pause of this node itself, everybody gets the time to be heard again."""

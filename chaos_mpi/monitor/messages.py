@@ -49,6 +49,7 @@ class Beat:
         echo_s: the newest stamp of the receiver, in this epoch, that the sender stands by; None for none.
         rows: the sender's, and others' where there is trouble.
         leaving: whether the sender acts no more, and votes until there is a view without it.
+        held_s: how long ago that stamp came to the sender.
     """
 
     epoch: int
@@ -56,6 +57,7 @@ class Beat:
     echo_s: float | None
     rows: tuple[Row, ...]
     leaving: bool = False
+    held_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +146,7 @@ def from_json(fields: Mapping[str, Any]) -> Message:
                 rows = tuple(_row(row) for row in fields["rows"])
                 return Beat(
                     int(fields["epoch"]), float(fields["stamp_s"]), None if echo_s is None else float(echo_s), rows,
-                    bool(fields["leaving"]),
+                    bool(fields["leaving"]), float(fields["held_s"]),
                 )  # fmt: skip
             case "Prepare":
                 return Prepare(int(fields["epoch"]), _ballot(fields["ballot"]))

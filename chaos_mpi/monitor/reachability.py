@@ -131,10 +131,10 @@ class Hearing:
             known[observer] = {node: age_s + late.get(node, 0.0) for node in self.members if node != observer}
         return known
 
-    def diagnosis(self, now_s: float) -> Diagnosis:
-        """What this node thinks of the members."""
-        timing = self.timing
-        return diagnose(self.me, self.members, self.silence_s(now_s), timing.limit_s, timing.late_s)
+    def diagnosis(self, now_s: float, limit_s: float | None = None) -> Diagnosis:
+        """What this node thinks of the members, when a silence of ``limit_s`` counts (by default as in the timing)."""
+        limit_s = self.timing.limit_s if limit_s is None else limit_s
+        return diagnose(self.me, self.members, self.silence_s(now_s), limit_s, self.timing.late_s)
 
     def next_change_s(self) -> float:
         """When the next member will be silent for the limit, if nothing is heard of it."""

@@ -97,7 +97,9 @@ def test_more_first_members_than_the_job_has() -> None:
 
 
 def test_settings_come_back_as_they_were() -> None:
-    settings = Settings("edge1", True, Timing(limit_s=0.25, heal_s=1.0, give_up_s=4.0, even_split="none"), "eth0")
+    settings = Settings(
+        "edge1", True, Timing(limit_s=0.25, heal_s=1.0, give_up_s=4.0, even_split="none"), "eth0", False
+    )
     assert Settings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
     with pytest.raises(ConfigError, match="limit_s is -1"):
         Settings.from_json({**settings.to_json(), "limit_s": -1})

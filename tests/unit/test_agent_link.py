@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import pytest
 from chaos_mpi.agent.crashes import Crash
 from chaos_mpi.agent.link import VARIABLE, AgentLink, LinkServer, is_watched
 from chaos_mpi.agent.sockets import connect
+from chaos_mpi.monitor.hostlinks import LinkStatus, to_json
 
 LIMIT_S = 20.0
 
@@ -98,8 +100,9 @@ def test_a_question_that_nobody_answers_has_a_limit(agent: Agent) -> None:
 
 def test_a_crash_elsewhere(agent: Agent) -> None:
     crashes = queue.SimpleQueue[Crash]()
-    link = AgentLink.open(agent.server.variables(), print, print, crashes.put)
+    link = AgentLink.open(agent.server.variables(), print, print)
     assert link is not None
+    link.follow_crashes(crashes.put)
     answer = queue.SimpleQueue[str]()
     threading.Thread(target=lambda: answer.put(link.may_go_on_without(["b:2"], LIMIT_S)), daemon=True).start()
     agent.asked.get(timeout=LIMIT_S)  # so it is connected
@@ -213,3 +216,22 @@ def test_the_rank_needs_neither_torch_nor_mpi_for_it() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT_S, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_news_of_links_is_told_also_when_it_came_early(agent: Agent) -> None:
+    first, second = LinkStatus(("a", "b"), "cut"), LinkStatus(("b", "c"), "cut")
+    agent.do(lambda: agent.server.tell_links([first, second]))
+    rank = Rank(agent)
+    news = queue.SimpleQueue[list[dict[str, str]]]()
+    while len(rank.link.links) < 2:
+        time.sleep(0.01)
+    rank.link.follow_links(news.put)
+    assert news.get(timeout=LIMIT_S) == to_json([first, second])
+    healed = LinkStatus(("a", "b"), "detour", "c")
+    agent.do(lambda: agent.server.tell_links([healed]))
+    assert news.get(timeout=LIMIT_S) == [{"a": "a", "b": "b", "state": "detour", "via": "c"}]
+    assert rank.link.links == to_json([healed, second])
+    late = Rank(agent)
+    while len(late.link.links) < 2:
+        time.sleep(0.01)
+    assert late.link.links == rank.link.links

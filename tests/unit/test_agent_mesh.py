@@ -211,6 +211,21 @@ def test_a_peer_that_comes_back_with_another_key_and_port() -> None:
     run(test())
 
 
+def test_a_connection_can_be_made_anew() -> None:
+    async def test() -> None:
+        async with ends("a", "b") as (a, b):
+            introduce(a, b)
+            a.mesh.reconnect("b:1")
+            await until(lambda: b.got, lambda: a.mesh.send("b:1", {"n": 1}))
+            assert set(map(repr, b.got)) == {repr(("a:1", {"n": 1}))}
+            a.mesh.reconnect("nobody:1")
+            a.mesh.forget("b:1")
+            a.mesh.reconnect("b:1")
+            assert not a.mesh.send("b:1", {"n": 2})
+
+    run(test())
+
+
 def test_an_address_that_is_not_of_this_machine() -> None:
     async def test() -> None:
         with pytest.raises(EngineError, match=r"cannot listen at 192\.0\.2\.1.*--network"):

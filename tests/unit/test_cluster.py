@@ -79,7 +79,17 @@ def test_the_command_of_a_rank_is_understood_by_the_proxy(tmp_path: Path) -> Non
     assert placement.watch is not None
     assert (placement.watch.timing.limit_s, placement.watch.timing.even_split) == (0.7, "none")
     assert not placement.watch.newcomer
+    assert placement.watch.detours
     assert placement.log_directory == str(tmp_path / "logs")
+
+
+def test_routes_are_left_alone_if_so_ordered(tmp_path: Path) -> None:
+    found = cluster_of(None, "a,b", None, "", None, None, None, None, None, None, no_detours=True)
+    assert found is not None
+    options = parser().parse_args(found.rank_command(tmp_path, ["t.py"])[4:])
+    watch = placement_of(options, {"PMIX_RANK": "0"}).watch
+    assert watch is not None
+    assert not watch.detours
 
 
 def test_a_rank_has_another_one_started() -> None:

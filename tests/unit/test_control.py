@@ -63,7 +63,7 @@ def looked_at(run_dir: Path) -> Session:
     return session(
         host="h", rank=1, members=("h:1", "me"), epoch=3, phase="compute", samplers=(SimpleNamespace(epoch=4),),
         settings=SimpleNamespace(min_ranks=1, max_ranks=None, run_dir=run_dir), pending_joins=list,
-        changes=Changes(deaths=1), recent=RecentEvents(),
+        changes=Changes(deaths=1), recent=RecentEvents(), agent=None,
     )  # fmt: skip
 
 

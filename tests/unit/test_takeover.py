@@ -52,6 +52,16 @@ def test_what_is_said_otherwise_is_left_out() -> None:
     assert "--remote-python" in launch.options
 
 
+def test_routes_are_left_alone_again() -> None:
+    assert "--no-detours" not in launch_of(told(), "/python").options
+    careful = told()
+    proxy = careful["proxy"]
+    assert isinstance(proxy, list)
+    proxy.append("--no-detours")
+    assert launch_of(careful, "/python").options[-1] == "--no-detours"
+    assert "--no-detours" not in launch_of(careful, "/python", ["--no-detours"]).options
+
+
 def test_another_program_than_ssh_is_used_again() -> None:
     options = launch_of(told(program="/bin/run_on", ssh="--x 'a b'"), "/python").options
     assert options[options.index("--ssh-program") + 1] == "/bin/run_on"

@@ -64,6 +64,17 @@ def test_rows_are_in_order_of_time() -> None:
     assert texts(random.Random(0).sample(events, len(events)))[1:] == texts(events)[1:]
 
 
+def test_what_becomes_of_links_is_told_once_however_many_members_tell() -> None:
+    cut = {"a": "x", "b": "y", "state": "cut", "via": ""}
+    round_by = {"a": "x", "b": "y", "state": "detour", "via": "z"}
+    news = [event("link_changed", 2 + 0.1 * rank, rank=rank, **cut) for rank in range(2)]  # the far end hears later
+    news += [event("link_changed", 3 + 0.1 * rank, rank=rank, **round_by) for rank in range(3)]
+    news += [event("link_changed", 4.0, rank=0, **cut), event("link_changed", 5.0, rank=1, **{**cut, "state": "up"})]
+    assert texts([*STARTED, *news])[1:] == [
+        "link x - y: cut", "link x - y: goes round by z", "link x - y: cut", "link x - y: up",
+    ]  # fmt: skip
+
+
 def test_replicas_that_differ_are_named() -> None:
     assert texts([*STARTED, ended(4, 0, digest="abc"), ended(4, 1, digest="xyz")])[-1] == (
         "finished; the 2 replicas DIFFER"
