@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from chaos_mpi.errors import EngineError
+from chaos_mpi.mpi.launch import TCP_FLAGS
 
 #: What a rank on another host gets from ``mpirun``'s side: what MPI and this package are told, and nothing personal.
 CARRIED_PREFIXES = ("PMIX_", "OMPI_", "PRTE_", "OPAL_", "CHAOS_")
@@ -22,11 +23,6 @@ SESSION_DIRECTORY = "PMIX_SERVER_TMPDIR"
 #: For a job over several hosts, in ``mpirun``'s own environment. PMIx hands data out in shared memory otherwise, and
 #: ``mpirun`` crashes on the next spawn when only its clients are told not to.
 LAUNCHER_SETTINGS = {"PMIX_MCA_gds": "hash"}
-
-#: What Open MPI's TCP transport may do: its defaults without ``put``. When a connection ends while a put is under way,
-#: Open MPI 5.0 sends a last word about that on the same connection while it holds its lock, and waits for itself for
-#: ever (``mca_btl_tcp_endpoint_close``, ``mca_pml_ob1_send_fin``): the process receives nothing more from anybody.
-TCP_FLAGS = "send,inplace,need-ack,need-csum,hetero-rdma"
 
 _SERVER_URI = re.compile(r"PMIX_SERVER_URI\d*")
 _TCP_URI = re.compile(r"(?P<server>.+);tcp4://(?P<host>[\d.]+):(?P<port>\d{1,5})")

@@ -14,11 +14,17 @@ from pathlib import Path
 
 from chaos_mpi.errors import EngineError
 
+#: What Open MPI's TCP transport may do: its defaults without ``put``. When a connection ends while a put is under way,
+#: Open MPI 5.0 sends a last word about that on the same connection while it holds its lock, and waits for itself for
+#: ever (``mca_btl_tcp_endpoint_close``, ``mca_pml_ob1_send_fin``): the process receives nothing more from anybody.
+TCP_FLAGS = "send,inplace,need-ack,need-csum,hetero-rdma"
+
 #: Components and parameters of Open MPI, by MCA name without ``OMPI_MCA_``. What each one is for:
 #:
 #: * ``coll``: these components crash or hang on communicators that were shrunk or merged.
 #: * ``pml``, ``btl``: the message layer that knows process failure, over shared memory within a machine and TCP
 #:   between machines.
+#: * ``btl_tcp_flags``: see :data:`TCP_FLAGS`.
 #: * ``coll_libnbc_iallreduce_algorithm``: 3 is Rabenseifner's, the fastest of the non-blocking ones for large
 #:   buckets.
 #: * ``coll_tuned_*``: a plain loop of sends for the broadcasts within MPI itself. If a newcomer dies while it is taken
@@ -28,6 +34,7 @@ MCA_DEFAULTS: dict[str, str] = {
     "coll": "^han,hcoll,portals4,cuda",
     "pml": "ob1",
     "btl": "self,sm,tcp",
+    "btl_tcp_flags": TCP_FLAGS,
     "coll_libnbc_iallreduce_algorithm": "3",
     "coll_tuned_use_dynamic_rules": "1",
     "coll_tuned_bcast_algorithm": "1",
