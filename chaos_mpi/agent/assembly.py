@@ -2,6 +2,8 @@
 
 They learn of each other at different times, and who begins early would take the late for dead. So each tells the others
 whether it has heard all of them, and begins when all have said that they have: then every connection works, both ways.
+And it says so only once its rank is up: ranks that load their libraries take every core that there is, and agents that
+got none would be taken for dead as well.
 """
 
 from __future__ import annotations
@@ -15,26 +17,29 @@ class Assembly:
     Args:
         me: its name.
         members: of the first view, this one too.
+        up: see below.
 
     Attributes:
         others: all but this one.
+        up: whether the rank of this agent is up.
     """
 
-    def __init__(self, me: str, members: Iterable[str]) -> None:
+    def __init__(self, me: str, members: Iterable[str], *, up: bool = True) -> None:
         self.others = frozenset(members) - {me}
+        self.up = up
         self._heard: set[str] = set()
         self._complete: set[str] = set()
         self._begun = False
 
     @property
     def complete(self) -> bool:
-        """Whether all others were heard; to be told to them, again and again."""
-        return self._heard >= self.others
+        """Whether the rank is up and all others were heard; to be told to them, again and again."""
+        return self.up and self._heard >= self.others
 
     @property
     def is_over(self) -> bool:
         """Whether to begin."""
-        return self._begun or self._complete >= self.others
+        return self._begun or (self.up and self._complete >= self.others)
 
     @property
     def missing(self) -> list[str]:

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,7 +161,8 @@ class Guard:
                 self._detouring.start(alone=False)
             elif first is not None:
                 self._begun = True
-                self._watch.begin([str(name) for name in first], contacts)
+                self._watch.begin([str(name) for name in first], contacts, up=False)
+                self._spawn(self._tell_that_it_is_up(self._watch))
                 self._detouring.start(alone=True)
             else:
                 self._watch.know(contacts)
@@ -217,9 +218,16 @@ class Guard:
         return {"table": self._detouring.table()}
 
     def _removed(self, removal: Removal) -> None:
-        task = asyncio.get_running_loop().create_task(self._cut_off(removal))
+        self._spawn(self._cut_off(removal))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def _tell_that_it_is_up(self, watch: Watch) -> None:
+        await self._link.connected.wait()
+        watch.rank_is_up()
 
     async def _cut_off(self, removal: Removal) -> None:
         """Fence first: what the ranks of a lost host say, should they wake, is not to reach anybody."""

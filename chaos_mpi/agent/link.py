@@ -53,6 +53,7 @@ class LinkServer:
 
     Attributes:
         path: of the socket.
+        connected: set once the rank has connected.
 
     Raises:
         OSError: the socket cannot be made.
@@ -70,6 +71,7 @@ class LinkServer:
         self._server: asyncio.Server | None = None
         self._stop: str | None = None
         self._links: dict[tuple[str, str], LinkStatus] = {}
+        self.connected = asyncio.Event()
         self._member: asyncio.Future[str] | None = None
         self._own_directory = Path(tempfile.mkdtemp(prefix="chaos_mpi-")) if directory is None else None  # mode 0700
         self.path = (self._own_directory or directory or Path()) / f"agent-{os.getpid()}.sock"
@@ -124,6 +126,7 @@ class LinkServer:
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         assert self._member is not None
         _tell(writer, {"member": await self._member})
+        self.connected.set()
         self._writers.add(writer)
         if self._links:
             _tell(writer, {"links": links_to_json(self._links.values())})

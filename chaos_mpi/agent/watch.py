@@ -28,6 +28,8 @@ log = logging.getLogger("chaos_mpi.agent")
 
 #: Who has not been heard by then at the beginning is taken for dead.
 ASSEMBLY_LIMIT_S = 15.0
+#: How long ranks may take to load their libraries; the watch begins then, whether they have or not.
+UP_LIMIT_S = 120.0
 #: How often the end of a rank is told to who has not confirmed it.
 _REPEAT_S = 0.02
 #: How long an agent whose rank has ended waits for others, whose ranks have as well, to say that they know.
@@ -110,12 +112,13 @@ class Watch:
         links = {} if self._member is None else self._member.links
         return {node.name: link.rtt_s for node, link in links.items() if link.rtt_s is not None}
 
-    def begin(self, members: Iterable[str], contacts: Iterable[Contact]) -> None:
+    def begin(self, members: Iterable[str], contacts: Iterable[Contact], *, up: bool = True) -> None:
         """Start as one of the first members.
 
         Args:
             members: all of them.
             contacts: how to reach the others, and maybe more.
+            up: whether the rank is up; if not, :meth:`rank_is_up` is to follow.
 
         Raises:
             ConfigError: this node is none of them.
@@ -123,11 +126,17 @@ class Watch:
         first = sorted(members)
         if self.me not in first:
             raise ConfigError(f"{self.me} is none of the first members {', '.join(first)}")
-        self._assembly, self._began_s = Assembly(self.me, first), boot_clock_s()
+        self._assembly, self._began_s = Assembly(self.me, first, up=up), boot_clock_s()
         for member in self.ended:
             self._assembly.ended(member)
         self.know(contacts)
         self._tick()
+
+    def rank_is_up(self) -> None:
+        """The rank of this agent has loaded its libraries, and has connected with the agent."""
+        if self._assembly is not None:
+            self._assembly.up = True
+            self._tick()
 
     def join(self, contacts: Iterable[Contact]) -> None:
         """Start as a newcomer: ask all to be admitted until a view has this node."""
@@ -309,8 +318,10 @@ class Watch:
 
     def _start_if_assembled(self, now_s: float) -> None:
         assembly = self._assembly
-        late = now_s - self._began_s > ASSEMBLY_LIMIT_S
-        if assembly is None or not (assembly.is_over or late):
+        if assembly is None:
+            return
+        late = now_s - self._began_s > (ASSEMBLY_LIMIT_S if assembly.missing else UP_LIMIT_S)
+        if not (assembly.is_over or late):
             return
         if not assembly.is_over and assembly.missing:
             log.warning(

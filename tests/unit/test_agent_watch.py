@@ -289,16 +289,19 @@ def test_nonsense_is_refused(fields: dict[str, Any]) -> None:
 
 @given(st.integers(2, 5), st.randoms(use_true_random=False))
 def test_nobody_begins_before_all_have_heard_all(size: int, rng: Any) -> None:
-    """Whatever order messages come in, and whichever are lost: when one begins, every connection has worked."""
+    """Whatever order messages come in, and whichever are lost: when one begins, every connection has worked, and every
+    rank is up."""
     names = [str(number) for number in range(size)]
-    parts = {name: Assembly(name, names) for name in names}
+    parts = {name: Assembly(name, names, up=False) for name in names}
     heard: set[tuple[str, str]] = set()
     for _ in range(100):
         one, other = rng.sample(names, 2)
+        parts[one].up |= rng.random() < 0.2
         if rng.random() < 0.3:
             continue
         parts[other].heard(one, parts[one].complete)
         heard.add((one, other))
         if parts[other].is_over:
             assert len(heard) == size * (size - 1)
+            assert all(part.up for part in parts.values())
             return
