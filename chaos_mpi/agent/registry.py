@@ -93,15 +93,20 @@ def end(directory: Path, number: int, limit_s: float) -> None:
         number: the signal that they heed by having their rank ended.
         limit_s: how long they have.
     """
-    limit = time.monotonic() + limit_s
     for entry in registered(directory):
         with contextlib.suppress(ProcessLookupError):
             os.kill(entry.pid, number)
-    while (left := list(registered(directory))) and time.monotonic() < limit:
-        time.sleep(_POLL_S)
-    for entry in left:
+    for entry in wait_for_end(directory, limit_s):
         with contextlib.suppress(ProcessLookupError):
             os.kill(entry.pid, signal.SIGKILL)
+
+
+def wait_for_end(directory: Path, limit_s: float) -> list[Registered]:
+    """Return when all proxies of a job have ended by themselves, or after ``limit_s`` seconds; those that are left."""
+    limit = time.monotonic() + limit_s
+    while (left := list(registered(directory))) and time.monotonic() < limit:
+        time.sleep(_POLL_S)
+    return left
 
 
 def _name(pid: int | str) -> str:

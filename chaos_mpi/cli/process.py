@@ -39,6 +39,8 @@ _POLL_S = 0.1
 _QUIET_S = 1.0
 #: When ranks are told to end through their proxies, these get so long to see it done.
 _PROXIES_LIMIT_S = 3.0
+#: When ``mpirun`` was lost, the proxies get so long to tell the ranks.
+_FAREWELL_LIMIT_S = 10.0
 _PR_SET_PDEATHSIG = 1
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -123,7 +125,10 @@ class MpirunJob:
             except subprocess.TimeoutExpired:
                 continue
         lost = self._outlived and self._process.returncode == -signal.SIGKILL and not self._killed
-        if not lost:
+        if lost:
+            # They tell the loss of mpirun from its end by its directory, which goes when this process ends.
+            registry.wait_for_end(self._run_dir, _FAREWELL_LIMIT_S)
+        else:
             self._kill_ranks()
         for pump in self._pumps:
             pump.join(GRACE_S)

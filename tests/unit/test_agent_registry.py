@@ -4,16 +4,17 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 from chaos_mpi.agent.processes import start_time
-from chaos_mpi.agent.registry import Registered, fence, register, registered
+from chaos_mpi.agent.registry import Registered, end, fence, register, registered, wait_for_end
 
 ROOT = Path(__file__).parents[2]
 PROXY = """
 import sys, time
 from pathlib import Path
-from chaos_mpi.agent.registry import register
+from chaos_mpi.agent.registry import end, register, wait_for_end
 register(Path(sys.argv[1]), sys.argv[2], "job@1", int(sys.argv[3]))
 print("up", flush=True)
 time.sleep(60)
@@ -54,3 +55,18 @@ def test_a_job_that_keeps_no_list(tmp_path: Path) -> None:
     register(tmp_path / "nowhere", "a", "job@1", 0)
     assert list(registered(tmp_path / "nowhere")) == []
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_proxies_are_waited_for(tmp_path: Path) -> None:
+    assert wait_for_end(tmp_path, 10) == []
+    with proxy(tmp_path, "a", 0) as process:
+        (left,) = wait_for_end(tmp_path, 0.05)
+        assert left.pid == process.pid
+        threading.Timer(0.1, process.kill).start()
+        assert wait_for_end(tmp_path, 10) == []
+
+
+def test_proxies_that_heed_no_signal_are_killed(tmp_path: Path) -> None:
+    with proxy(tmp_path, "a", 0) as process:
+        end(tmp_path, signal.SIGCONT, 0.1)
+        assert process.wait(10) == -signal.SIGKILL
