@@ -72,6 +72,7 @@ class HostJob:
         command = [sys.executable, "-m", "chaos_mpi.cli.chaosrun", "--hosts", ",".join(bed.hosts)]
         command += ["--ssh-args", shlex.join(ssh.command[1:]), "--remote-python", str(python), "--network", bed.subnet]
         command += ["--heartbeat-limit", f"{limit_s:g}", "--event-log", str(scratch / "%m.jsonl")]
+        command += ["--restarts", "0"]
         command += ["--log-dir", str(scratch / "logs")]
         command += [str(_ROOT / "launch" / "examples" / "train_digits.py"), "--epochs", "1000000"]
         self._output = (scratch / "output").open("w+b")

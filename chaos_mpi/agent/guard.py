@@ -107,7 +107,7 @@ class Guard:
         self._watch: Watch | None = None
         self._detouring: Detouring | None = None
         self._own: tuple[Interface, ...] = ()
-        self._begun = False
+        self._begun = self._alone = False
         self._fenced: dict[str, asyncio.Event] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._killing: asyncio.TimerHandle | None = None
@@ -166,6 +166,10 @@ class Guard:
                 self._detouring.start(alone=True)
             else:
                 self._watch.know(contacts)
+
+    def launcher_lost(self) -> None:
+        """Nobody can fence hosts off any more, and there is nothing left to fence them off from."""
+        self._alone = True
 
     def rank_ended(self, crash: str = "") -> asyncio.Task[None]:
         """Tell the others at once; the task ends when they have confirmed it, or after a limit.
@@ -232,7 +236,7 @@ class Guard:
     async def _cut_off(self, removal: Removal) -> None:
         """Fence first: what the ranks of a lost host say, should they wake, is not to reach anybody."""
         answers = []
-        for host in removal.hosts:
+        for host in () if self._alone else removal.hosts:
             answers.append(self._fenced.setdefault(host, asyncio.Event()))
             answers[-1].clear()
             self._write(encode_json(Kind.FENCE, host))

@@ -226,6 +226,8 @@ class Supervisor:
             return
         self._lost = True
         self._launcher_pipe.close()
+        if self._guard is not None:
+            self._guard.launcher_lost()
         if self._output is not None:
             self._output.lost = True
         self._writer.abandon()
