@@ -25,7 +25,7 @@ from typing import Any, Self
 
 import psutil
 
-from chaos_mpi.mpi.launch import mpirun_command
+from chaos_mpi.mpi.launch import LAUNCHER_NOT_UP, mpirun_command
 
 SOCKET_VARIABLE = "BENCH_SOCKET"
 SPEC_VARIABLE = "BENCH_SPEC"
@@ -84,10 +84,6 @@ def join_driver() -> tuple[Link, dict[str, Any]]:
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(os.environ[SOCKET_VARIABLE])
     return Link(connection), spec
-
-
-#: Exit status of mpirun when its own services did not come up; seen about once in a thousand starts on a busy machine.
-_LAUNCHER_NOT_UP = 213
 
 
 class Job:
@@ -159,7 +155,7 @@ class Job:
 
     def _start_again(self) -> bool:
         """Once more start what ``mpirun`` could not, if that is why it has ended."""
-        failed = [i for i, process in enumerate(self._processes) if process.poll() == _LAUNCHER_NOT_UP]
+        failed = [i for i, process in enumerate(self._processes) if process.poll() == LAUNCHER_NOT_UP]
         for i in failed:
             self._processes[i] = self._start(*self._started[i])
         self._starts_left -= 1

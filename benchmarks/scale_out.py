@@ -216,17 +216,13 @@ def sweep(cells: Sequence[Cell], systems: Sequence[str], repeats: int, seed: int
 
 
 def _attempted(site: Site, cell: Cell, system: str, source: int) -> dict[str, Any]:
-    """What was measured, or ``error``. A job that does not come up, as mpirun's own services now and then do not, is
-    started once more."""
-    for last in (False, True):
-        with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
-            try:
-                return measure(site, cell, system, source, Path(scratch))
-            except (JobError, LookupError) as error:
-                print(f"  {error}", file=sys.stderr)
-                if last or "while the job started" not in str(error):
-                    return {"error": str(error).splitlines()[0]}
-    raise AssertionError("the second attempt returns")
+    """What was measured, or ``error``."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
+        try:
+            return measure(site, cell, system, source, Path(scratch))
+        except (JobError, LookupError) as error:
+            print(f"  {error}", file=sys.stderr)
+            return {"error": str(error).splitlines()[0]}
 
 
 def main() -> None:

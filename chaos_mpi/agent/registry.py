@@ -12,7 +12,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,9 +79,7 @@ def fence(directory: Path, host: str) -> int:
         How many ranks it had.
     """
     doomed = [entry for entry in registered(directory) if entry.host == host]
-    for entry in doomed:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(entry.pid, signal.SIGKILL)
+    _signal(doomed, signal.SIGKILL)
     return len(doomed)
 
 
@@ -93,12 +91,8 @@ def end(directory: Path, number: int, limit_s: float) -> None:
         number: the signal that they heed by having their rank ended.
         limit_s: how long they have.
     """
-    for entry in registered(directory):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(entry.pid, number)
-    for entry in wait_for_end(directory, limit_s):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(entry.pid, signal.SIGKILL)
+    _signal(registered(directory), number)
+    _signal(wait_for_end(directory, limit_s), signal.SIGKILL)
 
 
 def wait_for_end(directory: Path, limit_s: float) -> list[Registered]:
@@ -107,6 +101,12 @@ def wait_for_end(directory: Path, limit_s: float) -> list[Registered]:
     while (left := list(registered(directory))) and time.monotonic() < limit:
         time.sleep(_POLL_S)
     return left
+
+
+def _signal(entries: Iterable[Registered], number: int) -> None:
+    for entry in entries:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(entry.pid, number)
 
 
 def _name(pid: int | str) -> str:

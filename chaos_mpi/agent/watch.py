@@ -198,10 +198,6 @@ class Watch:
             self._tell_end(unaware)
             await self._change(self._timing.beat_s)
 
-    def _tell_end(self, members: Iterable[str]) -> None:
-        for member in members:
-            self._network.send(member, self._end)
-
     def close(self) -> None:
         """Say and do nothing any more."""
         self._closed = True
@@ -412,6 +408,10 @@ class Watch:
         self._tell_change()
         if not self._leaving:
             self._on_stopped(reason)
+
+    def _tell_end(self, members: Iterable[str]) -> None:
+        for member in members:
+            self._network.send(member, self._end)
 
     def _others(self) -> set[str]:
         """The others that take part, as far as is known, and whose ranks have not ended."""

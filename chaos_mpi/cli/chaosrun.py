@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,10 +27,8 @@ from chaos_mpi.cli.outcome import EXIT_GOES_ON, EXIT_STOPPED, EXIT_USAGE, judge,
 from chaos_mpi.cli.process import LauncherLostError, MpirunJob
 from chaos_mpi.config import BATCH_POLICIES, JOIN_POLICIES, LOG_LEVELS, SCALE_POLICIES
 from chaos_mpi.errors import ChaosError, ConfigError
-from chaos_mpi.mpi.launch import SHM_DIRECTORY, mpirun_command
+from chaos_mpi.mpi.launch import LAUNCHER_NOT_UP, SHM_DIRECTORY, mpirun_command
 
-#: Exit status of mpirun when its own services did not come up; seen about once in a thousand starts on a busy machine.
-LAUNCHER_NOT_UP = 213
 START_ATTEMPTS = 3
 _SETTINGS = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 
@@ -142,13 +140,15 @@ def main(
         "CHAOS_LOG_LEVEL": log_level,
     }
     chosen = {name: str(value) for name, value in settings.items() if value is not None}
+    if hosts is not None:
+        needed = (Path.cwd(), *_files(script, checkpoint_dir, event_log, hosts_from))
+        hosts = replace(hosts, paths=tuple(map(str, needed)))
     start = _Start(ranks, _program(script, module), chosen, hosts, tag_output, drop_noise=log_level != "debug")
     try:
         if dry_run:
             print(start.shown())
             return
         if hosts is not None:
-            hosts.needs(os.getcwd(), *_files(script, checkpoint_dir, event_log, hosts_from))
             _refuse_hosts(hosts.check())
         sys.exit(_run(start, (metrics_address, metrics_port) if metrics_port is not None else None))
     except ChaosError as error:
@@ -326,13 +326,13 @@ def _program(script: tuple[str, ...], module: bool) -> list[str]:
     return list(script)
 
 
-def _files(script: tuple[str, ...], *more: Path | str | None) -> list[Path]:
-    """What has to be on every host: the script, and the directories that it is told to write to."""
-    program = [Path(script[0]).absolute()] if script and Path(script[0]).suffix == ".py" else []
-    checkpoints, event_log, hosts_from = more
-    found = [Path(checkpoints).absolute()] if checkpoints is not None else []
-    found += [Path(event_log).absolute().parent] if event_log is not None else []
-    return program + found + ([Path(hosts_from).absolute()] if hosts_from is not None else [])
+def _files(
+    script: tuple[str, ...], checkpoint_dir: Path | None, event_log: str | None, hosts_from: Path | None
+) -> list[Path]:
+    """What has to be on every host: the script, the directories that it is told to write to, and the list of hosts."""
+    program = Path(script[0]) if script and Path(script[0]).suffix == ".py" else None
+    log_dir = Path(event_log).absolute().parent if event_log is not None else None
+    return [path.absolute() for path in (program, checkpoint_dir, log_dir, hosts_from) if path is not None]
 
 
 def _refuse_hosts(problems: list[str]) -> None:

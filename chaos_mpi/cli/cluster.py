@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ class Cluster:
         log_dir: see ``--log-dir``.
         heartbeat_limit_s: see ``--heartbeat-limit``.
         even_split: see ``--even-split``.
+        paths: files and directories that have to exist on every host.
         detours: unless ``--no-detours``.
     """
 
@@ -82,11 +83,7 @@ class Cluster:
     heartbeat_limit_s: float = 0.5
     even_split: str = EVEN_SPLITS[0]
     detours: bool = True
-    _paths: list[str] = field(default_factory=list)
-
-    def needs(self, *paths: str | Path) -> None:
-        """These have to exist on every host."""
-        self._paths.extend(str(path) for path in paths)
+    paths: tuple[str, ...] = ()
 
     @property
     def remote(self) -> list[str]:
@@ -95,7 +92,7 @@ class Cluster:
 
     def check(self) -> list[str]:
         """What keeps the hosts from being used, a line for each problem."""
-        return check(self.remote, self.python, self.ssh, self._paths)
+        return check(self.remote, self.python, self.ssh, self.paths)
 
     def proxy(self, run_dir: Path) -> list[str]:
         """The beginning of a proxy's command line."""
@@ -124,7 +121,7 @@ class Cluster:
 
     def note(self, run_dir: Path) -> None:
         """Leave what is needed to check further hosts in the job's directory."""
-        fields = {"python": self.python, "ssh": self.ssh, "paths": self._paths}
+        fields = {"python": self.python, "ssh": self.ssh, "paths": self.paths}
         (run_dir / HOSTS_FILE).write_text(json.dumps(fields), encoding="utf-8")
 
 

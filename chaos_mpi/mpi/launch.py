@@ -47,6 +47,9 @@ MCA_ONE_MACHINE: dict[str, str] = {"btl": "self,sm,tcp", "btl_tcp_if_include": "
 #: The same where shared memory is too small: TCP on the loopback interface.
 MCA_ONE_MACHINE_WITHOUT_SHM: dict[str, str] = {"btl": "self,tcp", "btl_tcp_if_include": "lo"}
 
+#: Exit status of mpirun when its own services did not come up; seen about once in a thousand starts on a busy machine.
+LAUNCHER_NOT_UP = 213
+
 #: Shared memory that one rank's ``sm`` transport takes, bytes, with some room.
 SHM_PER_RANK = 24 << 20
 SHM_DIRECTORY = Path("/dev/shm")  # noqa: S108 - where Open MPI itself puts its segments
