@@ -58,6 +58,14 @@ class RecoveryError(ChaosError):
     """Recovery from a failure did not converge; the cause of the last attempt is chained to it."""
 
 
+class GroupBrokenError(ChaosError):
+    """A member of a group of some ranks has died, and the group with it; the job as a whole goes on."""
+
+
+class ViewChangedError(ChaosError):
+    """A member died in a call that was made for just so many ranks, as an all-to-all with splits; nothing was done."""
+
+
 class PeerFailedError(Exception):
     """A communicator is broken: a member died, or another member revoked it. Never leaves the package.
 

@@ -1,7 +1,7 @@
 """What a host has, as one line of JSON; its source is sent to ``python -`` on the host before a job is started there.
 
 So it runs where this package is not installed, and with versions of Python that the package does not support.
-Arguments are paths, of which it says whether they exist.
+Arguments are paths, of which it says whether they exist, or, after a ``+``, whether files can be made in it.
 """
 
 import importlib.util
@@ -44,6 +44,13 @@ def library() -> "tuple[str | None, str | None]":
     return MPI.Get_library_version().strip("\0").split(",")[0].strip(), None
 
 
+def writable(directory: str) -> bool:
+    """Whether files can be made in a directory, which may have to be made first."""
+    while not os.path.lexists(directory) and os.path.dirname(directory) != directory:
+        directory = os.path.dirname(directory) or "."
+    return os.path.isdir(directory) and os.access(directory, os.W_OK | os.X_OK)
+
+
 def report(paths: "list[str]") -> "dict[str, object]":
     """All that is found out."""
     loaded, problem = library()
@@ -56,7 +63,8 @@ def report(paths: "list[str]") -> "dict[str, object]":
         "versions": {name: version(name) for name in DISTRIBUTIONS},
         "library": loaded,
         "library_problem": problem,
-        "missing": [path for path in paths if not os.path.exists(path)],
+        "missing": [path for path in paths if path[:1] != "+" and not os.path.exists(path)],
+        "unwritable": [path[1:] for path in paths if path[:1] == "+" and not writable(path[1:])],
     }
 
 

@@ -35,7 +35,16 @@ def how_it_crashed(status: int, was_member: bool, outcome: str | None) -> str:
         return ""
     if outcome == "crashed":
         return "by an error in the script"
-    if status > 0:
+    return how_ended(status)
+
+
+def how_ended(status: int) -> str:
+    """How a process ended, for people.
+
+    Args:
+        status: as :mod:`subprocess` gives it.
+    """
+    if status >= 0:
         return f"exit status {status}"
     try:
         return signal.Signals(-status).name

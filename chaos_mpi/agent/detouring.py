@@ -7,7 +7,7 @@ import contextlib
 import errno
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from chaos_mpi.agent import tasks
@@ -26,8 +26,9 @@ from chaos_mpi.membership import host_of
 from chaos_mpi.monitor import detours
 from chaos_mpi.monitor.cluster import Timing
 from chaos_mpi.monitor.detours import Detours, Said, Way
-from chaos_mpi.monitor.hostlinks import LinkStatus, Order, Sight, ends_of, sight_of
+from chaos_mpi.monitor.hostlinks import CUT, DOWN, Ends, LinkStatus, Order, Sight, ends_of, sight_of
 from chaos_mpi.monitor.linktable import TABLE, TABLE_S, LinkTable
+from chaos_mpi.monitor.order import HostLinks
 from chaos_mpi.monitor.reachability import Diagnosis
 
 #: The messages that are about links.
@@ -48,6 +49,9 @@ _PROBE_S, _PROBE_LIMIT_S = 0.5, 0.4
 
 class Watching(Protocol):
     """What is known of the other agents: :class:`chaos_mpi.agent.watch.Watch`."""
+
+    @property
+    def witness(self) -> str | None: ...
 
     def contact(self, member: str) -> Contact | None: ...
 
@@ -85,6 +89,7 @@ class Detouring:
         self._table = LinkTable(me)
         self._forwarding = Forwarding()
         self._sight: Sight | None = None
+        self._has_measured = False  # bandwidths, since the last table
         self._set: dict[str, tuple[Way, list[Route]]] = {}  # by the other host
         self._connect_s: dict[str, float] = {}  # by the other host, when to connect anew if it is not heard
         self._complained: set[str] = set()
@@ -111,7 +116,9 @@ class Detouring:
             ValueError: it cannot be understood.
         """
         if fields["kind"] == TABLE:
-            self._links.order(self._table.receive(sender, fields))
+            orders = self._table.receive(sender, fields)
+            self._links.bytes_per_s = self._table.bytes_per_s
+            self._heed_orders(orders)
         else:
             self._do(self._links.receive(sender, fields, boot_clock_s()))
 
@@ -119,6 +126,18 @@ class Detouring:
         """All links; see :meth:`chaos_mpi.monitor.linktable.LinkTable.rows`."""
         self._table.measured(self._watch.rtt_s())
         return self._table.rows(self._hosts(), self._links.links)
+
+    def sent(self, bytes_per_s: Mapping[str, float]) -> None:
+        """How fast the rank's data went to other hosts. The others are told with the next table."""
+        self._table.sent(bytes_per_s)
+        self._links.bytes_per_s = self._table.bytes_per_s
+        self._has_measured |= bool(bytes_per_s)
+
+    def links(self) -> HostLinks:
+        """What is known of all links."""
+        self._table.measured(self._watch.rtt_s())
+        unusable = [ends for ends, status in self._links.links.items() if status.state in (CUT, DOWN)]
+        return HostLinks(self._table.bytes_per_s, self._table.rtt_s, unusable)
 
     def order(self, one: str, other: str, *, down: bool) -> str:
         """Have a link not be used any more, or used again; returns why that cannot be, or nothing."""
@@ -128,12 +147,19 @@ class Detouring:
                 return f"there is no host {host} in the job; its hosts are {', '.join(sorted(hosts))}"
         if one == other:
             return f"a link has two ends, not {one} twice"
-        self._links.order({ends_of(one, other): Order(time.time(), self._links.me, down)})
+        self._heed_orders({ends_of(one, other): Order(time.time(), self._links.me, down)})
         self._send_table()
         return ""
 
+    def _heed_orders(self, orders: Mapping[Ends, Order]) -> None:
+        """Do at once what is new in these."""
+        before = self._links.orders
+        self._links.order(orders)
+        if self._sight is not None and self._links.orders != before:
+            self._do(self._links.tick(self._sight, boot_clock_s()))
+
     def _hosts(self) -> set[str]:
-        return set(self._sight.speakers) if self._sight is not None else set()
+        return self._sight.hosts if self._sight is not None else set()
 
     def _send_table(self) -> None:
         if self._sight is not None:
@@ -145,7 +171,10 @@ class Detouring:
     async def _tell_table(self) -> None:
         while True:
             await asyncio.sleep(TABLE_S)
-            if self._sight is not None and self._sight.speakers.get(self._links.host) == self._links.me:
+            if self._sight is None:
+                continue
+            if self._has_measured or self._sight.speakers.get(self._links.host) == self._links.me:
+                self._has_measured = False
                 self._send_table()
 
     async def close(self) -> None:
@@ -161,8 +190,8 @@ class Detouring:
         while True:
             late, silent = (self._watch.diagnosis(n * self._timing.beat_s) for n in (_LATE_BEATS, _SILENT_BEATS))
             if late is not None and silent is not None:
-                self._sight = sight_of(silent)
-                for other in self._links.to_probe(sight_of(late)):
+                self._sight = sight_of(silent, self._watch.witness)
+                for other in self._links.to_probe(sight_of(late, self._watch.witness)):
                     self._try_to_connect(other)
                 self._do(self._links.tick(self._sight, boot_clock_s()))
                 self._connect_anew(self._sight)

@@ -1,5 +1,7 @@
 """How agents learn of each other: each proxy notes its agent's contact down beside its entry in the job's registry.
 
+The witness, which is on the launch host, does so itself.
+
 The directory is on the launch host and only its owner can enter it. To and from the agents the contacts go through the
 streams of :mod:`chaos_mpi.agent.frames`, so a stranger can neither read nor add any.
 """
@@ -17,6 +19,7 @@ from typing import Any, NamedTuple
 
 from chaos_mpi.agent.contacts import Contact
 from chaos_mpi.agent.processes import is_running, start_time
+from chaos_mpi.agent.registry import ended
 from chaos_mpi.errors import ConfigError
 
 log = logging.getLogger("chaos_mpi.agent")
@@ -36,6 +39,7 @@ class Posted(NamedTuple):
         rank: its number in that.
         pid: of the proxy.
         started: when the proxy was started.
+        first_size: how many ranks the job has begun with, if this is one of them; else None.
     """
 
     contact: Contact
@@ -43,6 +47,7 @@ class Posted(NamedTuple):
     rank: int
     pid: int
     started: int
+    first_size: int | None
 
     @property
     def is_there(self) -> bool:
@@ -51,21 +56,30 @@ class Posted(NamedTuple):
 
 
 class Exchange:
-    """One proxy's part.
+    """The part of one proxy, or of the witness.
 
     Args:
         directory: of the job's registry.
-        job: the PMIx namespace of this proxy's rank.
+        job: the PMIx namespace of this proxy's rank; None for the witness.
         rank: its number in that.
-        first_size: how many ranks the job has begun with, if this rank is one of them; None for a newcomer.
+        first_size: how many ranks the job has begun with, if this rank is one of them; else None.
         send: takes what the agent is to be told, as JSON: all contacts, and the names of the first members once these
-            are known (None until then, and for a newcomer).
+            are known (None until then, and for a newcomer). Joins whose processes have ended, see :mod:`.registry`. And
+            the members whose proxies have ended: ``mpirun``, as long as it lives, has told the others that they are
+            dead.
+        launcher: process id of ``mpirun``, this proxy's parent; None for the witness, which has another.
     """
 
     def __init__(
-        self, directory: Path, job: str, rank: int, first_size: int | None, send: Callable[[dict[str, Any]], None]
+        self,
+        directory: Path,
+        job: str | None,
+        rank: int,
+        first_size: int | None,
+        send: Callable[[dict[str, Any]], None],
+        launcher: int | None = None,
     ) -> None:
-        self._directory, self._job, self._rank = directory, job, rank
+        self._directory, self._job, self._rank, self._launcher = directory, job, rank, launcher
         self._first_size, self._send = first_size, send
         self._known: dict[str, Posted] = {}
         self._sent: dict[str, Any] | None = None
@@ -78,7 +92,8 @@ class Exchange:
         """
         pid = os.getpid()
         entry = {
-            "contact": contact.to_json(), "job": self._job, "rank": self._rank, "pid": pid, "started": start_time(pid)
+            "contact": contact.to_json(), "job": self._job or "", "rank": self._rank, "pid": pid,
+            "started": start_time(pid), "first_size": self._first_size,
         }  # fmt: skip
         new = self._directory / f"contact-{pid}.new"
         descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -100,13 +115,25 @@ class Exchange:
             member = entry.contact.member
             # A newcomer whose proxy has gone before anybody knew it is no use. The first members all count: each of
             # them must begin with the same ones.
-            if member not in self._known and (entry.job == self._job or entry.is_there):
+            if member not in self._known and (entry.first_size is not None or entry.is_there):
                 self._known[member] = entry
-        first = None if self._first_size is None else first_members(self._known.values(), self._job, self._first_size)
-        news = {"contacts": [entry.contact.to_json() for entry in self._known.values()], "first": first}
+        job, size = self._beginning()
+        first = None if size is None else first_members(self._known.values(), job, size)
+        contacts = [entry.contact.to_json() for entry in self._known.values()]
+        gone = [entry.contact.member for entry in self._known.values() if not entry.is_there]
+        # Only now: the proxies end as well when mpirun has ended, and their ranks go on then.
+        disowned = gone if self._launcher == os.getppid() else []
+        news = {"contacts": contacts, "first": first, "ended": ended(self._directory), "disowned": disowned}
         if news != self._sent:
             self._sent = news
             self._send(news)
+
+    def _beginning(self) -> tuple[str, int | None]:
+        """The namespace of the first ranks, and their number; the witness takes it from what they have noted down."""
+        if self._job is not None:
+            return self._job, self._first_size
+        begun = (entry for entry in self._known.values() if entry.first_size is not None)
+        return next(((entry.job, entry.first_size) for entry in begun), ("", None))
 
 
 def posted(directory: Path, without: Collection[int] = ()) -> Iterable[Posted]:
@@ -119,7 +146,7 @@ def posted(directory: Path, without: Collection[int] = ()) -> Iterable[Posted]:
             fields = json.loads(path.read_text())
             yield Posted(
                 Contact.from_json(fields["contact"]), str(fields["job"]), int(fields["rank"]), int(fields["pid"]),
-                int(fields["started"]),
+                int(fields["started"]), None if fields["first_size"] is None else int(fields["first_size"]),
             )  # fmt: skip
 
 

@@ -20,8 +20,11 @@ from typing import TYPE_CHECKING, Any
 from chaos_mpi.agent.contacts import Contact, Interface, own_interfaces, select
 from chaos_mpi.agent.detouring import KINDS, Detouring
 from chaos_mpi.agent.frames import Frame, Kind, encode_json
-from chaos_mpi.agent.link import LinkServer
+from chaos_mpi.agent.link_server import LinkServer
 from chaos_mpi.agent.losses import Removal
+from chaos_mpi.agent.ordering import Ordering
+from chaos_mpi.agent.talk import DISOWNED
+from chaos_mpi.agent.voice import Voice
 from chaos_mpi.agent.watch import Watch
 from chaos_mpi.errors import ConfigError
 from chaos_mpi.monitor.cluster import Timing
@@ -49,6 +52,7 @@ class Settings:
         timing: limits.
         network: interfaces or networks that the agents keep to; None: any.
         detours: whether cut links may be healed by routes over other hosts.
+        witness: the member without a rank that the job begins with, if there is one.
     """
 
     host: str
@@ -56,13 +60,14 @@ class Settings:
     timing: Timing
     network: str | None = None
     detours: bool = True
+    witness: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON-able dict."""
         return {
             "host": self.host, "newcomer": self.newcomer, "network": self.network, "limit_s": self.timing.limit_s,
             "heal_s": self.timing.heal_s, "give_up_s": self.timing.give_up_s, "even_split": self.timing.even_split,
-            "detours": self.detours,
+            "detours": self.detours, "witness": self.witness,
         }  # fmt: skip
 
     @classmethod
@@ -79,7 +84,10 @@ class Settings:
             )  # fmt: skip
         except ValueError as error:
             raise ConfigError(f"the watch over the nodes cannot be set up: {error}") from error
-        return cls(str(fields["host"]), bool(fields["newcomer"]), timing, fields["network"], bool(fields["detours"]))
+        return cls(
+            str(fields["host"]), bool(fields["newcomer"]), timing, fields["network"], bool(fields["detours"]),
+            fields["witness"],
+        )  # fmt: skip
 
 
 class Guard:
@@ -102,13 +110,18 @@ class Guard:
         kill: Callable[[], None],
     ) -> None:
         self._settings, self._write, self._say, self._kill = settings, write, say, kill
-        self._link = LinkServer(self._may_go_on_without, directory, self._about_links)
+        self._link = LinkServer(
+            self._may_go_on_without, directory, self._about_links, self._may_go_on_with, self._heed_traffic
+        )
         self._mesh: Mesh | None = None
         self._watch: Watch | None = None
         self._detouring: Detouring | None = None
+        self._ordering: Ordering | None = None
+        self._voice: Voice | None = None
         self._own: tuple[Interface, ...] = ()
-        self._begun = self._alone = False
+        self._begun = self._alone = self._rank_over = False
         self._fenced: dict[str, asyncio.Event] = {}
+        self._ended_joins: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._killing: asyncio.TimerHandle | None = None
 
@@ -139,6 +152,9 @@ class Guard:
         self._detouring = Detouring(
             name, self._own, mesh, self._watch, timing, self._settings.detours, self._link.tell_links
         )
+        self._ordering = Ordering(name, self._link, self._detouring, self._watch.addresses)
+        self._spawn(self._ordering.run())
+        self._voice = Voice(self._watch, timing, self._link.tell_witness)
         self._link.name(name)
         self._write(encode_json(Kind.CONTACT, me.to_json()))
 
@@ -150,20 +166,27 @@ class Guard:
         """
         if frame.kind is Kind.FENCED:
             self._fenced.setdefault(str(frame.json()), asyncio.Event()).set()
-        elif self._watch is not None and self._detouring is not None:
+        elif self._watch is not None and self._detouring is not None and self._voice is not None:
             news = frame.json()
             contacts, first = [Contact.from_json(entry) for entry in news["contacts"]], news["first"]
+            for join in news["ended"].keys() - self._ended_joins:
+                self._ended_joins.add(join)
+                self._link.join_ended(join, news["ended"][join])
+            self._watch.disown(str(name) for name in news["disowned"])
             if self._begun:
                 self._watch.know(contacts)
             elif self._settings.newcomer:
                 self._begun = True
                 self._watch.join(contacts)
                 self._detouring.start(alone=False)
+                self._spawn(self._voice.follow())
             elif first is not None:
                 self._begun = True
-                self._watch.begin([str(name) for name in first], contacts, up=False)
+                ranks = [str(name) for name in first]
+                self._watch.begin(ranks, contacts, up=False, witness=self._settings.witness)
                 self._spawn(self._tell_that_it_is_up(self._watch))
                 self._detouring.start(alone=True)
+                self._spawn(self._voice.follow())
             else:
                 self._watch.know(contacts)
 
@@ -177,6 +200,7 @@ class Guard:
         Args:
             crash: how it crashed; empty if it did not.
         """
+        self._rank_over = True
         if self._killing is not None:
             self._killing.cancel()
         return asyncio.get_running_loop().create_task(self._announce(crash))
@@ -207,6 +231,8 @@ class Guard:
     def _receive(self, sender: str, message: dict[str, Any]) -> None:
         if self._detouring is not None and message.get("kind") in KINDS:
             self._detouring.receive(sender, message)
+        elif message.get("kind") == DISOWNED:
+            self._disowned()
         elif self._watch is not None:
             self._watch.receive(sender, message)
 
@@ -214,12 +240,20 @@ class Guard:
         assert self._watch is not None  # it is there before the rank can ask
         return await self._watch.may_go_on_without(members)
 
+    async def _may_go_on_with(self, members: list[str]) -> str:
+        assert self._watch is not None  # as above
+        return await self._watch.may_go_on_with(members)
+
     def _about_links(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._detouring is not None  # as above
         if "order" in request:
             one, other, down = request["order"]
             return {"reason": self._detouring.order(str(one), str(other), down=down is True)}
         return {"table": self._detouring.table()}
+
+    def _heed_traffic(self, told: dict[str, Any]) -> None:
+        assert self._ordering is not None  # as above
+        self._ordering.receive(told)
 
     def _removed(self, removal: Removal) -> None:
         self._spawn(self._cut_off(removal))
@@ -245,6 +279,16 @@ class Guard:
                 for answer in answers:
                     await answer.wait()
         self._link.sever(removal.addresses, removal.members)
+
+    def _disowned(self) -> None:
+        """The others wait for this rank to be out: at once, for it cannot take part any more."""
+        if not self._rank_over:
+            self._rank_over = True
+            self._say(
+                f"chaos_mpi: {self._settings.host or socket.gethostname()}: the connection with the launch host was "
+                "lost, and to MPI this rank is dead; it ends, and the others train on"
+            )
+            self._kill()
 
     def _stopped(self, reason: str) -> None:
         self._say(

@@ -17,21 +17,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from chaos_mpi.agent.marks import here, may_live, started
 from chaos_mpi.errors import EngineError
 
 #: What a rank writes down, in the order in which it does.
 RECORDS = ("starting", "member", "ready", "outcome")
+#: What its agent writes down when it has crashed.
+CRASH = "crash"
 
 
 def note_down(directory: Path, kind: str, fields: dict[str, Any]) -> None:
     """Write ``<kind>-<pid>.json`` for this process into a job's private directory, whole or not at all.
+
+    Besides these fields it says when this process was ``started``.
 
     Raises:
         OSError: it cannot be written.
     """
     path = directory / f"{kind}-{os.getpid()}.json"
     new = path.with_suffix(".tmp")
-    new.write_text(json.dumps(fields), encoding="utf-8")
+    new.write_text(json.dumps({**fields, **started()}), encoding="utf-8")
     new.replace(path)
 
 
@@ -68,7 +73,7 @@ class Home:
             try:
                 self.path.mkdir(mode=0o700, exist_ok=True)
                 refuse_foreign(self.path)
-                self._mark.write_text("{}")
+                self._mark.write_text(json.dumps({**here(), **started()}))
             except FileNotFoundError:
                 continue
             except OSError as error:
@@ -98,13 +103,13 @@ class Home:
         return fields
 
     def close(self, pid: int | None) -> None:
-        """Remove what one rank has left, and with the last one the directory."""
+        """Remove what one rank has left, and with the last living supervisor the directory."""
         if pid is not None:
             self.control_socket(pid).unlink(missing_ok=True)
             for kind in RECORDS:
                 self._record_of(kind, pid).unlink(missing_ok=True)
         self._mark.unlink(missing_ok=True)
-        if any(self.path.glob("supervisor-*.json")):
+        if any(map(may_live, self.path.glob("supervisor-*.json"))):
             return
         for left in list(self.path.glob("*")):
             if left.is_dir() and not left.is_symlink():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ class Liaison:
     def __init__(self, directory: Path, host: str, job: str, rank: int, first_size: int | None) -> None:
         self._directory, self._host = directory, host
         self._place = (job, rank, first_size)
+        self._launcher = os.getppid()
         self._following: asyncio.Task[None] | None = None
 
     def heed(self, frame: Frame, write: Callable[[bytes], None]) -> None:
@@ -55,7 +57,7 @@ class Liaison:
         def send(news: dict[str, Any]) -> None:
             write(encode_json(Kind.CONTACTS, news))
 
-        exchange = Exchange(self._directory, *self._place, send)
+        exchange = Exchange(self._directory, *self._place, send, self._launcher)
         try:
             exchange.post(contact)
             await exchange.follow()

@@ -2,34 +2,33 @@
 
 The agent begins with ``{"member": name}``, by which the other agents know this rank, and says
 ``{"sever": [addresses], "members": [names]}``, ``{"crashed": name, "host": where, "how": text}`` of another rank,
-``{"links": [{"a": host, "b": host, "state": s, "via": host}]}`` of links that have changed, and ``{"stop": reason}``.
-The rank asks
+``{"links": [{"a": host, "b": host, "state": s, "via": host, "no_detour": why}]}`` of links that have changed,
+``{"witness": {"witness": name, "host": host, "state": s}}`` of the agent without a rank, ``{"join_ended": which,
+"how": text}`` of a newcomer's process that has ended, ``{"stop": reason}``, and ``{"arrange": [names]}``, an order in
+which the members would do better. It asks ``{"traffic": true}``, and the rank says ``{"traffic": {...}}``, see
+:mod:`chaos_mpi.agent.ordering`. The rank asks
 ``{"may_go_on_without": [names], "id": n}`` and gets ``{"id": n, "reason": ""}``, where an empty reason is a yes;
-``{"links": true, "id": n}``, and gets ``{"id": n, "table": [...]}``; and ``{"links": true, "order": [host, host, down],
-"id": n}``, and gets a reason why not, or an empty one.
-Without torch and without MPI.
+``{"may_go_on_with": [names], "id": n}``, and gets the same; ``{"links": true, "id": n}``, and gets
+``{"id": n, "table": [...]}``; and ``{"links": true, "order": [host, host, down], "id": n}``, and gets a reason why
+not, or an empty one. Here is the rank's side; the agent's is :mod:`chaos_mpi.agent.link_server`. Without torch and
+without MPI.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import logging
 import os
 import queue
-import shutil
 import socket
-import tempfile
 import threading
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from chaos_mpi.agent import sockets
 from chaos_mpi.agent.crashes import Crash
-from chaos_mpi.monitor.hostlinks import LinkStatus
-from chaos_mpi.monitor.hostlinks import to_json as links_to_json
 
 log = logging.getLogger("chaos_mpi.agent")
 
@@ -37,136 +36,6 @@ log = logging.getLogger("chaos_mpi.agent")
 VARIABLE = "CHAOS_AGENT_SOCKET"
 #: How long a rank waits for its agent to take the connection.
 CONNECT_LIMIT_S = 10.0
-#: Longest line, bytes.
-_LINE_BYTES = 1 << 20
-#: What a rank that does not read may leave unread; it is disconnected then.
-_UNREAD_BYTES = 1 << 20
-
-
-class LinkServer:
-    """The agent's side.
-
-    Args:
-        may_go_on_without: answers a rank's question; see :meth:`chaos_mpi.agent.watch.Watch.may_go_on_without`.
-        directory: for the socket, private; None: one that is made for it.
-        about_links: answers a request about links.
-
-    Attributes:
-        path: of the socket.
-        connected: set once the rank has connected.
-
-    Raises:
-        OSError: the socket cannot be made.
-    """
-
-    def __init__(
-        self,
-        may_go_on_without: Callable[[list[str]], Awaitable[str]],
-        directory: Path | None = None,
-        about_links: Callable[[dict[str, Any]], dict[str, Any]] = lambda request: {},
-    ) -> None:
-        self._ask, self._about_links = may_go_on_without, about_links
-        self._writers: set[asyncio.StreamWriter] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._server: asyncio.Server | None = None
-        self._stop: str | None = None
-        self._links: dict[tuple[str, str], LinkStatus] = {}
-        self.connected = asyncio.Event()
-        self._member: asyncio.Future[str] | None = None
-        self._own_directory = Path(tempfile.mkdtemp(prefix="chaos_mpi-")) if directory is None else None  # mode 0700
-        self.path = (self._own_directory or directory or Path()) / f"agent-{os.getpid()}.sock"
-
-    async def listen(self) -> None:
-        """Begin to take connections."""
-        self._member = asyncio.get_running_loop().create_future()
-        self._server = await asyncio.start_unix_server(
-            self._converse, sock=sockets.listen(self.path), limit=_LINE_BYTES
-        )
-
-    def variables(self) -> dict[str, str]:
-        """What the rank is to have in its environment."""
-        return {VARIABLE: str(self.path)}
-
-    def name(self, member: str) -> None:
-        """The rank has this name; connections are served from here on."""
-        assert self._member is not None
-        self._member.set_result(member)
-
-    def sever(self, addresses: Iterable[str], members: Iterable[str]) -> None:
-        """Tell the rank that the machines with these addresses, and so these members, are given up."""
-        self._tell_all({"sever": list(addresses), "members": list(members)})
-
-    def crashed(self, crash: Crash) -> None:
-        """Tell the rank that another one has crashed."""
-        self._tell_all({"crashed": crash.member, "host": crash.host, "how": crash.how})
-
-    def tell_links(self, links: Iterable[LinkStatus]) -> None:
-        """Tell the rank, also one that connects later, that these links are otherwise than before."""
-        for link in links:
-            self._links[link.ends] = link
-        self._tell_all({"links": links_to_json(links)})
-
-    def stop(self, reason: str) -> None:
-        """Tell the rank, also one that connects later, that it must not go on."""
-        self._stop = reason
-        self._tell_all({"stop": reason})
-
-    def close(self) -> None:
-        """End all connections and remove the socket."""
-        if self._server is not None:
-            self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        for writer in self._writers:
-            writer.close()
-        self.path.unlink(missing_ok=True)
-        if self._own_directory is not None:
-            shutil.rmtree(self._own_directory, ignore_errors=True)
-
-    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        assert self._member is not None
-        _tell(writer, {"member": await self._member})
-        self.connected.set()
-        self._writers.add(writer)
-        if self._links:
-            _tell(writer, {"links": links_to_json(self._links.values())})
-        if self._stop is not None:
-            _tell(writer, {"stop": self._stop})
-        try:
-            while line := await reader.readline():
-                self._heed(json.loads(line), writer)
-        except OSError:
-            pass  # the rank has ended
-        except (ValueError, KeyError, TypeError) as error:
-            log.warning("the connection with the rank is ended: %s", error)
-        finally:
-            self._writers.discard(writer)
-            writer.close()
-
-    def _heed(self, request: dict[str, Any], writer: asyncio.StreamWriter) -> None:
-        if "links" in request:
-            _tell(writer, {"id": request["id"], **self._about_links(request)})
-            return
-        members, number = [str(name) for name in request["may_go_on_without"]], int(request["id"])
-        task = asyncio.get_running_loop().create_task(self._answer(members, number, writer))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _answer(self, members: list[str], number: int, writer: asyncio.StreamWriter) -> None:
-        _tell(writer, {"id": number, "reason": await self._ask(members)})
-
-    def _tell_all(self, message: dict[str, Any]) -> None:
-        for writer in self._writers:
-            _tell(writer, message)
-
-
-def _tell(writer: asyncio.StreamWriter, message: dict[str, Any]) -> None:
-    if writer.is_closing():
-        return
-    if writer.transport.get_write_buffer_size() > _UNREAD_BYTES:
-        writer.transport.abort()
-        return
-    writer.write(json.dumps(message).encode() + b"\n")
 
 
 class AgentLink:
@@ -179,6 +48,8 @@ class AgentLink:
 
     Attributes:
         member: the name by which the agents know this rank.
+        witness: the last news of the witness, see :mod:`chaos_mpi.agent.voice`; None: there was none.
+        given_up: members that were given up with their machines.
 
     Raises:
         OSError: the agent does not speak.
@@ -192,8 +63,14 @@ class AgentLink:
     ) -> None:
         self._connection, self._on_sever, self._on_stop = connection, on_sever, on_stop
         self._on_crash: Callable[[Crash], object] = lambda crash: None
+        self._on_join_ended: Callable[[str, str], object] = lambda join, how: None
+        self._on_arrange: Callable[[tuple[str, ...]], object] = lambda order: None
+        self._traffic: Callable[[], dict[str, Any]] | None = None
         self._on_links: Callable[[list[dict[str, str]]], object] | None = None
         self._links: dict[tuple[str, str], dict[str, str]] = {}
+        self._on_witness: Callable[[dict[str, str]], object] = lambda fields: None
+        self.witness: dict[str, str] | None = None
+        self.given_up: set[str] = set()
         self._stream = connection.makefile("rb")
         first = self._stream.readline()
         if not first:
@@ -243,6 +120,17 @@ class AgentLink:
         what = f"whether {', '.join(wanted)} are out"
         return str(self._ask({"may_go_on_without": wanted}, what, limit_s)["reason"])
 
+    def may_go_on_with(self, members: Iterable[str], limit_s: float) -> str:
+        """As :meth:`may_go_on_without`, by those that are left; for a rank that has not learned the others' names.
+
+        Args:
+            members: that are alive, this rank among them.
+            limit_s: how long to wait, in seconds.
+        """
+        wanted = sorted(members)
+        what = f"whether all but {', '.join(wanted)} are out"
+        return str(self._ask({"may_go_on_with": wanted}, what, limit_s)["reason"])
+
     def link_table(self, limit_s: float) -> list[dict[str, Any]]:
         """All links between the hosts of the job; empty where the agent does not say.
 
@@ -283,7 +171,7 @@ class AgentLink:
 
     @property
     def links(self) -> list[dict[str, str]]:
-        """The links between hosts that there was news of: ``a``, ``b``, ``state`` and ``via``."""
+        """The links between hosts that there was news of, as :func:`links_to_json` has them."""
         with self._lock:
             return list(self._links.values())
 
@@ -294,9 +182,31 @@ class AgentLink:
         if known:
             on_links(known)
 
+    def follow_witness(self, on_witness: Callable[[dict[str, str]], object]) -> None:
+        """Have news of the witness told, from another thread, and first the last there was already."""
+        with self._lock:
+            self._on_witness, known = on_witness, self.witness
+        if known is not None:
+            on_witness(known)
+
     def follow_crashes(self, on_crash: Callable[[Crash], object]) -> None:
         """Have the crashes of other ranks told from now on, from another thread."""
         self._on_crash = on_crash
+
+    def follow_joins(self, on_ended: Callable[[str, str], object]) -> None:
+        """Have it told from now on, from another thread, which joins' processes have ended, and how."""
+        self._on_join_ended = on_ended
+
+    def follow_order(
+        self, traffic: Callable[[], dict[str, Any]], on_arrange: Callable[[tuple[str, ...]], object]
+    ) -> None:
+        """Answer the agent's questions from now on, from another thread, and have its wishes told.
+
+        Args:
+            traffic: the answer, see :mod:`chaos_mpi.agent.ordering`.
+            on_arrange: is called with an order in which the members would do better.
+        """
+        self._traffic, self._on_arrange = traffic, on_arrange
 
     def close(self) -> None:
         """End the connection."""
@@ -313,11 +223,25 @@ class AgentLink:
     def _heed(self, message: dict[str, Any]) -> None:
         if "sever" in message:
             log.info("%s given up; closing connections to %s", message.get("members"), message["sever"])
+            if message["sever"]:
+                self.given_up.update(message["members"])
             self._on_sever(message["sever"])
         elif "crashed" in message:
             self._on_crash(Crash(str(message["crashed"]), str(message["host"]), str(message["how"])))
+        elif "join_ended" in message:
+            self._on_join_ended(str(message["join_ended"]), str(message["how"]))
         elif "links" in message:
             self._heed_links(message["links"])
+        elif "traffic" in message and self._traffic is not None:
+            told = {"traffic": self._traffic()}
+            with self._lock, contextlib.suppress(OSError):
+                self._connection.sendall(json.dumps(told).encode() + b"\n")
+        elif "arrange" in message:
+            self._on_arrange(tuple(str(name) for name in message["arrange"]))
+        elif "witness" in message:
+            with self._lock:
+                self.witness, tell = message["witness"], self._on_witness
+            tell(message["witness"])
         elif "stop" in message:
             self._end(str(message["stop"]))
             self._on_stop(str(message["stop"]))

@@ -58,7 +58,7 @@ def ask(
         hosts: their names for ssh, each once.
         python: the Python to use there.
         ssh: command that runs another one on a host.
-        paths: files and directories that are to exist there.
+        paths: files and directories that are to exist there; after a ``+``, a directory for new files.
         limit_s: time for each host.
     """
     source = Path(check.__file__).read_text()
@@ -127,7 +127,7 @@ def _failure(answer: Answer, python: str) -> str:
     if answer.status is None:
         return said
     if answer.status == _SSH_FAILED:
-        return f"ssh cannot connect: {said or 'it does not say why'}; try the same ssh command by hand"
+        return f"ssh cannot connect: {said or 'it does not say why'}; see whether 'ssh HOST true' works by hand"
     if answer.status in (_NOT_FOUND, _NOT_EXECUTABLE):
         return f"there is no {python} that can be run; name the Python of that host with --remote-python ({said})"
     return f"the check with {python} ended with status {answer.status}: {said or 'it printed nothing'}"
@@ -152,6 +152,7 @@ def _differences(report: Mapping[str, Any], reference: Mapping[str, Any]) -> lis
     elif report["library"] is not None and report["library"] != reference["library"]:
         found.append(f"the MPI library is {report['library']}, here it is {reference['library']}")
     found += [f"there is no {path}" for path in report["missing"]]
+    found += [f"no file can be made in {path}, where output is to go (--log-dir)" for path in report["unwritable"]]
     return found
 
 

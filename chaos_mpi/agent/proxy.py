@@ -23,14 +23,16 @@ from pathlib import Path
 from typing import Any
 
 from chaos_mpi.agent.control import ControlListener
+from chaos_mpi.agent.crashes import how_ended
 from chaos_mpi.agent.environment import SESSION_DIRECTORY, carried, server_endpoint
 from chaos_mpi.agent.frames import MAGIC, Decoder, Frame, Kind, encode, encode_json
 from chaos_mpi.agent.guard import Settings
-from chaos_mpi.agent.home import RECORDS, note_down
+from chaos_mpi.agent.home import CRASH, RECORDS, note_down
 from chaos_mpi.agent.liaison import Liaison
 from chaos_mpi.agent.processes import die_with_parent, end_like, start_time
-from chaos_mpi.agent.registry import register
+from chaos_mpi.agent.registry import note_end, register
 from chaos_mpi.agent.relay import Upstream
+from chaos_mpi.agent.spawning import join_of
 from chaos_mpi.agent.ssh import DEFAULT_SSH, remote_command
 from chaos_mpi.errors import ChaosError, ConfigError
 from chaos_mpi.monitor.cluster import EVEN_SPLITS, Timing
@@ -111,6 +113,9 @@ class Proxy:
         environ: the environment that ``mpirun`` gave this process.
         run_dir: the job's private directory on this host, if it has one.
         liaison: what it does for the watch over the nodes; None where there is none.
+
+    Attributes:
+        failure: why the rank was not started; empty if it was.
     """
 
     def __init__(
@@ -128,6 +133,7 @@ class Proxy:
         self._process: asyncio.subprocess.Process | None = None
         self._status: int | None = None
         self._refused: str | None = None
+        self.failure = ""
         server = server_endpoint(environ)
         self._upstream = Upstream(server, self._send) if server is not None else None
 
@@ -194,7 +200,7 @@ class Proxy:
 
     async def _note(self, kind: str, fields: dict[str, Any]) -> None:
         """Write down here what the rank has written down there: to the launcher, this process is the rank."""
-        if self._run_dir is None or kind not in RECORDS:
+        if self._run_dir is None or kind not in (*RECORDS, CRASH):
             return
         try:
             note_down(self._run_dir, kind, fields)
@@ -250,7 +256,8 @@ class Proxy:
             self._process.stdin.write(data)
 
     def _fail(self, reason: str) -> int:
-        log.error("rank %s cannot be started on %s: %s", self._environ.get("PMIX_RANK", "?"), self._where(), reason)
+        self.failure = f"it cannot be started on {self._where()}: {reason}"
+        log.error("rank %s: %s", self._environ.get("PMIX_RANK", "?"), self.failure)
         return EXIT_NOT_STARTED
 
     def _where(self) -> str:
@@ -317,11 +324,10 @@ def watch_of(options: argparse.Namespace, host: str) -> Settings | None:
     if options.register is None:
         raise ConfigError("--heartbeat-limit needs --register, where the agents find each other")
     try:
-        give_up_s = max(Timing().give_up_s, 4 * options.heartbeat_limit)
-        timing = Timing(options.heartbeat_limit, give_up_s=give_up_s, even_split=options.even_split)
+        timing = Timing.of_limit(options.heartbeat_limit, options.even_split)
     except ValueError as error:
         raise ConfigError(f"--heartbeat-limit: {error}") from error
-    return Settings(host, not options.hosts, timing, options.network, not options.no_detours)
+    return Settings(host, not options.hosts, timing, options.network, not options.no_detours, options.witness)
 
 
 def liaison_of(options: argparse.Namespace, host: str, environ: Mapping[str, str]) -> Liaison | None:
@@ -350,6 +356,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--heartbeat-limit", type=float, metavar="SECONDS", help="a host that is silent so long is lost")
     made.add_argument("--even-split", choices=EVEN_SPLITS, default="lowest", help="who goes on of two halves")
     made.add_argument("--no-detours", action="store_true", help="leave routes as they are when a link is cut")
+    made.add_argument("--witness", metavar="MEMBER", help="takes part in the vote, and has no rank")
     made.add_argument("--network", help="interfaces or networks for the agents, separated by commas (default: any)")
     made.add_argument("argv", nargs="+", metavar="COMMAND")
     return made
@@ -377,7 +384,11 @@ def main() -> None:
             job, rank = os.environ.get("PMIX_NAMESPACE", ""), int(os.environ.get("PMIX_RANK", "0"))
             register(options.register, placement.host or "", job, rank)
         liaison = liaison_of(options, placement.host or "", os.environ)
-        status = asyncio.run(Proxy(placement, options.argv, os.environ, options.register, liaison).run())
+        proxy = Proxy(placement, options.argv, os.environ, options.register, liaison)
+        status = asyncio.run(proxy.run())
+        if options.register is not None and (join := join_of(options.argv)):
+            ended = f"its process ended ({how_ended(status)}) before it was connected; its output says why"
+            note_end(options.register, join, proxy.failure or ended)
     except ChaosError as error:
         log.error("%s", error)
         status = EXIT_NOT_STARTED

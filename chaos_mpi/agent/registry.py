@@ -68,6 +68,31 @@ def registered(directory: Path) -> Iterator[Registered]:
                 yield entry
 
 
+def note_end(directory: Path, join: str, how: str) -> None:
+    """Note down that this process, the proxy of a newcomer, ends, which MPI tells nobody.
+
+    Args:
+        directory: of the job, on this host.
+        join: see :func:`chaos_mpi.agent.spawning.join_of`.
+        how: what has become of the rank.
+    """
+    path = directory / f"ended-{os.getpid()}.json"
+    with contextlib.suppress(OSError):  # the job is over
+        new = path.with_suffix(".new")
+        new.write_text(json.dumps({"join": join, "how": how}))
+        new.rename(path)
+
+
+def ended(directory: Path) -> dict[str, str]:
+    """The joins whose proxies have ended, and how."""
+    found: dict[str, str] = {}
+    for path in sorted(directory.glob("ended-*.json")):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            fields = json.loads(path.read_text())
+            found[str(fields["join"])] = str(fields["how"])
+    return found
+
+
 def fence(directory: Path, host: str) -> int:
     """Cut the ranks of a host off from ``mpirun``, for which they are dead from here on.
 

@@ -6,6 +6,7 @@ rank started where it is to be.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 
@@ -13,6 +14,8 @@ from chaos_mpi.errors import ConfigError
 
 #: Tells a rank the beginning of the command line of a proxy, as a JSON list; the launch host's Python comes first.
 VARIABLE = "CHAOS_PROXY"
+#: Tells a newcomer's process from others: Python takes any ``-X`` option, and shows it in ``sys._xoptions``.
+JOIN_OPTION = "chaos_mpi_join"
 
 
 def proxy_command(python: str, options: Sequence[str]) -> list[str]:
@@ -28,6 +31,12 @@ def proxy_command(python: str, options: Sequence[str]) -> list[str]:
 def variables(command: Sequence[str]) -> dict[str, str]:
     """What a rank is to have in its environment, so that it can have others started."""
     return {VARIABLE: json.dumps(list(command))}
+
+
+def join_of(argv: Sequence[str]) -> str:
+    """The option in a newcomer's command line that names the join that it is started for; empty if there is none."""
+    options = (value for flag, value in itertools.pairwise(argv) if flag == "-X")
+    return next((value for value in options if value.startswith(f"{JOIN_OPTION}=")), "")
 
 
 def spawn_command(environ: Mapping[str, str], host: str, directory: str, argv: Sequence[str]) -> list[str] | None:

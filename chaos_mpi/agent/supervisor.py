@@ -24,7 +24,7 @@ from chaos_mpi.agent.crashes import how_it_crashed
 from chaos_mpi.agent.environment import host_variables, moved, server_endpoint, through_relay
 from chaos_mpi.agent.frames import MAGIC, Decoder, Frame, Kind, encode, encode_json
 from chaos_mpi.agent.guard import Guard, Settings
-from chaos_mpi.agent.home import Home
+from chaos_mpi.agent.home import CRASH, Home
 from chaos_mpi.agent.launcher import LauncherPipe
 from chaos_mpi.agent.output import Output, default_log_directory
 from chaos_mpi.agent.processes import die_with_parent, is_running, kill_group, live_without_parent
@@ -87,9 +87,12 @@ class Supervisor:
         assert self._process is not None
         beside = [asyncio.create_task(self._listen()), asyncio.create_task(self._report())]
         status = await self._process.wait()
-        announced = self._guard.rank_ended(self._crash(status)) if self._guard is not None else None
+        crash = self._crash(status)
+        announced = self._guard.rank_ended(crash) if self._guard is not None else None
         await self._finish_output()
         self._report_new()
+        if crash:
+            self._write(encode_json(Kind.RECORD, {"kind": CRASH, "fields": {"how": crash}}))
         await self._relay.close()
         for task in beside:
             task.cancel()
@@ -137,23 +140,26 @@ class Supervisor:
         ours, theirs = os.openpty() if order["terminal"] else os.pipe()
         if order["terminal"]:
             tty.setraw(theirs)
+        errors, their_errors = os.pipe()
         try:
+            # Pipes that asyncio does not know of: with its own it takes a process for alive until the last child of
+            # that has closed them, and the others would wait as long for a dead rank.
             self._process = await asyncio.create_subprocess_exec(
                 *argv, env=environ, cwd=directory, stdin=asyncio.subprocess.DEVNULL, stdout=theirs,
-                stderr=asyncio.subprocess.PIPE, process_group=0,
+                stderr=their_errors, process_group=0,
                 pass_fds=[self._launcher_pipe.descriptor], preexec_fn=die_with_parent(signal.SIGKILL),
             )  # fmt: skip
         except OSError as error:
             os.close(ours)
+            os.close(errors)
             raise EngineError(f"{argv[0]}: {error.strerror}") from error
         finally:
             os.close(theirs)
+            os.close(their_errors)
             self._launcher_pipe.passed_on()
-        assert self._process.stderr is not None
-        stdout = await pipe_reader(ours)
         self._pumps = [
-            asyncio.create_task(self._output.pump(stdout, Kind.STDOUT)),
-            asyncio.create_task(self._output.pump(self._process.stderr, Kind.STDERR)),
+            asyncio.create_task(self._output.pump(await pipe_reader(ours), Kind.STDOUT)),
+            asyncio.create_task(self._output.pump(await pipe_reader(errors), Kind.STDERR)),
         ]
         if self._home is not None:
             self._control = ControlConnector(self._home.control_socket(self._process.pid), self._send)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 #: Kinds of messages. At the beginning: this agent is there, and has or has not heard all. A rank has ended, and may
-#: have crashed; that was heard. How are these members reached? So.
-HERE, ENDED, NOTED, WHO, CONTACTS = "Here", "Ended", "Noted", "Who", "Contacts"
+#: have crashed; that was heard. How are these members reached? So. To one whose proxy has ended, though
+#: ``mpirun`` lives: to MPI its rank is dead.
+HERE, ENDED, NOTED, WHO, CONTACTS, DISOWNED = "Here", "Ended", "Noted", "Who", "Contacts", "Disowned"
 
 
 def entries(fields: dict[str, Any], name: str) -> list[Any]:

@@ -1,7 +1,8 @@
 """Watches the other nodes of a job: the state machine of :mod:`chaos_mpi.monitor.member`, with a network and a clock.
 
-A node is the agent beside one rank, and is named as that rank is (``host:pid``). Besides the messages of the state
-machine the agents tell each other when a rank has ended by itself, so that nobody has to wait for silence then.
+A node is the agent beside one rank, and is named as that rank is (``host:pid``); the witness, which has none, after its
+own process. Besides the messages of the state machine the agents tell each other when a rank has ended by itself, so
+that nobody has to wait for silence then.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import logging
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
-from chaos_mpi.agent.assembly import Assembly
+from chaos_mpi.agent.addressbook import AddressBook
+from chaos_mpi.agent.assembly import ASSEMBLY_LIMIT_S, Assembly
 from chaos_mpi.agent.contacts import Contact
 from chaos_mpi.agent.crashes import Crash, crash_of
 from chaos_mpi.agent.losses import Losses, Removal
 from chaos_mpi.agent.network import Network, boot_clock_s
-from chaos_mpi.agent.talk import CONTACTS, ENDED, HERE, NOTED, WHO, entries
+from chaos_mpi.agent.talk import CONTACTS, DISOWNED, ENDED, HERE, NOTED, WHO, entries
 from chaos_mpi.errors import ConfigError
 from chaos_mpi.monitor.cluster import ClusterView, Node, Timing
 from chaos_mpi.monitor.member import Member, State
@@ -26,18 +28,10 @@ from chaos_mpi.monitor.reachability import Diagnosis
 
 log = logging.getLogger("chaos_mpi.agent")
 
-#: Who has not been heard by then at the beginning is taken for dead.
-ASSEMBLY_LIMIT_S = 15.0
-#: How long ranks may take to load their libraries; the watch begins then, whether they have or not.
-UP_LIMIT_S = 120.0
 #: How often the end of a rank is told to who has not confirmed it.
 _REPEAT_S = 0.02
 #: How long an agent whose rank has ended waits for others, whose ranks have as well, to say that they know.
 _PARTING_S = 1.0
-#: How long a member that has ended and is out can still be spoken to.
-_FAREWELL_S = 5.0
-#: The same for one that may be paused, and does not know that it is out.
-_FAREWELL_PAUSED_S = 600.0
 #: A newcomer on its way in that is silent for so long, at least, is not waited for.
 _NEWCOMER_SILENT_S = 2.0
 
@@ -69,19 +63,20 @@ class Watch:
         self.me, self.ended, self._host = me.member, set[str](), me.host
         self._network, self._timing = network, timing
         self._on_removed, self._on_stopped, self._on_crashed = on_removed, on_stopped, on_crashed
-        self._contacts = {me.member: me}
         self._assembly: Assembly | None = None
         self._member: Member | None = None
         self._seen: ClusterView | None = None
         self._joining = self._leaving = self._closed = False
         self._stopped = ""
-        self._began_s = self._asked_s = 0.0
+        self._heard_s = 0.0
+        self._witness: str | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._changed = asyncio.Event()
         self._confirmed: set[str] = set()
+        self._disowned: frozenset[str] = frozenset()
         self._end: dict[str, Any] = {"kind": ENDED}
-        self._forget_s: dict[str, float] = {}
         self._losses = Losses(max(2 * timing.limit_s, _NEWCOMER_SILENT_S))
+        self._book = AddressBook(me, network, self._losses)
 
     @property
     def view(self) -> ClusterView | None:
@@ -89,19 +84,27 @@ class Watch:
         return None if self._member is None else self._member.view
 
     @property
+    def witness(self) -> str | None:
+        """The member that has no rank, as long as there is one."""
+        return self._witness if self.view is None or self.view.witness is not None else None
+
+    @property
     def elsewhere(self) -> tuple[str, ...]:
         """The addresses of all other hosts of the job that are known."""
-        here = set(self._contacts[self.me].addresses)
-        return tuple(sorted({a for contact in self._contacts.values() for a in contact.addresses} - here))
+        return self._book.elsewhere
 
     @property
     def stopped(self) -> str:
         """Why this node must not go on; empty if it may, as far as it knows."""
         return self._stopped
 
+    def addresses(self) -> dict[str, tuple[str, ...]]:
+        """The addresses of the machines of all members that are known."""
+        return {member: contact.addresses for member, contact in self._book.contacts.items()}
+
     def contact(self, member: str) -> Contact | None:
         """How to reach another one, if that is known."""
-        return self._contacts.get(member)
+        return self._book.contacts.get(member)
 
     def diagnosis(self, limit_s: float) -> Diagnosis | None:
         """What this node thinks of the members, when a silence of so long counts; None while it takes no part."""
@@ -112,21 +115,25 @@ class Watch:
         links = {} if self._member is None else self._member.links
         return {node.name: link.rtt_s for node, link in links.items() if link.rtt_s is not None}
 
-    def begin(self, members: Iterable[str], contacts: Iterable[Contact], *, up: bool = True) -> None:
+    def begin(
+        self, ranks: Iterable[str], contacts: Iterable[Contact], *, up: bool = True, witness: str | None = None
+    ) -> None:
         """Start as one of the first members.
 
         Args:
-            members: all of them.
+            ranks: all of them that have a rank.
             contacts: how to reach the others, and maybe more.
             up: whether the rank is up; if not, :meth:`rank_is_up` is to follow.
+            witness: the member that has none, if there is one.
 
         Raises:
             ConfigError: this node is none of them.
         """
-        first = sorted(members)
+        first = sorted({*ranks} | ({witness} if witness else set()))
         if self.me not in first:
             raise ConfigError(f"{self.me} is none of the first members {', '.join(first)}")
-        self._assembly, self._began_s = Assembly(self.me, first, up=up), boot_clock_s()
+        self._assembly = Assembly(self.me, first, up=up, witness=witness, now_s=boot_clock_s())
+        self._witness = witness
         for member in self.ended:
             self._assembly.ended(member)
         self.know(contacts)
@@ -146,11 +153,12 @@ class Watch:
 
     def know(self, contacts: Iterable[Contact]) -> None:
         """Take note of how to reach others. What is known already stays."""
-        for contact in contacts:
-            if contact.member not in self._contacts and contact.member not in self.ended:
-                self._contacts[contact.member] = contact
-                self._losses.heard(contact.member, boot_clock_s())
-                self._network.know(contact)
+        self._book.know(contacts, self.ended, boot_clock_s())
+
+    def disown(self, members: Iterable[str]) -> None:
+        """The ranks of these are dead to MPI, whatever their agents think. They are told so while they take part."""
+        self._disowned = frozenset(members)
+        self._tell_disowned()
 
     async def may_go_on_without(self, members: Collection[str]) -> str:
         """Wait until it is certain that these members take no part any more, and that this node may go on.
@@ -167,6 +175,12 @@ class Watch:
                 return reason
             await self._change(min(self._timing.beat_s, deadline_s - now_s))
 
+    async def may_go_on_with(self, members: Collection[str]) -> str:
+        """As :meth:`may_go_on_without`, for all of the first members but these; waits until the watch has begun."""
+        while self._member is None and not self._stopped:
+            await self._change(self._timing.beat_s)
+        return await self.may_go_on_without(self._others() - set(members))
+
     async def announce_end(self, limit_s: float, crash: str = "") -> None:
         """Tell the others that the rank has ended; returns when all have confirmed it, or after ``limit_s`` seconds.
 
@@ -177,6 +191,7 @@ class Watch:
         self._leave()
         deadline_s = boot_clock_s() + limit_s
         self._end = {"kind": ENDED, "crashed": crash, "host": self._host}
+        self._tell_end(name for name in (self._witness,) if name not in (None, self.me))
         while (silent := self._others() - self._confirmed) and boot_clock_s() < deadline_s:
             self._tell_end(silent)
             await self._change(_REPEAT_S)
@@ -185,15 +200,17 @@ class Watch:
         """After the rank has ended: vote until there is a view without it.
 
         Many ranks may end together, and those that are left may be no majority without the votes of these agents.
-        Returns when there is such a view, when all others have ended as well and know of this one, or after ``limit_s``
-        seconds.
+        Returns when there is such a view, when all others have ended as well and know of this one, when none of them
+        is heard any more (they may be gone before they could tell of such a view), or after ``limit_s`` seconds.
         """
         self._leave()
-        begun_s = boot_clock_s()
+        begun_s = self._heard_s = boot_clock_s()
         while self._member is not None and not self._stopped and (now_s := boot_clock_s()) < begun_s + limit_s:
+            if now_s > self._heard_s + self._timing.limit_s:
+                return
             # Who has ended too, and has gone, cannot confirm any more.
-            unaware = set(self._contacts) - {self.me} - self._confirmed if now_s < begun_s + _PARTING_S else set()
-            if not unaware | self._others():
+            unaware = set(self._book) - {self.me} - self._confirmed if now_s < begun_s + _PARTING_S else set()
+            if not (unaware - {self._witness}) | self._others():
                 return
             self._tell_end(unaware)
             await self._change(self._timing.beat_s)
@@ -216,6 +233,7 @@ class Watch:
             return
         kind, now_s = fields.get("kind"), boot_clock_s()
         self._losses.heard(sender, now_s)
+        self._heard_s = now_s
         if kind == HERE:
             self._heard_here(sender, fields.get("complete") is True, now_s)
         elif kind == ENDED:
@@ -223,12 +241,7 @@ class Watch:
         elif kind == NOTED:
             self._confirmed.add(sender)
         elif kind == WHO:
-            known = [
-                self._contacts[str(name)].to_json()
-                for name in entries(fields, "members")
-                if str(name) in self._contacts
-            ]
-            self._network.send(sender, {"kind": CONTACTS, "contacts": known})
+            self._book.answer(sender, map(str, entries(fields, "members")))
         elif kind == CONTACTS:
             self.know([Contact.from_json(entry) for entry in entries(fields, "contacts")])
         else:
@@ -294,11 +307,12 @@ class Watch:
             self._dispatch(self._member.tick(now_s))
             self._look(self._member, now_s)
             self._look_for_lost_hosts(self._member.view, now_s)
-            self._ask_for_contacts(self._member.view, now_s)
-            self._forget_those_out(now_s)
+            self._book.ask_for_missing(self._member.view, self.ended, now_s, self._timing.beat_s)
+            self._book.forget_those_out(now_s)
+            self._tell_disowned()
             wait_s = self._member.due_s(now_s) - now_s
         elif self._joining:
-            for name in self._contacts:
+            for name in self._book:
                 self._network.send(name, to_json(JoinRequest()))
         self._schedule(wait_s)
 
@@ -314,10 +328,7 @@ class Watch:
 
     def _start_if_assembled(self, now_s: float) -> None:
         assembly = self._assembly
-        if assembly is None:
-            return
-        late = now_s - self._began_s > (ASSEMBLY_LIMIT_S if assembly.missing else UP_LIMIT_S)
-        if not (assembly.is_over or late):
+        if assembly is None or not assembly.is_due(now_s):
             return
         if not assembly.is_over and assembly.missing:
             log.warning(
@@ -325,30 +336,15 @@ class Watch:
                 self.me, ASSEMBLY_LIMIT_S, ", ".join(assembly.missing),
             )  # fmt: skip
         self._assembly = None
-        self._start(ClusterView(0, tuple(Node(name) for name in (self.me, *assembly.others))), now_s)
+        first = tuple(Node(name) for name in (self.me, *assembly.others))
+        self._start(ClusterView(0, first, witness=Node(self._witness) if self._witness else None), now_s)
 
     def _start(self, view: ClusterView, now_s: float) -> None:
         self._seen = view
+        self._witness = view.witness.name if view.witness is not None else None
         self._member = Member(Node(self.me), view, self._timing, now_s)
         if self._leaving:
             self._member.leave()
-
-    def _ask_for_contacts(self, view: ClusterView, now_s: float) -> None:
-        """A newcomer may be admitted by others before this node has been told how to reach it."""
-        unknown = [
-            node.name for node in view.members if node.name not in self._contacts and node.name not in self.ended
-        ]
-        if unknown and now_s - self._asked_s >= self._timing.beat_s:
-            self._asked_s = now_s
-            for node in view.members:
-                self._network.send(node.name, {"kind": WHO, "members": unknown})
-
-    def _forget_those_out(self, now_s: float) -> None:
-        for name in [name for name, at_s in self._forget_s.items() if at_s <= now_s]:
-            del self._forget_s[name]
-            self._contacts.pop(name, None)
-            self._losses.forget(name)
-            self._network.forget(name)
 
     # -- what follows --------------------------------------------------------------------------------------------
 
@@ -363,13 +359,12 @@ class Watch:
             return
         self._seen = view
         removed = {node.name for node in before.members} - {node.name for node in view.members}
-        # Who is out is spoken to a little longer, for the news that it is: much longer if it may only be paused.
-        self._forget_s |= dict.fromkeys(removed, now_s + _FAREWELL_PAUSED_S)
-        self._forget_s |= dict.fromkeys(removed & self.ended, now_s + _FAREWELL_S)
+        self._book.part_with(removed, self.ended, now_s)
+        removed.discard(self._witness or "")  # no rank has to do with it
         # The kernel has closed the connections of those that have ended, and their host may get another rank.
         for name in removed - self.ended:
-            if name in self._contacts:
-                self._losses.lose(self._contacts[name], now_s)
+            if name in self._book.contacts:
+                self._losses.lose(self._book.contacts[name], now_s)
         if removed:
             self._on_removed(Removal(tuple(sorted(removed)), *self._given_up(view, now_s)))
 
@@ -382,7 +377,7 @@ class Watch:
     def _given_up(self, view: ClusterView, now_s: float) -> tuple[tuple[str, ...], tuple[str, ...]]:
         present = {node.name for node in view.members} - self.ended
         out = {node.name for node in view.removed} | self.ended
-        return self._losses.given_up(self._contacts, present, out, now_s)
+        return self._losses.given_up(self._book.contacts, present, out, now_s)
 
     def _reason_to_wait(self, members: Collection[str], now_s: float) -> str:
         if self._stopped:
@@ -413,11 +408,15 @@ class Watch:
         for member in members:
             self._network.send(member, self._end)
 
+    def _tell_disowned(self) -> None:
+        for member in self._disowned & self._others() if self._member is not None else ():
+            self._network.send(member, {"kind": DISOWNED})
+
     def _others(self) -> set[str]:
         """The others that take part, as far as is known, and whose ranks have not ended."""
         view = self.view
-        names = set(self._contacts) if view is None else {node.name for node in view.members}
-        return names - self.ended - {self.me}
+        names = set(self._book) if view is None else {node.name for node in view.members}
+        return names - self.ended - {self.me, self._witness}
 
     async def _change(self, limit_s: float) -> None:
         with contextlib.suppress(TimeoutError):

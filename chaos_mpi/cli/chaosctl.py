@@ -21,6 +21,7 @@ from chaos_mpi.cli.outcome import EXIT_USAGE
 from chaos_mpi.cli.status import NOBODY, describe_link, lines, look
 from chaos_mpi.cli.takeover import take_over
 from chaos_mpi.cli.timeline import draw, rows, runs
+from chaos_mpi.errors import ChaosError
 from chaos_mpi.events import read_events
 
 _JOB = click.option(
@@ -126,7 +127,11 @@ def log(job: Path | None, following: bool, member: str | None, last: int | None)
 def add(job: Path | None, limit_s: float, ranks: int, host: str) -> None:
     """Let more ranks join a running job, and wait until they take part."""
     where = find_job(job)
-    if problems := check_further(where, host) if host else []:
+    try:
+        problems = check_further(where, host) if host else []
+    except ChaosError as error:
+        raise click.ClickException(str(error)) from error
+    if problems:
         raise click.ClickException("; ".join(problems))
     request = {"do": "add", "host": host}
     with ThreadPoolExecutor(ranks) as pool:

@@ -17,14 +17,17 @@ from typing import Any, NoReturn
 import click
 
 from chaos_mpi import __version__
-from chaos_mpi.cli import cluster, handover
+from chaos_mpi.agent import marks
+from chaos_mpi.agent.home import note_down
+from chaos_mpi.cli import cluster, handover, witness
 from chaos_mpi.cli.cluster import Cluster, cluster_of
-from chaos_mpi.cli.control import LAUNCHER_FILE, MEMORY_FILE, remove_left_over
+from chaos_mpi.cli.control import LAUNCHER, MEMORY_FILE, remove_left_over
 from chaos_mpi.cli.doctor import report
 from chaos_mpi.cli.hosts import initial_ranks, slots_here
 from chaos_mpi.cli.options import Seconds
 from chaos_mpi.cli.outcome import EXIT_GOES_ON, EXIT_STOPPED, EXIT_USAGE, judge, read_records
 from chaos_mpi.cli.process import LauncherLostError, MpirunJob
+from chaos_mpi.cli.terminal import say
 from chaos_mpi.config import BATCH_POLICIES, JOIN_POLICIES, LOG_LEVELS, SCALE_POLICIES
 from chaos_mpi.errors import ChaosError, ConfigError
 from chaos_mpi.mpi.launch import LAUNCHER_NOT_UP, SHM_DIRECTORY, mpirun_command
@@ -200,13 +203,13 @@ class _Start:
     tag_output: bool
     drop_noise: bool
 
-    def line(self, run_dir: Path) -> list[str]:
-        """The mpirun line, with the job's private directory."""
+    def line(self, run_dir: Path, witness_name: str | None = None) -> list[str]:
+        """The mpirun line, with the job's private directory and the name of its witness, if it has one."""
         hosts, program = self.hosts, self.program
         names = {*self.variables(run_dir), "CHAOS_RUN_DIR", *os.environ}
         return mpirun_command(
             self.ranks,
-            program if hosts is None else hosts.rank_command(run_dir, program),
+            program if hosts is None else hosts.rank_command(run_dir, program, witness_name),
             forward=sorted(name for name in names if name.startswith("CHAOS_")),
             tag_output=self.tag_output,
             settings=None if hosts is None else hosts.mca_settings(os.environ),
@@ -224,10 +227,15 @@ class _Start:
             [*(f"{name}={shlex.quote(value)}" for name, value in variables), shlex.join(self.line(run_dir))]
         )
 
-    def job(self, run_dir: Path, environment: dict[str, str]) -> MpirunJob:
+    def witness(self, run_dir: Path) -> AbstractContextManager[str | None]:
+        """What has this host take part in the vote, if no rank does; gives its name."""
+        settings = None if self.hosts is None else self.hosts.witness_settings()
+        return contextlib.nullcontext() if settings is None else witness.running(run_dir, settings)
+
+    def job(self, run_dir: Path, environment: dict[str, str], witness_name: str | None) -> MpirunJob:
         """Start it."""
         return MpirunJob(
-            self.line(run_dir), environment, run_dir, ranks=self.ranks, tagged=self.tag_output,
+            self.line(run_dir, witness_name), environment, run_dir, ranks=self.ranks, tagged=self.tag_output,
             drop_noise=self.drop_noise, outlived=self.hosts is not None,
         )  # fmt: skip
 
@@ -235,36 +243,41 @@ class _Start:
 def _run(start: _Start, metrics: tuple[str, int] | None) -> int:
     """Run the job and return chaosrun's exit status."""
     remove_left_over()
-    with _private_directories() as (run_dir, settings), _metrics(metrics, run_dir) as serving:
-        (run_dir / LAUNCHER_FILE).write_text(str(os.getpid()))
+    with (
+        _private_directories() as (run_dir, settings),
+        _metrics(metrics, run_dir) as serving,
+        start.witness(run_dir) as witness_name,
+    ):
         if start.hosts is not None:
             start.hosts.note(run_dir)
         environment = {**settings, **os.environ, **start.variables(run_dir), "CHAOS_RUN_DIR": str(run_dir)}
         taken_over = handover.begin(environment, run_dir, start.ranks)
         for attempt in range(1, START_ATTEMPTS + 1):
-            job = start.job(run_dir, environment)
+            job = start.job(run_dir, environment, witness_name)
             try:
                 with serving():  # not before: there are to be no threads while mpirun is started
                     status = job.wait()
             except LauncherLostError as error:
-                print(f"chaosrun: {error}", file=sys.stderr)
+                say(str(error))
                 return EXIT_GOES_ON
             records = read_records(run_dir)
             unstarted = status == LAUNCHER_NOT_UP and not records.starting and job.interrupted_by is None
             if not unstarted or attempt == START_ATTEMPTS:
                 break
-            print("chaosrun: mpirun could not set itself up, see above; trying again", file=sys.stderr)
+            say("mpirun could not set itself up, see above; trying again")
         if job.interrupted_by is not None:
             stopped = judge(records, status)
             if stopped.status == EXIT_STOPPED and not job.has_shown(stopped.message):
-                print(f"chaosrun: {stopped.message}", file=sys.stderr)
-            print(f"chaosrun: interrupted by {job.interrupted_by.name}; all ranks were ended", file=sys.stderr)
+                say(stopped.message)
+            given_up = taken_over is not None and not taken_over.begun
+            fate = "the takeover is given up, and the job goes on as it was" if given_up else "all ranks were ended"
+            say(f"interrupted by {job.interrupted_by.name}; {fate}")
             return 128 + job.interrupted_by
         verdict = judge(records, status)
         if verdict.message and not (verdict.status and job.has_shown(verdict.message)):
-            print(f"chaosrun: {verdict.message}", file=sys.stderr)
+            say(verdict.message)
         if taken_over is not None and (advice := taken_over.left()):
-            print(f"chaosrun: {advice}", file=sys.stderr)
+            say(advice)
         return verdict.status
 
 
@@ -283,7 +296,7 @@ def _metrics(where: tuple[str, int] | None, run_dir: Path) -> Iterator[Callable[
     except OSError as error:
         _refuse(f"metrics cannot be served at {where[0]}, port {where[1]}: {error.strerror or error}")
     with contextlib.closing(endpoint):
-        print(f"chaosrun: metrics at {endpoint.url}", file=sys.stderr, flush=True)
+        say(f"metrics at {endpoint.url}")
         yield endpoint.serving
 
 
@@ -301,6 +314,7 @@ def _private_directories() -> Iterator[tuple[Path, dict[str, str]]]:
             return stack.enter_context(made)
 
         run_dir = private()
+        note_down(Path(run_dir), LAUNCHER, marks.here())
         settings = {"PRTE_MCA_prte_tmpdir_base": run_dir}
         if os.access(SHM_DIRECTORY, os.W_OK | os.X_OK):
             memory = settings["OMPI_MCA_btl_sm_backing_directory"] = private(SHM_DIRECTORY)
@@ -337,7 +351,7 @@ def _files(
 
 def _refuse_hosts(problems: list[str]) -> None:
     for problem in problems:
-        print(f"chaosrun: {problem}", file=sys.stderr)
+        say(problem)
     if problems:
         sys.exit(EXIT_USAGE)
 
@@ -352,7 +366,7 @@ def _refuse_unwritable(directory: Path) -> None:
 
 
 def _refuse(reason: str) -> NoReturn:
-    print(f"chaosrun: {reason}", file=sys.stderr)
+    say(reason)
     sys.exit(EXIT_USAGE)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from chaos_mpi.agent.environment import LAUNCHER_SETTINGS, network_settings
+from chaos_mpi.agent.guard import Settings
 from chaos_mpi.agent.hosts import Host, parse_host_list, parse_hostfile, place
 from chaos_mpi.agent.preflight import ask, ask_here, judge
 from chaos_mpi.agent.proxy import is_here
@@ -92,7 +93,12 @@ class Cluster:
 
     def check(self) -> list[str]:
         """What keeps the hosts from being used, a line for each problem."""
-        return check(self.remote, self.python, self.ssh, self.paths)
+        return check(self.remote, self.python, self.ssh, self._needed)
+
+    @property
+    def _needed(self) -> tuple[str, ...]:
+        """What is to be on every host, as for :func:`chaos_mpi.agent.preflight.ask`."""
+        return (*self.paths, *([f"+{self.log_dir}"] if self.log_dir is not None else []))
 
     def proxy(self, run_dir: Path) -> list[str]:
         """The beginning of a proxy's command line."""
@@ -106,9 +112,24 @@ class Cluster:
             way += ["--log-dir", str(self.log_dir)]
         return proxy_command(sys.executable, way)
 
-    def rank_command(self, run_dir: Path, argv: Sequence[str]) -> list[str]:
-        """What ``mpirun`` is to start for each rank."""
-        return [*self.proxy(run_dir), "--hosts", ",".join(self.hosts), "--", *argv]
+    def rank_command(self, run_dir: Path, argv: Sequence[str], witness: str | None = None) -> list[str]:
+        """What ``mpirun`` is to start for each rank.
+
+        Args:
+            run_dir: the job's private directory on this host.
+            argv: the command of a rank.
+            witness: which member of the watch has no rank; None: all have.
+        """
+        beside = ["--witness", witness] if witness is not None else []
+        return [*self.proxy(run_dir), *beside, "--hosts", ",".join(self.hosts), "--", *argv]
+
+    def witness_settings(self) -> Settings | None:
+        """How a witness on this host watches the job; None where a rank here has a vote already."""
+        if any(map(is_here, self.hosts)):
+            return None
+        return Settings(
+            "", False, Timing.of_limit(self.heartbeat_limit_s, self.even_split), self.network, self.detours
+        )  # fmt: skip
 
     def environment(self, run_dir: Path) -> dict[str, str]:
         """Variables for ``mpirun`` and the ranks."""
@@ -121,7 +142,7 @@ class Cluster:
 
     def note(self, run_dir: Path) -> None:
         """Leave what is needed to check further hosts in the job's directory."""
-        fields = {"python": self.python, "ssh": self.ssh, "paths": self.paths}
+        fields = {"python": self.python, "ssh": self.ssh, "paths": self._needed}
         (run_dir / HOSTS_FILE).write_text(json.dumps(fields), encoding="utf-8")
 
 
@@ -196,7 +217,7 @@ def check_further(job: Path, host: str) -> list[str]:
 def _read(hostfile: Path | None) -> tuple[Host, ...]:
     assert hostfile is not None
     try:
-        return parse_hostfile(hostfile.read_text(encoding="utf-8"), str(hostfile))
+        return parse_hostfile(hostfile.read_text(encoding="utf-8-sig"), str(hostfile))
     except OSError as error:
         raise ConfigError(f"the host file {hostfile} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import click
-import psutil
 
 from chaos_mpi.agent import sockets
+from chaos_mpi.agent.home import refuse_foreign
+from chaos_mpi.agent.marks import is_left_over
+from chaos_mpi.errors import EngineError
 
 #: A member that does not take a connection, or does not greet, within this time is passed over.
 CONNECT_LIMIT_S = 2.0
-#: Holds the process id of the launcher, in a job's private directory.
-LAUNCHER_FILE = "launcher"
+#: The kind of the file in a job's private directory that the launcher writes when it begins.
+LAUNCHER = "launcher"
 #: Holds the path of the job's other private directory, which is in shared memory, if it has one.
 MEMORY_FILE = "memory"
 
@@ -30,9 +32,7 @@ def running_jobs() -> list[Path]:
     """A private directory of each of this user's jobs that have a member to talk to."""
     running: dict[str, Path] = {}
     for directory in own_directories():
-        # A job on several hosts has more than one where these share their temporary files: that of the launcher, and
-        # for each host one with its name behind.
-        job = "-".join(directory.name.split("-")[:2])
+        job = _job_of(directory)
         if job not in running and (member := _first_member(directory)) is not None:
             member.close()
             running[job] = directory
@@ -50,25 +50,38 @@ def own_directories() -> list[Path]:
 
 
 def remove_left_over() -> None:
-    """Remove the private directories of jobs whose launcher is gone, and all of whose ranks are."""
-    for job in own_directories():
-        pids = [path.stem.rpartition("-")[2] for path in job.glob("*-*.json")]
-        with contextlib.suppress(OSError):
-            pids.append((job / LAUNCHER_FILE).read_text())
-        if pids and not any(pid.isdigit() and _runs(int(pid)) for pid in pids):
+    """Remove the private directories of jobs of which it is certain that no process lives any more.
+
+    A job on several hosts may have some on this machine: they are removed together, or all are kept.
+    """
+    directories: dict[str, list[Path]] = {}
+    for directory in own_directories():
+        directories.setdefault(_job_of(directory), []).append(directory)
+    for of_job in directories.values():
+        if not all(map(_is_left_over, of_job)):
+            continue
+        for directory in of_job:
             with contextlib.suppress(OSError):
-                memory = Path((job / MEMORY_FILE).read_text())
+                memory = Path((directory / MEMORY_FILE).read_text())
                 if memory.name.startswith("chaosrun-") and memory.stat().st_uid == os.getuid():
                     shutil.rmtree(memory, ignore_errors=True)
-            shutil.rmtree(job, ignore_errors=True)
+            shutil.rmtree(directory, ignore_errors=True)
 
 
-def _runs(pid: int) -> bool:
-    """Whether there is such a process, and not only what its parent has not asked for yet."""
+def _is_left_over(directory: Path) -> bool:
+    """Whether this is certain of a directory that nobody else can write to."""
     try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
+        refuse_foreign(directory)
+    except (EngineError, OSError):
         return False
+    return is_left_over(directory)
+
+
+def _job_of(directory: Path) -> str:
+    """The name of the job. One on several hosts has more than one directory where these share their temporary files:
+    that of the launcher, and for each host one with its name behind.
+    """
+    return "-".join(directory.name.split("-")[:2])
 
 
 def find_job(job: Path | None) -> Path:
@@ -141,13 +154,18 @@ def _ask_one(path: Path, request: dict[str, Any], limit_s: float) -> dict[str, A
     return None if "error" in answer else answer
 
 
-def end_ranks(job: Path) -> bool:
-    """Tell every rank of the job to end as soon as it can, as SIGTERM does, but once; whether any could be told."""
-    told = False
+def end_ranks(job: Path, name: str) -> bool:
+    """Tell every rank of the job to end as soon as it can, as SIGTERM does, but once; whether any could be told.
+
+    Args:
+        job: its private directory.
+        name: of the signal for which they are to end.
+    """
+    told, request = False, json.dumps({"do": "end", "signal": name}).encode() + b"\n"
     for path in sorted(job.glob("control-*.sock")):
         if (connection := _reach(path)) is not None:
             with connection, contextlib.suppress(OSError):
-                connection.sendall(b'{"do": "end"}\n')
+                connection.sendall(request)
                 told = True
                 connection.recv(1)  # it has taken the connection; one that hangs will find the request when it goes on
     return told

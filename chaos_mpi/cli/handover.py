@@ -12,14 +12,19 @@ from pathlib import Path
 import click
 import psutil
 
+from chaos_mpi.agent.marks import may_live
 from chaos_mpi.cli.control import RefusedError, ask, ask_all
 from chaos_mpi.cli.outcome import read_records
+from chaos_mpi.cli.terminal import say
 from chaos_mpi.config import load_settings
 from chaos_mpi.elastic import kept
+from chaos_mpi.membership import MOVES
 
 _POLL_S = 0.05
 #: How long one rank may take to answer, and how often those that do not are told again, seconds.
 _ANSWER_LIMIT_S, _TELL_LIMIT_S = 5.0, 20.0
+#: How long ranks that do not answer any more may take to end, seconds.
+_END_LIMIT_S = 10.0
 
 
 class HandOver(threading.Thread):
@@ -33,12 +38,16 @@ class HandOver(threading.Thread):
         new: private directory of the job as it is started here.
         ranks: how many are started.
         limit_s: longest wait for the old ranks, seconds.
+
+    Attributes:
+        begun: whether the old ranks may have been told to end.
     """
 
     def __init__(self, old: Path, name: str, new: Path, ranks: int, limit_s: float) -> None:
         super().__init__(name="chaos_mpi-handover", daemon=True)
         self._old, self._name, self._new, self._ranks, self._limit_s = old, name, new, ranks, limit_s
         self._again = f"{kept.VARIABLE}={name} {shlex.join(['chaosrun', *sys.argv[1:]])}"
+        self.begun = False
 
     def left(self) -> str:
         """At the end of the new job: how to go on if the state still waits on this host, because nobody took it."""
@@ -50,6 +59,7 @@ class HandOver(threading.Thread):
         """Ends with the process when the new ranks never come up."""
         while not ready(self._new, self._ranks):
             time.sleep(_POLL_S)
+        self.begun = True
         began = time.monotonic()
         problem = ""
         try:
@@ -59,7 +69,7 @@ class HandOver(threading.Thread):
         self._tell(problem)
         if not problem:
             seconds = time.monotonic() - began
-            print(f"chaosrun: the job goes on here after step {step}, handed over in {seconds:.2f} s", file=sys.stderr)
+            say(f"the job goes on here after step {step}, handed over in {seconds:.2f} s")
 
     def _tell(self, problem: str) -> None:
         """Tell every new rank what became of it: one that is not told holds the others up."""
@@ -67,22 +77,38 @@ class HandOver(threading.Thread):
         request = {"do": "state_kept", "problem": problem}
         while len(ask_all(self._new, request, _ANSWER_LIMIT_S)) < len(list(self._new.glob("control-*.sock"))):
             if time.monotonic() > limit:
-                print("chaosrun: not all new ranks could be told of the hand-over", file=sys.stderr)
+                say("not all new ranks could be told of the hand-over")
                 return
 
     def _ask(self) -> int:
-        """Have the old ranks end; after which step they did."""
+        """Have the old ranks end; after which step they did.
+
+        How to go on from the state is said only where it is kept for this launcher. Another one may have been faster:
+        with its own name for the state, and from this one's nothing could go on.
+        """
         try:
             *_, answer = ask(self._old, {"do": "hand_over", "name": self._name}, self._limit_s)
             if answer["what"] == "refused":
                 raise RefusedError(answer["reason"])
         except RefusedError as error:
-            raise click.ClickException(f"the job was not handed over, and goes on as it was: {error}") from error
+            as_it_was = "" if str(error).startswith(MOVES) else ", and goes on as it was"
+            raise click.ClickException(f"the job was not handed over{as_it_was}: {error}") from error
         except click.ClickException as error:
-            raise click.ClickException(
-                f"the job was not handed over: {error}. If it has ended all the same, go on with it by: {self._again}"
-            ) from error
+            raise click.ClickException(f"the job was not handed over: {error}. {self._fate()}") from error
         return int(answer["step"])
+
+    def _fate(self) -> str:
+        """What has become of the job, when it has not said so itself. It keeps its state before it ends."""
+        limit = time.monotonic() + _END_LIMIT_S
+        while lives := any(map(may_live, self._old.glob("member-*.json"))):
+            if kept.found(self._name) or time.monotonic() > limit:
+                break
+            time.sleep(_POLL_S)
+        if kept.found(self._name):
+            return f"It has ended all the same; go on with it by: {self._again}"
+        if lives:
+            return "It has kept nothing for this launcher, and still runs: see chaosctl status"
+        return "It has ended here, and kept nothing for this launcher: it moved to another one, or is over"
 
 
 def begin(environ: Mapping[str, str], new: Path, ranks: int) -> HandOver | None:

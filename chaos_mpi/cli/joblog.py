@@ -40,6 +40,9 @@ def _asked(event: Event) -> Line | None:
     elif name == "join_spawned":
         again = f", attempt {event['attempt']}" if event["attempt"] > 1 else ""
         text, key = f"{event['member']} starts a rank ({event['id']}{again})", f"{event['id']} {event['attempt']}"
+    elif name == "join_failed":
+        host = f" on {event['host']}" if event["host"] else ""
+        text, key = f"no rank joins{host} ({event['id']}): {event['reason']}", event["id"]
     elif name == "rank_crashed":
         fate = f"not started again: {event['obstacle']}" if event["obstacle"] else "started again"
         text, key = f"the rank on {event['host']} crashed ({event['how']}) and is {fate}", f"{key} {event['host']}"

@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from chaos_mpi.agent.home import CRASH
 
 EXIT_FINISHED = 0
 EXIT_FAILED = 1
@@ -32,11 +34,15 @@ class Records:
         starting: ranks that are about to start MPI.
         members: ranks that joined the job.
         outcomes: ranks that came to an end they could still write down.
+        ended: proxies of newcomers on other hosts, at their end, however that came about.
+        crashes: ranks that crashed, as the agents beside them saw it, also where these could not write anything down.
     """
 
     starting: Mapping[int, Record]
     members: Mapping[int, Record]
     outcomes: Mapping[int, Record]
+    ended: Mapping[int, Record] = field(default_factory=dict)
+    crashes: Mapping[int, Record] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +55,7 @@ class Verdict:
 
 def read_records(run_dir: Path) -> Records:
     """All records in a job's private directory; what cannot be read is left out."""
-    found: dict[str, dict[int, Record]] = {"starting": {}, "member": {}, "outcome": {}}
+    found: dict[str, dict[int, Record]] = {kind: {} for kind in ("starting", "member", "outcome", "ended", CRASH)}
     for path in sorted(run_dir.glob("*-*.json")):
         kind, _, pid = path.stem.rpartition("-")
         if kind not in found or not pid.isdigit():
@@ -60,7 +66,7 @@ def read_records(run_dir: Path) -> Records:
             continue
         if isinstance(record, dict):
             found[kind][int(pid)] = record
-    return Records(found["starting"], found["member"], found["outcome"])
+    return Records(found["starting"], found["member"], found["outcome"], found["ended"], found[CRASH])
 
 
 def judge(records: Records, mpirun_status: int) -> Verdict:
@@ -84,22 +90,19 @@ def judge(records: Records, mpirun_status: int) -> Verdict:
     if by_kind["moved"]:
         return Verdict(EXIT_GOES_ON, _first_message(by_kind["moved"]))
     crashed = by_kind["crashed"]
-    everyone = len({*records.members, *records.outcomes})  # those that were refused never became members
+    speechless = {pid: record for pid, record in records.crashes.items() if pid not in records.outcomes}
     if by_kind["finished"]:
         ended = set(records.starting) <= set(records.members) <= set(records.outcomes)
-        joined = any(record.get("joined") for record in records.members.values())
-        if not crashed and ended and not joined and 0 < mpirun_status < _SIGNALLED:
+        spawned = records.ended or any(record.get("joined") for record in records.members.values())
+        if not crashed and ended and not spawned and 0 < mpirun_status < _SIGNALLED:
             # Nobody died on the way, so it is the status of a rank that has finished. Where ranks were spawned, mpirun
             # was seen to return 1 although all of them had ended with 0.
             return Verdict(
                 EXIT_FAILED, f"training finished, but the script failed after it: a rank exited with {mpirun_status}"
             )
-        if not crashed:
+        if not crashed and not speechless:
             return Verdict(EXIT_FINISHED)
-        return Verdict(
-            EXIT_FINISHED,
-            f"training finished, but {len(crashed)} of {everyone} ranks crashed on the way: {_first_message(crashed)}",
-        )
+        return Verdict(EXIT_FINISHED, _crashes(records, crashed, speechless))
     if by_kind["cut off"]:
         return Verdict(EXIT_STOPPED, f"no part of the job has a majority: {_first_message(by_kind['cut off'])}")
     if crashed:
@@ -114,6 +117,26 @@ def judge(records: Records, mpirun_status: int) -> Verdict:
     status = mpirun_status if mpirun_status > 0 else 128 - mpirun_status
     what = "no rank had joined the job yet" if records.starting else "no rank opened a chaos_mpi session"
     return Verdict(status, f"the job failed: mpirun {describe_status(mpirun_status)}, and {what}")
+
+
+def _crashes(records: Records, crashed: Sequence[Record], speechless: Mapping[int, Record]) -> str:
+    """How many ranks crashed on the way, of all that ever took part; those of lost hosts did not, as far as is known.
+
+    Args:
+        records: what the ranks wrote.
+        crashed: the outcomes of those that could still say why.
+        speechless: what their agents say of the others.
+    """
+    # A crash in a start counts as well, and so do those that were refused, which never became members.
+    everyone = {*records.members, *records.outcomes, *speechless}
+    later = sum(bool(record.get("joined")) for record in records.members.values())
+    counting = f" ({later} of them joined later)" if later else ""
+    first = next(iter(speechless), None)
+    how = "" if first is None else f"{speechless[first].get('how')}, host {records.members.get(first, {}).get('host')}"
+    return (
+        f"training finished, but {len(crashed) + len(speechless)} of {len(everyone)} ranks{counting} crashed on the "
+        f"way: {_first_message(crashed) or how}"
+    )
 
 
 def describe_status(status: int) -> str:

@@ -23,8 +23,9 @@ from chaos_mpi.agent.proxy import KILL_SIGNAL
 from chaos_mpi.cli.control import end_ranks
 from chaos_mpi.cli.outcome import Records, read_records
 from chaos_mpi.cli.output import OutputFilter
+from chaos_mpi.cli.terminal import write
 from chaos_mpi.elastic.lifecycle import alike, write_record
-from chaos_mpi.errors import ChaosError
+from chaos_mpi.errors import ChaosError, EngineError
 
 #: After a signal, the ranks get this long to end before everything is killed.
 GRACE_S = 10.0
@@ -61,6 +62,9 @@ class MpirunJob:
         drop_noise: leave out what Open MPI remarks.
         outlived: the ranks are started by proxies, and train on when ``mpirun`` is killed, or this process.
 
+    Raises:
+        EngineError: it cannot be started.
+
     Attributes:
         interrupted_by: the first signal that was forwarded, or None.
     """
@@ -82,11 +86,17 @@ class MpirunJob:
         self._killed = False
         # Handlers first: a signal that comes while mpirun starts is remembered and forwarded.
         self._process: subprocess.Popen[bytes] | None = None
-        self._previous = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
-        self._process = subprocess.Popen(
-            line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-            preexec_fn=_prepared(signal.SIGKILL if outlived else signal.SIGINT),  # noqa: PLW1509 - no other thread yet
-        )  # fmt: skip
+        # What is ignored stays so: who starts a job with nohup means it.
+        heeded = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._on_signal) for number in heeded}
+        try:
+            self._process = subprocess.Popen(
+                line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                preexec_fn=_prepared(signal.SIGKILL if outlived else signal.SIGINT),  # noqa: PLW1509 - no thread yet
+            )  # fmt: skip
+        except OSError as error:  # with very many hosts the line is too long
+            self._restore_handlers()
+            raise EngineError(f"{line[0]} cannot be started for {ranks} ranks: {error.strerror}") from error
         self._filters = [OutputFilter(tagged=tagged, drop_noise=drop_noise) for _ in range(2)]
         assert self._process.stdout is not None
         assert self._process.stderr is not None
@@ -132,8 +142,7 @@ class MpirunJob:
             self._kill_ranks()
         for pump in self._pumps:
             pump.join(GRACE_S)
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        self._restore_handlers()
         if lost:
             raise LauncherLostError(
                 "mpirun was killed; the ranks train on without it. None can be added before 'chaosctl takeover' is run "
@@ -149,11 +158,16 @@ class MpirunJob:
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         if self.interrupted_by is not None:
-            self._deadline = 0.0  # a second signal: at once
+            if number != signal.SIGHUP:  # which comes twice from a terminal, and after SIGTERM when a machine goes down
+                self._deadline = 0.0  # a second signal: at once
             return
         self.interrupted_by = signal.Signals(number)
         if self._process is not None:
             self._forward(self.interrupted_by)
+
+    def _restore_handlers(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _forward_early_signal(self) -> None:
         if self.interrupted_by is not None:
@@ -162,7 +176,7 @@ class MpirunJob:
     def _forward(self, number: signal.Signals) -> None:
         assert self._process is not None
         self._deadline = time.monotonic() + GRACE_S
-        if number is signal.SIGTERM and end_ranks(self._run_dir):
+        if number is not signal.SIGINT and end_ranks(self._run_dir, number.name):
             return
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGINT)
@@ -263,18 +277,10 @@ def _pump(source: IO[bytes], target: IO[str], output: OutputFilter) -> None:
     while True:
         readable, _, _ = select.select([source], [], [], _QUIET_S)
         if not readable:
-            _write(target, output.idle())
+            write(target, output.idle())
             continue
         data = os.read(source.fileno(), 65536)
         if not data:
             break
-        _write(target, output.feed(data))
-    _write(target, output.finish())
-
-
-def _write(target: IO[str], data: bytes) -> None:
-    try:
-        target.buffer.write(data)  # type: ignore[attr-defined]
-        target.buffer.flush()  # type: ignore[attr-defined]
-    except (BrokenPipeError, ValueError):
-        return
+        write(target, output.feed(data))
+    write(target, output.finish())

@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from chaos_mpi.cli.control import LAUNCHER_FILE, ask_all
+from chaos_mpi.agent import voice
+from chaos_mpi.cli.control import LAUNCHER, ask_all
 from chaos_mpi.membership import host_of
 from chaos_mpi.monitor.hostlinks import UP
 
@@ -38,7 +39,7 @@ def look(directory: Path) -> Job | None:
 def began(directory: Path) -> float | None:
     """When the job was started, Unix seconds; None if that is not known."""
     try:
-        return (directory / LAUNCHER_FILE).stat().st_mtime
+        return max((path.stat().st_mtime for path in directory.glob(f"{LAUNCHER}-*.json")), default=None)
     except OSError:
         return None
 
@@ -56,7 +57,8 @@ def combine(answers: Sequence[Answer], started_at: float | None, now: float) -> 
         ``min_ranks``, ``max_ranks``, ``joins``, ``changes`` as in an answer; ``ranks``: for every member ``member``,
         ``rank``, ``host``, ``pid``, ``state``, ``step``, ``process`` and ``stalled_s`` (None where it does not answer);
         ``machines``: what is known of each host, by name; ``links`` as in an
-        answer; ``transfers`` and ``events`` of all, events in order of time.
+        answer; ``witness``, the worst news of it that a member has; ``transfers`` and ``events`` of all, events in
+        order of time.
     """
     furthest = max(answers, key=lambda answer: (answer["epoch"], answer["step"]))
     by_member = {answer["member"]: answer for answer in answers}
@@ -71,6 +73,7 @@ def combine(answers: Sequence[Answer], started_at: float | None, now: float) -> 
         "machines": {answer["host"]: answer["machine"] for answer in answers},
         "transfers": list({t["member"]: t for answer in answers for t in answer["transfers"]}.values()),
         "links": furthest["links"],
+        "witness": min(filter(None, (answer["witness"] for answer in answers)), key=_worst_first, default=None),
         "events": merged(answers),
     }
 
@@ -105,6 +108,8 @@ def lines(job: Job) -> Iterator[str]:
     for link in job["links"]:
         if link["state"] != UP:
             yield f"  link {link['a']} - {link['b']}: {describe_link(link)}"
+    if job["witness"] is not None and (text := describe_witness(job["witness"])):
+        yield f"  {text}"
     for join in job["joins"]:
         yield f"  on its way: {describe_join(join, job['at'])}"
     for transfer in job["transfers"]:
@@ -142,9 +147,25 @@ def describe_machine(machine: dict[str, Any]) -> str:
 
 
 def describe_link(link: dict[str, Any]) -> str:
-    """State of a link, and round-trip time."""
-    state = f"detour over {link['via']}" if link["via"] else str(link["state"])
-    return state if link["rtt_ms"] is None else f"{state}, {link['rtt_ms']:.2f} ms"
+    """State of a link, why there is no detour round it, round-trip time and bandwidth."""
+    parts = [f"detour over {link['via']}" if link["via"] else str(link["state"])]
+    if link["no_detour"]:
+        parts[0] += f", no detour ({link['no_detour']})"
+    if link["rtt_ms"] is not None:
+        parts.append(f"{link['rtt_ms']:.2f} ms")
+    if link["bytes_per_s"] is not None:
+        parts.append(f"{nbytes(link['bytes_per_s'])}/s")
+    return ", ".join(parts)
+
+
+def describe_witness(witness: dict[str, str]) -> str:
+    """What is to be said of the witness; empty if all is well."""
+    where = f"the witness on {witness['host']} is not reachable"
+    return {voice.SILENT: where, voice.OUT: f"{where}, and has no vote any more"}.get(witness["state"], "")
+
+
+def _worst_first(witness: dict[str, str]) -> int:
+    return (voice.SILENT, voice.OUT, voice.UP, voice.REPLACED).index(witness["state"])
 
 
 def describe_join(join: dict[str, Any], now: float) -> str:

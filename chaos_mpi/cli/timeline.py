@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,12 @@ JOIN_PARTS = {
     "first_step_s": "first step",
 }
 
+_WITNESS_STATES = {
+    "silent": "the witness on {} is not reachable",
+    "up": "the witness on {} is reachable again",
+    "out": "the witness on {} is given up, and has no vote any more",
+    "replaced": "a rank on {} votes in the place of the witness",
+}
 _LINK_STATES = {"cut": "cut", "down": "not to be used", "detour": "goes round by ", "up": "up"}
 
 
@@ -97,24 +104,37 @@ def story(events: list[Event]) -> list[Line]:
         parts = ", ".join(f"{word} {active[name] * 1e3:.0f}" for name, word in JOIN_PARTS.items() if name in active)
         text = f"{active['member']} contributes, {active['total_s'] * 1e3:.0f} ms after the request ({parts})"
         told.append(_line(active, text, active["member"]))
-    told += _links(events)
+    told += _told_by_all(events, "link_changed", ("a", "b", "state", "via"), _link)
+    told += _told_by_all(events, "detour_failed", ("a", "b", "reason"), _no_detour)
+    told += _told_by_all(events, "witness_changed", ("witness", "state"), _witness)
     ended = [e for e in events if e["event"] == "session_ended" and e["outcome"] != "left"]
     if ended:
         told.append(_line(ended[-1], _ending(ended)))
     return sorted(told, key=lambda line: (line.t, line.step, line.text))
 
 
-def _links(events: list[Event]) -> list[Line]:
-    """What became of links; every member tells of it, and counts how often."""
+def _told_by_all(events: list[Event], name: str, fields: Sequence[str], text: Callable[[Event], str]) -> list[Line]:
+    """What every member tells of, and as often as it happens; those with the same fields are of one thing."""
     times: Counter[tuple[str, ...]] = Counter()
     first: dict[tuple[str, ...], Line] = {}
-    for event in (e for e in events if e["event"] == "link_changed"):
-        news = (event["a"], event["b"], event["state"], event["via"])
+    for event in (e for e in events if e["event"] == name):
+        news = tuple(str(event[field]) for field in fields)
         times[event["member"], *news] += 1
         number = str(times[event["member"], *news])
-        text = f"link {event['a']} - {event['b']}: {_LINK_STATES[event['state']]}{event['via']}"
-        first.setdefault((*news, number), _line(event, text, *news, number))
+        first.setdefault((*news, number), _line(event, text(event), *news, number))
     return list(first.values())
+
+
+def _link(event: Event) -> str:
+    return f"link {event['a']} - {event['b']}: {_LINK_STATES[event['state']]}{event['via']}"
+
+
+def _no_detour(event: Event) -> str:
+    return f"link {event['a']} - {event['b']}: no detour ({event['reason']})"
+
+
+def _witness(event: Event) -> str:
+    return _WITNESS_STATES[event["state"]].format(event["host"])
 
 
 def _line(event: Event, text: str, *key: object) -> Line:
@@ -131,6 +151,8 @@ def _change(view: Event, before: set[str] | None) -> str:
     if view["cause"] == "leave":
         who = ", ".join(sorted(before - now)) if before is not None else "others"
         return f"{who} left; {ranks} train on"
+    if view["cause"] == "order":
+        return f"the ranks are in another order, in which slow links carry less: {', '.join(view['members'])}"
     lost = ", ".join(view["lost"]) or "nobody"
     return f"{lost} died; {ranks} {'are' if view['size'] > 1 else 'is'} left"
 
@@ -159,6 +181,7 @@ def draw(events: list[Event], path: Path) -> None:
     steps = [e for e in events if e["event"] == "step" and e["rank"] == rank]
     losses = [(e["t"] - start, e["loss"]) for e in steps if e.get("loss") is not None]
     marks = {"failure": ("tab:red", "died"), "join": ("tab:blue", "joined"), "leave": ("tab:orange", "left")}
+    marks["order"] = ("tab:gray", "other order")
     changes = {e["epoch"]: (e["t"] - start, *marks[e["cause"]]) for e in events if e["event"] == "view_committed"}
     figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(9, 5.5), height_ratios=(3, 1))
     if losses:

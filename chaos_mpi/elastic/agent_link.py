@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
 
-from chaos_mpi.agent.crashes import Crash
 from chaos_mpi.agent.link import AgentLink
 from chaos_mpi.errors import EngineError
+from chaos_mpi.monitor.hostlinks import UP
 from chaos_mpi.mpi.sever import sever
+from chaos_mpi.mpi.traffic import sent_by_address
+
+if TYPE_CHECKING:
+    from chaos_mpi.elastic.negotiator import Negotiator
+    from chaos_mpi.elastic.session import Session
 
 log = logging.getLogger("chaos_mpi.elastic")
 
@@ -37,22 +43,47 @@ def open_link(member: str) -> AgentLink | None:
         ) from error
 
 
-def follow(link: AgentLink | None, emit: Callable[..., None], crashed: Callable[[Crash], object]) -> None:
-    """Take the agent's news from now on, in another thread: of links, those there was already included, and of crashes.
+def follow(session: Session, negotiator: Negotiator) -> None:
+    """Take the agent's news from now on, in another thread: of links and the witness, those there was already included,
+    and of others.
 
     Args:
-        link: the connection with the agent, if there is one.
-        emit: writes to the event log: the name of an event, and its fields.
-        crashed: is called when another rank has crashed.
+        session: this rank's, with the connection to the agent, if there is one.
+        negotiator: is told what the members might do about the news.
     """
+    shown: dict[tuple[str, str], dict[str, str]] = {}
 
     def changed(links: list[dict[str, str]]) -> None:
-        for fields in links:
-            emit("link_changed", **fields)
+        for news in links:
+            where = {"a": news["a"], "b": news["b"]}
+            how, no_detour = {"state": news["state"], "via": news["via"]}, news["no_detour"]
+            before = shown.get((news["a"], news["b"]), {"state": UP, "via": "", "no_detour": ""})
+            shown[news["a"], news["b"]] = news
+            if not before.items() >= how.items():
+                session.emit("link_changed", **where, **how)
+            if no_detour and no_detour != before["no_detour"]:
+                session.emit("detour_failed", **where, reason=no_detour)
 
-    if link is not None:
+    def traffic() -> dict[str, Any]:
+        return {"sent": sent_by_address(), "members": session.members, "step": session.step}
+
+    if (link := session.agent) is not None:
         link.follow_links(changed)
-        link.follow_crashes(crashed)
+        link.follow_witness(lambda fields: session.emit("witness_changed", **fields))
+        link.follow_crashes(negotiator.propose_restart)
+        link.follow_joins(negotiator.launch_ended)
+        link.follow_order(traffic, negotiator.propose_order)
+
+
+def fate_of(lost: Collection[str], link: AgentLink | None) -> str:
+    """What has become of members that are lost, for people."""
+    given_up = link.given_up.intersection(lost) if link is not None else set[str]()
+    died = ", ".join(member for member in lost if member not in given_up)
+    silent = ", ".join(member for member in lost if member in given_up)
+    told = [f"{died} died"] if died else []
+    if silent:
+        told.append(f"{silent} lost, as nothing was heard from there ('chaosctl add --host' brings a machine back)")
+    return "; ".join(told)
 
 
 def _sever(addresses: Collection[str]) -> None:

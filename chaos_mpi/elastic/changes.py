@@ -7,7 +7,7 @@ import os
 import time
 from abc import abstractmethod
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from chaos_mpi.elastic import kept
 from chaos_mpi.elastic.collectives import CollectiveCalls
@@ -38,16 +38,28 @@ if TYPE_CHECKING:
 log = logging.getLogger("chaos_mpi.elastic")
 
 
+class Companion(Protocol):
+    """Other software in this process that communicates among the members by itself."""
+
+    def enter_view(self, world: World) -> None:
+        """Communicate on ``world`` from now on: a new view was committed. Its first use, at every member."""
+
+    def end(self, world: World) -> None:
+        """Communicate no more: all members end, or this one leaves."""
+
+
 class ChangingSession(CollectiveCalls):
     """What a session does about members that come and go on purpose. The session itself sets the attributes.
 
     Attributes:
         told_to_end: whether this rank is to leave as soon as it can.
+        told_by: the name of the signal that said so.
         stop_reason: why it cannot, once that is known: then the job has to stop.
         changes: how often the view has changed since the job was started, and why.
     """
 
     told_to_end = False
+    told_by = ""
     stop_reason = ""
     changes = Changes()
 
@@ -58,6 +70,7 @@ class ChangingSession(CollectiveCalls):
     initial_size: int
     started_with: int
     _arrival: Arrival | None
+    _companions: list[Companion]
     _events: EventLog
     _guard: ExitGuard
     _last_contributors: tuple[str, ...]
@@ -114,7 +127,8 @@ class ChangingSession(CollectiveCalls):
         """
         if not self.has_state:
             raise ConfigError(
-                "no rank can join yet: the script has not made its TrainingState, which a newcomer would start from"
+                "no rank can join: the script has not made its TrainingState (with chaos_mpi.horovod.torch: called its "
+                "function under hvd.elastic.run), which a newcomer would start from"
             )
         return [self._negotiator.request_join(host, answer) for _ in range(n)]
 
@@ -166,6 +180,12 @@ class ChangingSession(CollectiveCalls):
         self._samplers.view_changed(reports, old.members, self.members)
         self.changes = self.changes.after(cause, old.members, self.members)
         self.emit("view_committed", cause=cause, members=list(self.members), lost=[], links=[])
+        self._tell_companions()
+
+    def attach_companion(self, companion: Companion) -> None:
+        """Have other software that communicates by itself, as Horovod, enter the present view and all later ones."""
+        self._companions.append(companion)
+        companion.enter_view(self._sequence.world)
 
     def wants_to_talk(self) -> bool:
         """Whether this member has something to propose to the others."""
@@ -226,12 +246,14 @@ class ChangingSession(CollectiveCalls):
         self._samplers.view_changed(invitation["reports"], old.members, self.members)
         self.changes = Changes(**invitation["changes"]).after("join", old.members, self.members)
         self.emit("view_committed", cause="join", members=list(self.members), lost=[], links=[])
+        self._tell_companions()
 
     def depart(self) -> NoReturn:
         """This member has left by agreement: end the process in good order."""
         log.warning("%s leaves at step %d; the others train on", self.member, self.step)
         self._persistence.close()
         self._end("left", "", "")
+        self._end_companions()
         self._guard.release()
         raise SystemExit(0)
 
@@ -253,9 +275,18 @@ class ChangingSession(CollectiveCalls):
         digest = self._persistence.digest() if self.settings.event_log is not None else ""
         self._end("moved", f"the job moved to another launcher after step {self.step}", digest)
         self._guard.release()
+        self._end_companions()
         self._sequence.free()
         runtime.stop()
         raise SystemExit(0)
+
+    def _tell_companions(self) -> None:
+        for companion in self._companions:
+            companion.enter_view(self._sequence.world)
+
+    def _end_companions(self) -> None:
+        for companion in self._companions:
+            companion.end(self._sequence.world)
 
     def _stop_if_told(self) -> None:
         """At a step boundary, after those that could leave have left: stop if this rank is to end and cannot leave.
@@ -267,8 +298,8 @@ class ChangingSession(CollectiveCalls):
         message = ""
         if self.rank == 0:
             message = (
-                f"stopped at step {self.step} on request: {self.stop_reason}, and it was told to end (SIGTERM, host "
-                f"{self.host}). {self._persistence.save_on_request()}"
+                f"stopped at step {self.step} on request: {self.stop_reason}, and it was told to end ({self.told_by}, "
+                f"host {self.host}). {self._persistence.save_on_request()}"
             )
         self._persistence.close()
         self._end("stopped", message, "")

@@ -56,7 +56,7 @@ class CollectiveCalls(ABC):
         """
         if op not in ("sum", "max", "min"):
             raise ConfigError(f"all_reduce knows sum, max and min, not {op!r}")
-        _refuse_unusable("all_reduce", tensor)
+        refuse_unusable("all_reduce", tensor)
         if not reducible(tensor.dtype):
             raise ConfigError(f"all_reduce cannot reduce a tensor of {tensor.dtype}; convert it to a wider dtype first")
         operation = Reduce("all_reduce", tensor, op)
@@ -96,7 +96,7 @@ class CollectiveCalls(ABC):
             RecoveryError: ``root`` was named and died meanwhile.
         """
         for tensor in tensors:
-            _refuse_unusable(label, tensor)
+            refuse_unusable(label, tensor)
         chunk: list[torch.Tensor] = []
         for index, tensor in enumerate(tensors, start=1):
             chunk.append(tensor)
@@ -128,7 +128,7 @@ class CollectiveCalls(ABC):
         while True:
             epoch, rank, size = self.epoch, self.rank, self.size
             counted = fn(range(rank, n_items, size)).detach()
-            _refuse_unusable("evaluate", counted)
+            refuse_unusable("evaluate", counted)
             if counted.is_complex():
                 raise ConfigError(
                     f"evaluate cannot sum a tensor of {counted.dtype}; return its real and imaginary parts"
@@ -143,7 +143,8 @@ class CollectiveCalls(ABC):
                 return total[:-4]
 
 
-def _refuse_unusable(what: str, tensor: torch.Tensor) -> None:
+def refuse_unusable(what: str, tensor: torch.Tensor) -> None:
+    """Raise ConfigError for a tensor that is not dense and on the CPU."""
     if tensor.is_quantized or tensor.layout != torch.strided:
         raise ConfigError(
             f"{what} cannot take a tensor of {tensor.dtype} and layout {tensor.layout}; make it dense first"

@@ -51,9 +51,10 @@ class ControlSocket:
 
     Requests: ``{"do": "status"}``, answered by :meth:`chaos_mpi.elastic.status.MemberStatus.answer`;
     ``{"do": "add", "n": 1, "host": ""}``; ``{"do": "remove", "member": id}``; ``{"do": "link", "a": host, "b": host,
-    "down": true}``; ``{"do": "end"}``, which is for this member alone, as SIGTERM is; ``{"do": "relaunch"}``, what
-    another launcher has to know to start the job anew; ``{"do": "hand_over", "name": "chaos-state-..."}``, for it to go
-    on under that one; ``{"do": "state_kept", "problem": ""}``, to ranks that wait for what is handed over.
+    "down": true}``; ``{"do": "end", "signal": "SIGTERM"}``, which is for this member alone, as SIGTERM is, and names
+    the signal that its launcher got; ``{"do": "relaunch"}``, what another launcher has to know to start the job anew;
+    ``{"do": "hand_over", "name": "chaos-state-..."}``, for it to go on under that one; ``{"do": "state_kept",
+    "problem": ""}``, to ranks that wait for what is handed over.
 
     Args:
         session: this member's part in the job.
@@ -135,7 +136,8 @@ class ControlSocket:
             yield {"reason": self._order_link(request), "last": True}
             return
         if request["do"] == "end":
-            end_soon(session)  # who asks for it does not wait for an answer
+            # Who asks for it does not wait for an answer.
+            end_soon(session, str(request.get("signal", signal.SIGTERM.name)))
             return
         if request["do"] == "add":
             session.request_join(1, str(request.get("host", "")), answer)
@@ -178,17 +180,21 @@ def _leave(session: Session, number: int, _: FrameType | None) -> None:
     if session.member != f"{session.host}:{os.getpid()}":
         os.kill(os.getpid(), number)  # a child of the rank, which has inherited the handler
         return
-    end_soon(session)
+    end_soon(session, signal.Signals(number).name)
 
 
-def end_soon(session: Session) -> None:
+def end_soon(session: Session, name: str) -> None:
     """This rank is to end: it leaves after the present step, or the job stops then if too few would be left.
 
     If neither has happened after :data:`LEAVE_DEADLINE_S`, the rank is ended. Once is enough.
+
+    Args:
+        session: this member's part in the job.
+        name: of the signal that said so.
     """
     if session.told_to_end:
         return
-    session.told_to_end = True
+    session.told_by, session.told_to_end = name, True
     timer = threading.Timer(LEAVE_DEADLINE_S, _end_now, (session,))
     timer.daemon = True
     timer.start()

@@ -12,14 +12,12 @@ from collections.abc import Callable
 import psutil
 
 from chaos_mpi.agent import launcher
-from chaos_mpi.agent.spawning import VARIABLE, spawn_command
+from chaos_mpi.agent.spawning import JOIN_OPTION, VARIABLE, spawn_command
 from chaos_mpi.errors import JoinError
 from chaos_mpi.membership import Join
 from chaos_mpi.mpi import growth
 from chaos_mpi.mpi.growth import Bridge
 
-#: Tells a newcomer's process from others: Python takes any ``-X`` option, and shows it in ``sys._xoptions``.
-_OPTION = "chaos_mpi_join"
 _LOOK_PERIOD_S = 0.25
 
 
@@ -49,14 +47,14 @@ def start(join: Join, directory: str) -> Bridge:
 
 def own_arguments(join: Join) -> list[str]:
     """The arguments of this Python process, to start another one like it, which bears the name of the join."""
-    return ["-X", _mark(join), *arguments()]
+    return ["-X", mark(join), *arguments()]
 
 
 def arguments() -> list[str]:
     """The arguments of this Python process, without the name of a join."""
     found = list(sys.orig_argv[1:])
     for index in range(len(found) - 1):
-        if found[index] == "-X" and found[index + 1].startswith(f"{_OPTION}="):
+        if found[index] == "-X" and found[index + 1].startswith(f"{JOIN_OPTION}="):
             del found[index : index + 2]
             break
     return found
@@ -70,7 +68,7 @@ def refuse_orphan() -> None:
     Raises:
         JoinError: this process was started by a member on this machine that is gone.
     """
-    sponsor = str(sys._xoptions.get(_OPTION, "")).rpartition("@")[2]
+    sponsor = str(sys._xoptions.get(JOIN_OPTION, "")).rpartition("@")[2]
     host, _, pid = sponsor.rpartition(":")
     if pid.isdigit() and host == socket.gethostname() and not psutil.pid_exists(int(pid)):
         raise JoinError(f"{sponsor}, which started this rank, has died meanwhile")
@@ -80,7 +78,8 @@ class LaunchWatch:
     """Sees the process of a newcomer end before MPI connects it.
 
     MPI says nothing of it: whoever waits for the process to come up waits for ever. The launcher of this machine starts
-    it as a child of its own, as it did with this process. In a job on several machines nothing is seen.
+    it as a child of its own, as it did with this process. In a job on several machines nothing is seen, but told by the
+    agents: see :meth:`chaos_mpi.elastic.sponsor.Sponsorship.process_ended`.
 
     Args:
         join: what the process is started for.
@@ -88,7 +87,7 @@ class LaunchWatch:
     """
 
     def __init__(self, join: Join, ended: Callable[[], None]) -> None:
-        self._mark, self._ended = _mark(join), ended
+        self._mark, self._ended = mark(join), ended
         self._over = threading.Event()
         here = ("", "localhost", socket.gethostname(), os.environ.get("PMIX_HOSTNAME", ""))
         self._local = VARIABLE not in os.environ and join.host in here
@@ -119,8 +118,9 @@ class LaunchWatch:
         return None
 
 
-def _mark(join: Join) -> str:
-    return f"{_OPTION}={join.id}.{join.attempt}@{join.sponsor}"
+def mark(join: Join) -> str:
+    """The option in the command line of the process that is started for a join."""
+    return f"{JOIN_OPTION}={join.id}.{join.attempt}@{join.sponsor}"
 
 
 def _runs(process: psutil.Process) -> bool:

@@ -12,6 +12,7 @@ import atexit
 import fcntl
 import gc
 import hashlib
+import io
 import logging
 import os
 import re
@@ -108,12 +109,24 @@ def tidy_uncaught() -> None:
             previous(kind, value, traceback)
             return
         say_once(run_dir, value)
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush()
         os._exit(STOPPED_STATUS)  # what else holds the process, as MPI half started, is not waited for
 
     sys.excepthook = on_exception
+
+
+def _flush() -> None:
+    """Have all that was printed come out, before the process ends in the middle of things.
+
+    The hook of ``torch.distributed`` collects what the hook before it prints on stderr, to put the rank in front of it,
+    and would never come to print it.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    if isinstance(sys.stderr, io.StringIO) and sys.__stderr__ is not None:
+        sys.__stderr__.write(sys.stderr.getvalue())
+        sys.__stderr__.flush()
+    sys.stderr.flush()
 
 
 class ExitGuard:
@@ -124,6 +137,9 @@ class ExitGuard:
         crashed: records that this rank ends by an exception, given as text.
         watched: whether other members are to see the end of this process.
         run_dir: the job's private directory, if it has one.
+
+    Attributes:
+        is_quiet: whether a script that ends without closing the session is not told so.
     """
 
     def __init__(
@@ -137,10 +153,16 @@ class ExitGuard:
         self._previous, self._exit, self._exit_at_once = sys.excepthook, sys.exit, os._exit
         self._pid = os.getpid()
         self._status: object = None
+        self.is_quiet = False
         sys.excepthook = self._on_exception
         sys.exit = self._noting_exit
         os._exit = self._noting_exit_at_once
         atexit.register(self._at_exit)
+
+    @property
+    def failing(self) -> bool:
+        """Whether the script has called ``sys.exit`` with a status that tells of a failure."""
+        return self._status not in (None, 0)
 
     def release(self) -> None:
         """The session is over; the process may end as any other."""
@@ -174,9 +196,14 @@ class ExitGuard:
         self._exit_at_once(status)
 
     def _at_exit(self) -> None:
-        if self._status not in (None, 0):
+        if self.failing:
             self._end(f"the script called sys.exit({self._status!r})", 1)
-        say_once(self._run_dir, "the script ended without chaos_mpi.finalize(); closing the session now")
+        if not self.is_quiet:
+            say_once(
+                self._run_dir,
+                "the script ended without chaos_mpi.finalize() (or the destroy_process_group() or close() of what it "
+                "uses); closing the session now",
+            )
         try:
             self._close()
         except NoSessionError:
@@ -197,9 +224,7 @@ class ExitGuard:
     def _end(self, message: str, status: int, *, together: bool = False) -> NoReturn:
         """End the process now; ``together`` with all others, who need not be told of it."""
         self._crashed(message)
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush()
         if self._watched() and not together:
             os.kill(os.getpid(), signal.SIGKILL)
         self._exit_at_once(status)

@@ -10,7 +10,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -21,8 +21,20 @@ from chaos_mpi.elastic.admission import LiveState
 from chaos_mpi.elastic.autoscaler import Autoscaler
 from chaos_mpi.elastic.overlap import Overlap, overlaps
 from chaos_mpi.elastic.sponsor import Sponsorship
-from chaos_mpi.elastic.transitions import Admit, Leave
-from chaos_mpi.membership import Agenda, Join, Limits, Outcome, Proposal, View, cut_is_due, negotiate, orphaned, restart
+from chaos_mpi.elastic.transitions import Admit, Arrange, Leave
+from chaos_mpi.membership import (
+    MOVES,
+    Agenda,
+    Join,
+    Limits,
+    Outcome,
+    Proposal,
+    View,
+    cut_is_due,
+    negotiate,
+    orphaned,
+    restart,
+)
 
 if TYPE_CHECKING:
     from chaos_mpi.agent.crashes import Crash
@@ -90,6 +102,15 @@ class Negotiator:
             Proposal("restart", id_, crash.member, host, reason=crash.how, asked_at=time.time(), obstacle=obstacle)
         )
 
+    def propose_order(self, order: tuple[str, ...]) -> None:
+        """The agents have found an order of the members in which slow links carry less; from any thread."""
+        self.propose(Proposal("order", "order", order=order))
+
+    def launch_ended(self, mark: str, how: str) -> None:
+        """The process of a newcomer has ended; from any thread. This member may have had it started."""
+        for sponsorship in list(self._sponsorships.values()):
+            sponsorship.process_ended(mark, how)
+
     def propose(self, proposal: Proposal) -> None:
         """Put a proposal before all members at the next boundary."""
         with self._lock:
@@ -122,6 +143,8 @@ class Negotiator:
         begun = time.perf_counter()  # until here a member has waited for slower ones, as it does in every step
         view = View(0, contributors)
         proposals = [[Proposal.from_json(p) for p in row] for row, _ in words]
+        hosts = {join.id: join.host for join in self.agenda.joins}
+        hosts |= {p.id: p.host for row in proposals for p in row if p.kind == "join"}
         outcome = negotiate(self.agenda, view, proposals, self.limits)
         outcome = self._autoscaler.settle(outcome, view)
         self.agenda = outcome.agenda
@@ -134,11 +157,13 @@ class Negotiator:
         if outcome.leave:
             told = {member: reports for member, (_, reports) in zip(contributors, words, strict=True)}
             goes = self._part(outcome.leave, told, (arrived, begun, time.perf_counter()))
-        self._tell(outcome)
+        self._tell(outcome, hosts)
         if goes:
             self._depart()
         if outcome.move is not None:
             self._move(outcome.move)
+        if outcome.order:
+            self._arrange(outcome.order)
         if outcome.cut and self._overlap is not None:
             self._overlap.cut(begun)
         if outcome.activate:
@@ -205,10 +230,25 @@ class Negotiator:
             self._answer(move.id, "refused", {"reason": reason})
             return
         for id_ in set(self._answers) - {move.id}:
-            self._answer(id_, "refused", {"reason": "the job moves to another launcher; ask again when it is there"})
+            self._answer(id_, "refused", {"reason": f"{MOVES}; ask again when it is there"})
         self._answer(move.id, "moved", {"step": session.step})
         self.close()
         session.move_away()
+
+    def _arrange(self, order: tuple[str, ...]) -> None:
+        session = self._session
+        begun = time.perf_counter()
+        operation = Arrange(order, session.sampler_reports, self._width(), session.settings.timeout_s)
+        session.execute(operation)
+        if operation.world is None:
+            return
+        session.change_view(operation.world, order, operation.reports, cause="order")
+        session.emit("stalled", seconds=round(time.perf_counter() - begun, 6), cause="order")
+        if session.rank == 0:
+            log.warning(
+                "step %d: the ranks are in another order now, in which slow links carry less: %s",
+                session.step, ", ".join(order),
+            )  # fmt: skip
 
     def _admit(self, joins: tuple[Join, ...], begun: float) -> None:
         session = self._session
@@ -253,7 +293,9 @@ class Negotiator:
         agenda, again, given_up = restart(self.agenda, view, joins)
         self.agenda = with_failed(agenda, given_up)
         for join in given_up:
-            self._answer(join.id, "refused", {"reason": f"it failed {join.attempt} times"})
+            reason = f"it failed {join.attempt} times"
+            self._session.emit("join_failed", id=join.id, host=join.host, reason=reason)
+            self._answer(join.id, "refused", {"reason": reason})
         for join in again:
             self._sponsor(join)
 
@@ -285,12 +327,15 @@ class Negotiator:
         self.propose(Proposal(kind, id_, member, host, asked_at=time.time(), name=name))
         return id_
 
-    def _tell(self, outcome: Outcome) -> None:
+    def _tell(self, outcome: Outcome, hosts: Mapping[str, str]) -> None:
+        """Tell who asked, and the event log; ``hosts`` are those of all joins."""
         for crash in outcome.crashes:
             self._session.emit("rank_crashed", **asdict(crash))
             if self._session.rank == 0:
                 log.warning("%s", crash)
         for id_, reason in outcome.refused.items():
+            if id_ in hosts:
+                self._session.emit("join_failed", id=id_, host=hosts[id_], reason=reason)
             if self._session.rank == 0:
                 log.warning("%s is refused: %s", id_, reason)
             self._answer(id_, "refused", {"reason": reason})

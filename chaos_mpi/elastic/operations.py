@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from chaos_mpi.errors import EngineError, MismatchError, PeerFailedError, RecoveryError
+from chaos_mpi.elastic.comparison import refuse_mismatch
+from chaos_mpi.errors import EngineError, PeerFailedError, RecoveryError
 from chaos_mpi.membership import View
 from chaos_mpi.mpi.world import Pending, World, transportable
 
@@ -53,6 +54,11 @@ class Operation(ABC):
         self._pending: Pending | None = None
         self._world: World | None = None
         self._label_bounds = torch.empty(0, dtype=torch.int64)
+
+    @property
+    def phase(self) -> str:
+        """What is told of it to people."""
+        return self.label
 
     @abstractmethod
     def start(self, pending: Pending, view: View, rank: int) -> None:
@@ -108,15 +114,7 @@ class Operation(ABC):
 
     def _refuse_mismatch(self, what: Callable[[], str], limit_s: float) -> NoReturn:
         assert self._world is not None
-        labels = [row.decode() for row in self._world.all_gather(self.label.encode(), what, limit_s)]
-        calls = "; ".join(
-            f"{', '.join(str(rank) for rank, other in enumerate(labels) if other == label)}: {label}"
-            for label in dict.fromkeys(labels)
-        )
-        raise MismatchError(
-            f"ranks make different collective calls, which all of them have to make alike and in the same order (rank: "
-            f"call): {calls}"
-        )
+        refuse_mismatch(self._world, self.label, what, limit_s)
 
     def withdraw(self) -> None:
         """Leave a revoked communicator, keeping the input; :meth:`launch` starts again on another one."""
@@ -132,7 +130,7 @@ class Reduce(Operation):
 
     def __init__(self, label: str, tensor: torch.Tensor, op: str) -> None:
         super().__init__(f"{label}[{op}, {str(tensor.dtype).removeprefix('torch.')}, {tuple(tensor.shape)}]")
-        self._input = tensor.detach().to(_transport_dtype(tensor.dtype)).contiguous()
+        self._input = tensor.detach().to(transport_dtype(tensor.dtype)).contiguous()
         self._op = op
         self._buffer = torch.empty_like(self._input)
 
@@ -240,5 +238,6 @@ def reducible(dtype: torch.dtype) -> bool:
     return dtype in _WIDER or transportable(dtype)
 
 
-def _transport_dtype(dtype: torch.dtype) -> torch.dtype:
+def transport_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which tensors of this one are reduced; it must be :func:`reducible`."""
     return dtype if transportable(dtype) else _WIDER[dtype]

@@ -104,7 +104,11 @@ class Regrouping:
             WaitTimeoutError: a survivor did not arrive in time.
         """
         spent = {"shrink_ms": 0.0, "exchange_ms": 0.0}
+        members = view.members
         while True:
+            begun = time.perf_counter()
+            self._await_word(tuple(members[rank] for rank in world.failed_ranks()))
+            spent["exchange_ms"] += (time.perf_counter() - begun) * 1e3
             begun = time.perf_counter()
             self._set_phase("agree")
             if not met and world.agree(closing, self._limit_s, lambda: "the survivors to meet after a failure"):
@@ -113,6 +117,7 @@ class Regrouping:
             self._set_phase("shrink")
             smaller = world.shrink(self._limit_s, lambda: "the survivors to shrink the communicator")
             self._retired.append(world)
+            members = tuple(members[rank] for rank in smaller.ranks_in(world))
             world = smaller
             spent["shrink_ms"] += (time.perf_counter() - begun) * 1e3
             begun = time.perf_counter()
@@ -133,6 +138,16 @@ class Regrouping:
             assert outcome is not None
             outcome.milliseconds = spent
             return outcome
+
+    def _await_word(self, failed: tuple[str, ...]) -> None:
+        """Meet nobody while it is uncertain whether these are out.
+
+        If it is this member that is out, the others part with it one by one. Who is lost to it already would be taken
+        for dead by those whom it met now.
+        """
+        if failed:
+            self._set_phase("quorum")
+            self._why_not_without(failed)  # asked again below, where all that are left decide together
 
     def retire(self, world: World) -> None:
         """Keep a communicator that is not used any more until it can be given back."""

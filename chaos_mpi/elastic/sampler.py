@@ -307,6 +307,11 @@ class ElasticSampler(Sampler[list[int]]):
         """Whether this rank has rounds in this epoch which were not issued yet."""
         return self._issued < self._current_plan().rounds
 
+    @property
+    def at_end(self) -> bool:
+        """Whether the training loop has got all rounds of this epoch; :meth:`finish` is to follow before any talk."""
+        return self._taken >= self._current_plan().rounds
+
     def take_explicitly(self) -> None:
         """From now on an issued round counts as taken only when :meth:`take` is called for it."""
         self._explicit = True

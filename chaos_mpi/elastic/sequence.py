@@ -8,7 +8,15 @@ from typing import Any, NoReturn, Protocol
 
 from chaos_mpi.elastic.operations import Operation
 from chaos_mpi.elastic.recovery import Position, Regrouped, Regrouping
-from chaos_mpi.errors import ChaosError, CutOffError, PeerFailedError, RecoveryError, WaitTimeoutError
+from chaos_mpi.errors import (
+    ChaosError,
+    CutOffError,
+    MismatchError,
+    PeerFailedError,
+    RecoveryError,
+    ViewChangedError,
+    WaitTimeoutError,
+)
 from chaos_mpi.membership import Report, View
 from chaos_mpi.mpi.world import World
 
@@ -35,6 +43,9 @@ class Listener(Protocol):
 
     def why_not_without(self, lost: tuple[str, ...]) -> str:
         """Why this member must not go on without these, or nothing; waits until that is certain."""
+
+    def why_not_with(self, present: tuple[str, ...]) -> str:
+        """The same for all but these, before there is a view."""
 
     def cut_off(self, error: CutOffError) -> NoReturn:
         """This member must not go on: end it."""
@@ -91,7 +102,7 @@ class OperationSequence:
         """
         if self._in_flight is not None:
             raise ChaosError(
-                f"'{operation.label}' was called while '{self._in_flight.label}' is under way "
+                f"'{operation.phase}' was called while '{self._in_flight.phase}' is under way "
                 "(a collective call inside backward, or from another thread)"
             )
         self._in_flight = operation
@@ -100,10 +111,12 @@ class OperationSequence:
         """Wait until the operation is finished, recovering as often as members die.
 
         Raises:
+            MismatchError, ViewChangedError: the members are in different calls, or this one cannot be made again after
+                a death; the same at all of them, and all go on with the next call.
             TooFewRanksError: fewer than ``min_ranks`` members are left.
             WaitTimeoutError: the others did not arrive within the limit.
         """
-        self.phase = operation.label
+        self.phase = operation.phase
         began = time.perf_counter()
         recovery: dict[str, float] = {}
         while not operation.contributors:
@@ -117,12 +130,23 @@ class OperationSequence:
                 recovery.setdefault("detect_ms", (detected - began) * 1e3)
                 recovery.setdefault("_detected", detected)
                 self._recover(operation, failure, recovery)
+            except (MismatchError, ViewChangedError):
+                self._leave(operation, self.view.members)
+                self.phase = "compute"
+                raise
             except WaitTimeoutError as error:
                 self._listener.give_up(error)
         if recovery:
             self._report_recovery(recovery)
         self._fruitless = 0
         self.phase = "compute"
+
+    def attend(self) -> None:
+        """Between two operations of this member's: take part in a recovery that others have begun, if there is one."""
+        if self._in_flight is None and self.world.is_broken():
+            before = self.phase
+            self._recover(None, PeerFailedError("seen while this member was in another group's call"), {})
+            self.phase = before
 
     def close(self) -> None:
         """Return once every living member has called it: from then on nobody needs a recovery."""
@@ -163,13 +187,14 @@ class OperationSequence:
 
     # -- recovery ------------------------------------------------------------------------------------
 
-    def _recover(self, operation: Operation, failure: PeerFailedError, spent: dict[str, float]) -> None:
+    def _recover(self, operation: Operation | None, failure: PeerFailedError, spent: dict[str, float]) -> None:
         failed = [self.view.members[r] for r in self.world.failed_ranks()]
         self._listener.emit("failure_detected", failed=failed, how=str(failure))
         begun = time.perf_counter()
         self.phase = "revoke"
         self.world.revoke()
-        operation.withdraw()
+        if operation is not None:
+            operation.withdraw()
         spent["revoke_ms"] = spent.get("revoke_ms", 0.0) + (time.perf_counter() - begun) * 1e3
         regrouped = self._regroup(closing=False, met=failure.met)
         if regrouped is None:
@@ -180,8 +205,9 @@ class OperationSequence:
         self._enter_view(regrouped)
         self._fruitless = 0 if regrouped.lost else self._fruitless + 1
         if self._fruitless >= _FRUITLESS_LIMIT:
+            where = operation.phase if operation is not None else "a call in a group"
             raise RecoveryError(
-                f"MPI failed {self._fruitless} times in a row in '{operation.label}' although no member died "
+                f"MPI failed {self._fruitless} times in a row in '{where}' although no member died "
                 f"({self._member}, rank {self.world.rank}): {failure}."
             ) from failure
 
@@ -222,10 +248,13 @@ class OperationSequence:
             in_flight=lambda: flight.results() if flight is not None else [],
         )
 
-    def _mark_finished(self, operation: Operation, contributors: tuple[str, ...]) -> None:
+    def _leave(self, operation: Operation, contributors: tuple[str, ...]) -> None:
         operation.contributors = contributors
         self._finished += 1
         self._last, self._in_flight = operation, None
+
+    def _mark_finished(self, operation: Operation, contributors: tuple[str, ...]) -> None:
+        self._leave(operation, contributors)
         self._listener.operation_finished(operation)
 
     def _report_recovery(self, spent: dict[str, float]) -> None:
@@ -239,20 +268,26 @@ class OperationSequence:
 
     def _assemble(self) -> View:
         """The first view: who is here. A rank that dies already now is left out."""
-        limit = self._timeout_s
+        limit, first = self._timeout_s, self.world.size
         while True:
-            rows: list[bytes] = []
+            members: tuple[str, ...] = ()
             try:
                 rows = self.world.all_gather(self._member.encode(), self._describe, limit)
+                members = tuple(row.decode() for row in rows)
             except PeerFailedError as error:
-                log.debug("a rank died while the job started: %s", error)
-            if self.world.agree(bool(rows), limit, self._describe):
-                return View(0, tuple(row.decode() for row in rows))
+                log.debug("a rank was lost while the job started: %s", error)
+            # Those that cannot be reached may think the same of this side.
+            if members and len(members) < first and (reason := self._listener.why_not_with(members)):
+                raise CutOffError(
+                    f"{first - len(members)} of {first} ranks could not be reached while the job started, and {reason} "
+                    f"({self._member}). It stops; can the hosts reach each other, at all ports?"
+                )
+            if self.world.agree(bool(members), limit, self._describe):
+                if self.world.rank == 0 and len(members) < first:
+                    log.warning("%d of %d ranks died while the job started", first - len(members), first)
+                return View(0, members)
             self.world.revoke()
-            size = self.world.size
             self.world = self.world.shrink(limit, self._describe)
-            if self.world.rank == 0:
-                log.warning("%d of %d ranks died while the job started", size - self.world.size, size)
 
     def _describe(self) -> str:
         return f"the other members in '{self.phase}'"

@@ -8,24 +8,25 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from chaos_mpi.agent.launcher import is_lost
-from chaos_mpi.elastic.agent_link import follow, open_link
+from chaos_mpi.agent.assembly import UP_LIMIT_S
+from chaos_mpi.elastic.agent_link import fate_of, follow, open_link
 from chaos_mpi.elastic.attached import AttachedSamplers
-from chaos_mpi.elastic.changes import ChangingSession
+from chaos_mpi.elastic.changes import Companion
 from chaos_mpi.elastic.control import ControlSocket, leave_on_sigterm, open_control
+from chaos_mpi.elastic.ending import EndingSession
 from chaos_mpi.elastic.launching import refuse_orphan
-from chaos_mpi.elastic.lifecycle import ExitGuard, say_once, set_log_level, write_record
+from chaos_mpi.elastic.lifecycle import ExitGuard, set_log_level, write_record
 from chaos_mpi.elastic.negotiator import Negotiator
 from chaos_mpi.elastic.newcomer import enter_job
 from chaos_mpi.elastic.operations import Operation
 from chaos_mpi.elastic.persistence import Persistence
 from chaos_mpi.elastic.sequence import OperationSequence
-from chaos_mpi.errors import ChaosError, ConfigError, CutOffError, NoSessionError, TooFewRanksError, WaitTimeoutError
+from chaos_mpi.elastic.submission import BackgroundCalls
+from chaos_mpi.errors import ChaosError, ConfigError, CutOffError, NoSessionError
 from chaos_mpi.events import EventLog
 from chaos_mpi.membership import View
 from chaos_mpi.mpi import runtime
@@ -33,6 +34,7 @@ from chaos_mpi.mpi.growth import bridge_to_sponsor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from concurrent.futures import Future
 
     from chaos_mpi.agent.link import AgentLink
     from chaos_mpi.config import Settings
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from chaos_mpi.elastic.recovery import Regrouped
     from chaos_mpi.elastic.sampler import ElasticSampler
     from chaos_mpi.elastic.state import TrainingState
+    from chaos_mpi.mpi.world import World
     from chaos_mpi.torch.buckets import GradientStep
 
 log = logging.getLogger("chaos_mpi.elastic")
@@ -64,7 +67,7 @@ class SessionResult:
     size: int
 
 
-class Session(ChangingSession):
+class Session(EndingSession):
     """This process's part in an elastic job. Made by :func:`chaos_mpi.init`; one at a time.
 
     All methods that communicate must be called by every member, in the same order, from the main thread.
@@ -86,7 +89,9 @@ class Session(ChangingSession):
         self.step = 0
         self._ended = False
         self._models = 0
+        self._background = BackgroundCalls()
         self._samplers = AttachedSamplers()
+        self._companions: list[Companion] = []
         self._rollbacks: list[Callable[[], None]] = []
         self._restored: list[Callable[[], None]] = []
         self._recorded: dict[str, Any] = {}
@@ -102,11 +107,17 @@ class Session(ChangingSession):
         if settings.min_ranks > world.size and self._bridge is None:
             raise ConfigError(f"min_ranks is {settings.min_ranks}, but the job was started with {world.size} ranks")
         self._events = EventLog(settings.event_log, self.member, self.host)
-        self._sequence = OperationSequence(world, self.member, settings.timeout_s, self)
+        try:
+            self._sequence = OperationSequence(world, self.member, settings.timeout_s, self)
+        except CutOffError as error:
+            write_record(
+                settings.run_dir, "outcome", {"member": self.member, "outcome": "cut off", "message": str(error)}
+            )
+            raise
         self._last_contributors = self.members
         self._persistence = Persistence(self)
         self._negotiator = Negotiator(self, settings.limits)
-        follow(self._agent, self.emit, self._negotiator.propose_restart)
+        follow(self, self._negotiator)
         self._arrival: Arrival | None = None
         self._control: ControlSocket | None = None
         self._guard = ExitGuard(self.close, self._crashed, lambda: self.size > 1, settings.run_dir)
@@ -155,6 +166,11 @@ class Session(ChangingSession):
         return len(self._last_contributors)
 
     @property
+    def is_newcomer(self) -> bool:
+        """Whether this process was started to join a running job."""
+        return self._bridge is not None
+
+    @property
     def batch_policy(self) -> str:
         """The rule for batch size and learning rate on a change of size."""
         return self.settings.batch_policy
@@ -185,6 +201,7 @@ class Session(ChangingSession):
         self._result = SessionResult("finished", mine, identical, self.step, self.size)
         self._end("finished", "", mine)
         self._guard.release_finished(self._failed_afterwards)
+        self._end_companions()
         self._sequence.free()
         _forget(self)
         runtime.stop()
@@ -236,22 +253,59 @@ class Session(ChangingSession):
 
     def boundary(self, *, final: bool = False) -> None:
         """Between two steps, when optimizer, scheduler and counters are all up to date."""
-        self._persistence.at_forward()
-        if self.step != self._boundary_step:
-            self.emit("step", **self._recorded)
-            self._recorded = {}
-            self._boundary_step = self.step
-            self._persistence.at_boundary(final)
+        if self._end_step(final):
             if not final and self._samplers.at_round_start():
                 self._negotiator.settle()
                 self._stop_if_told()
         elif final:
             self._persistence.at_boundary(final)
 
+    @property
+    def at_boundary(self) -> bool:
+        """Whether no step was finished since the last boundary."""
+        return self.step == self._boundary_step
+
+    @property
+    def talk_is_due(self) -> bool:
+        """Whether members negotiate when they :meth:`meet` next; the same at all."""
+        return self._negotiator.due
+
+    def meet(self, talk: bool) -> None:
+        """A boundary of the members' choice, also without a step before it; they all come to it.
+
+        Args:
+            talk: whether to negotiate; the same at all members. What is due is negotiated in any case.
+        """
+        self._end_step(False)
+        self._negotiator.due |= talk
+        self._negotiator.settle()
+        self._stop_if_told()
+
     def execute(self, operation: Operation) -> None:
         """Run one collective operation to its end, whatever happens to other members."""
         self._refuse_if_ended()
+        self._background.settle()
         self._sequence.execute(operation)
+
+    def submit(self, call: Callable[[], object]) -> Future[object]:
+        """Have ``call`` made in the background, after those before it; every later collective call waits for it.
+
+        Every member submits the same calls in the same order; ``call`` makes collective calls as the main thread would.
+        """
+        self._refuse_if_ended()
+        return self._background.submit(call)
+
+    def ready_for_subgroup(self) -> tuple[World, View]:
+        """The present communicator and view, when no other call is under way. See :class:`Subgroup`."""
+        self._refuse_if_ended()
+        self._background.settle()
+        self._sequence.attend()
+        return self._sequence.world, self.view
+
+    def attend(self) -> None:
+        """Take part in a recovery that other members have begun, if there is one, and no call is under way here."""
+        if not self._background.busy_elsewhere:
+            self._sequence.attend()
 
     def begin(self, step: GradientStep) -> None:
         """Begin a gradient step in the middle of backward; :meth:`settle` ends it.
@@ -260,6 +314,7 @@ class Session(ChangingSession):
         dealt with at the end of backward.
         """
         self._refuse_if_ended()
+        self._background.settle()
         self._sequence.enter(step)
         step.begin(self._sequence.world)
 
@@ -271,6 +326,11 @@ class Session(ChangingSession):
             WaitTimeoutError: the others did not arrive within ``timeout_s``.
         """
         self._sequence.settle(operation)
+
+    @property
+    def awaits_entry(self) -> bool:
+        """Whether this process was started to join a running job, and has not got so far."""
+        return self._bridge is not None and self._control is None
 
     # -- what the sequence of operations tells -------------------------------------------------------
 
@@ -302,81 +362,33 @@ class Session(ChangingSession):
         self.emit("view_committed", cause="failure", members=list(self.members), lost=list(lost), links=[])
         if self.rank == 0 and lost:
             log.warning(
-                "step %d: %s died; training goes on with %d of %d ranks",
-                self.step, ", ".join(lost), self.size, old.size,
+                "step %d: %s; training goes on with %d of %d ranks",
+                self.step, fate_of(lost, self._agent), self.size, old.size,
             )  # fmt: skip
         if self.size < self.settings.min_ranks and self._sequence.in_flight is not None:
             self._stop_too_few(saver=regrouped.decision.furthest)
+        self._tell_companions()
 
     def why_not_without(self, lost: tuple[str, ...]) -> str:
         """Why this member must not go on without these; between hosts, the agents know who has the majority."""
         return self._agent.may_go_on_without(lost, self.settings.timeout_s) if self._agent is not None else ""
 
-    def give_up(self, error: WaitTimeoutError) -> NoReturn:
-        """A wait reached its limit: save the state and end the whole job."""
-        message = (
-            f"{error} (host {self.host}, rank {self.rank} of {self.size}, step {self.step}). A member is stuck or cut "
-            f"off, so the whole job ends. {self._save_emergency_state()} If steps can take that long, raise --timeout."
-        )
-        self._end("failed", message, "")
-        say_once(self.settings.run_dir, WaitTimeoutError(message))
-        if is_lost():  # MPI would wait for mpirun to do it
-            os.kill(os.getpid(), signal.SIGKILL)
-        self._sequence.world.abort(1)
-        raise WaitTimeoutError(message) from error
+    def why_not_with(self, present: tuple[str, ...]) -> str:
+        """The same for all but these, of those that the job was started with. The agents may not have met yet."""
+        limit_s = self.settings.timeout_s + UP_LIMIT_S
+        return self._agent.may_go_on_with(present, limit_s) if self._agent is not None else ""
 
-    def cut_off(self, error: CutOffError) -> NoReturn:
-        """This member must not go on: of those that are cut off together one saves the state, and all end."""
-        where = f"host {self.host}, rank {self.rank} of {self.size}, step {self.step}"
-        saved = f" {self._save_emergency_state()}" if error.lowest else ""
-        message = f"{error} ({where}). It stops, and whoever has the majority trains on without it.{saved}"
-        self._end("cut off", message, "")
-        raise CutOffError(message) from error
-
-    # -- ends ----------------------------------------------------------------------------------------
-
-    def _stop_too_few(self, saver: int) -> NoReturn:
-        """All survivors agree that the job cannot go on; the most advanced one saves the state and says so."""
-        message = ""
-        if self.rank == saver:
-            message = (
-                f"stopped at step {self.step}: {self.size} of {self.started_with} ranks are left, and min_ranks is "
-                f"{self.settings.min_ranks} (host {self.host}). {self._save_emergency_state()}"
-            )
-        self._end("stopped", message, "")
-        raise TooFewRanksError(message)
-
-    def _save_emergency_state(self) -> str:
-        for undo in self._rollbacks:
-            undo()
-        return self._persistence.save_emergency()
-
-    def _crashed(self, message: str) -> None:
-        if not self._ended:
-            self._end("crashed", f"{message} (host {self.host}, rank {self.rank}, step {self.step})", "")
-
-    def _failed_afterwards(self, message: str) -> None:
-        where = f"host {self.host}, rank {self.rank}"
-        self._record("failed afterwards", f"training finished, but the script failed after it: {message} ({where})", "")
-
-    def _end(self, outcome: str, message: str, digest: str) -> None:
-        self._ended = True
-        if self._control is not None:
-            self._control.close()
-        self.emit("session_ended", outcome=outcome, params_digest=digest, message=message)
-        self._events.close(5.0)
-        self._record(outcome, message, digest)
-
-    def _record(self, outcome: str, message: str, digest: str) -> None:
-        record = {
-            "member": self.member, "rank": self.rank, "outcome": outcome, "message": message,
-            "params_digest": digest, "step": self.step, "size": self.size,
-        }  # fmt: skip
-        write_record(self.settings.run_dir, "outcome", record)
-
-    def _refuse_if_ended(self) -> None:
-        if self._ended:
-            raise NoSessionError("the session has ended; nothing can be communicated any more")
+    def _end_step(self, final: bool) -> bool:
+        """Note the step that was finished since the last boundary, if there is one; whether there is."""
+        self._background.settle()
+        self._persistence.at_forward()
+        if self.step == self._boundary_step:
+            return False
+        self.emit("step", **self._recorded)
+        self._recorded = {}
+        self._boundary_step = self.step
+        self._persistence.at_boundary(final)
+        return True
 
 
 _current: Session | None = None

@@ -83,6 +83,16 @@ class Sponsorship:
             log.info("%s is given up: %s", self.join.id, reason)
             self.bridge.give_up()
 
+    def process_ended(self, mark: str, how: str) -> None:
+        """A newcomer's process on some host has ended; from any thread. MPI tells of it only once it is connected.
+
+        Args:
+            mark: see :func:`chaos_mpi.elastic.launching.mark`.
+            how: what has become of it.
+        """
+        if self.bridge is None and mark == launching.mark(self.join):
+            threading.Thread(target=self._ended, args=(how,), daemon=True).start()
+
     def _run(self) -> None:
         try:
             bridge = launching.start(self.join, START_DIRECTORY)
@@ -125,8 +135,8 @@ class Sponsorship:
                 return f"{name} is {version} here and {word['versions'].get(name)} at {word['host']}"
         return first_difference(self._requirements["signature"], word["signature"])
 
-    def _ended(self) -> None:
-        self._tell("failed", reason="the process ended before it was connected; its output says why")
+    def _ended(self, reason: str = "the process ended before it was connected; its output says why") -> None:
+        self._tell("failed", reason=reason)
         growth.unblock()  # MPI may be making a communicator with it
 
     def _expired(self) -> None:

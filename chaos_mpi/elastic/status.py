@@ -45,6 +45,8 @@ class MemberStatus:
         * ``transfers``: see :class:`chaos_mpi.elastic.transfer.Transfer`; those on this machine;
         * ``changes``: see :class:`chaos_mpi.membership.Changes`;
         * ``links``: between hosts, as :meth:`chaos_mpi.monitor.linktable.LinkTable.rows`; empty without an agent;
+        * ``witness``: the last news of it, see :mod:`chaos_mpi.agent.voice`: ``witness``, ``host`` and ``state``; None
+          if there was none;
         * ``stalled_s``: seconds that this member has stood still, by cause;
         * ``events``: its last events, as in the event log, steps left out;
         * ``process``, ``machine``: see :class:`chaos_mpi.elastic.usage.Usage`.
@@ -70,6 +72,7 @@ class MemberStatus:
             "transfers": transfers(session.settings.run_dir, session.members, time.time()),
             "changes": session.changes.to_json(),
             "links": session.agent.link_table(_AGENT_LIMIT_S) if session.agent is not None else [],
+            "witness": session.agent.witness if session.agent is not None else None,
             "stalled_s": dict(session.recent.stalled_s),
             "events": session.recent.events(),
             "process": self._usage.process(),

@@ -130,6 +130,23 @@ class Leave(Transition):
         return smaller
 
 
+class Arrange(Transition):
+    """The members get a communicator in which they are in another order; if somebody has died since, they do not.
+
+    Args:
+        order: all of them.
+    """
+
+    def __init__(self, order: Sequence[str], report: Callable[[], Any], width: int, limit_s: float) -> None:
+        super().__init__("another order of the members", report, width, limit_s)
+        self._order = order
+
+    def act(self, world: World, view: View) -> World | None:
+        if sorted(self._order) != sorted(view.members):
+            return None
+        return growth.arrange(world, [view.rank_of(member) for member in self._order], self._limit_s)
+
+
 class Admit(Transition):
     """Newcomers are connected with all members, in a communicator in which they come last.
 

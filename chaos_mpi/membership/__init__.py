@@ -3,6 +3,7 @@
 from chaos_mpi.membership.changes import Changes
 from chaos_mpi.membership.hosts import HostList, HostSlots, host_of
 from chaos_mpi.membership.negotiation import (
+    MOVES,
     Agenda,
     Join,
     Limits,
@@ -18,6 +19,7 @@ from chaos_mpi.membership.restarts import Crash, Restart
 from chaos_mpi.membership.view import View
 
 __all__ = [
+    "MOVES",
     "Agenda",
     "Changes",
     "Crash",

@@ -27,7 +27,7 @@ class Changes:
         """The count after one more change.
 
         Args:
-            cause: ``failure``, ``join`` or ``leave``.
+            cause: ``failure``, ``join``, ``leave`` or ``order``.
             old, new: members before and after.
         """
         failure = cause == "failure"

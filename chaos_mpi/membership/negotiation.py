@@ -28,6 +28,8 @@ from chaos_mpi.membership.view import View
 
 #: A join is given up after its process failed to start so often.
 MAX_ATTEMPTS = 3
+#: Begins why requests are refused once the job is to go on under another launcher.
+MOVES = "the job moves to another launcher"
 _REQUESTS = frozenset({"join", "leave", "move", "restart"})
 
 
@@ -42,7 +44,7 @@ class Proposal:
             (the newcomers that are replicating, join ``id`` among them, are ready for the cut, or as far as they can
             get); ``hosts`` (the machines that there are now are ``hosts``); ``move`` (all are to end, with their
             state kept as ``name``, because the job goes on under another launcher); ``restart`` (``member`` crashed,
-            and one more rank is to run on ``host``).
+            and one more rank is to run on ``host``); ``order`` (the members are to be in the order ``order``).
         id: of the request; unique in the life of a job.
         member: see ``kind``; empty for a join.
         host: for a join, the machine it is to run on; empty for any.
@@ -52,6 +54,7 @@ class Proposal:
         hosts: see ``kind``.
         name: see ``kind``.
         obstacle: for ``restart``, why it cannot be; empty if it can as far as its origin knows.
+        order: see ``kind``.
     """
 
     kind: str
@@ -64,6 +67,7 @@ class Proposal:
     hosts: tuple[HostSlots, ...] = ()
     name: str = ""
     obstacle: str = ""
+    order: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON-able dict."""
@@ -72,7 +76,7 @@ class Proposal:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
         """The reverse of :meth:`to_json`."""
-        return cls(**{**fields, "hosts": as_entries(fields["hosts"])})
+        return cls(**{**fields, "hosts": as_entries(fields["hosts"]), "order": tuple(fields["order"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +174,7 @@ class Outcome:
         move: the request to move the job to another launcher, after those that go have gone; None if there is none.
         refused: why requests are not carried out, by id.
         crashes: what is done about ranks that crashed.
+        order: the members in the order that they are to be in from here on; empty if they stay as they are.
     """
 
     agenda: Agenda
@@ -181,6 +186,7 @@ class Outcome:
     move: Proposal | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
     crashes: tuple[Crash, ...] = ()
+    order: tuple[str, ...] = ()
 
 
 def negotiate(agenda: Agenda, view: View, proposals: Iterable[Sequence[Proposal]], limits: Limits) -> Outcome:
@@ -228,12 +234,14 @@ def negotiate(agenda: Agenda, view: View, proposals: Iterable[Sequence[Proposal]
         joins.append(join)
         start.append(join)
     moves = [p for p in requests if p.kind == "move"]
-    refused |= {p.id: "the job moves to another launcher already" for p in moves[1:]}
+    refused |= {p.id: f"{MOVES} already" for p in moves[1:]}
     settled = agenda.settled | {p.id for p in requests}
     hosts = newest(agenda.hosts, (p.hosts for p in everything if p.kind == "hosts"))
     following = replace(replicating, joins=tuple(joins), settled=settled, hosts=hosts, restarts=restarts)
     move = moves[0] if moves else None
-    return Outcome(following, tuple(start), tuple(admit), leaving, cut, activate, move, refused, tuple(crashes))
+    # With other changes the links change, too; it is asked for again if it is still better then.
+    order = () if leaving or admit or agenda.replicating or move else _order(everything, view)
+    return Outcome(following, tuple(start), tuple(admit), leaving, cut, activate, move, refused, tuple(crashes), order)
 
 
 def orphaned(agenda: Agenda, view: View) -> bool:
@@ -281,6 +289,13 @@ def _leaving(requests: Sequence[Proposal], view: View, limits: Limits, refused: 
         else:
             leaving.add(proposal.member)
     return tuple(m for m in view.members if m in leaving)
+
+
+def _order(proposals: Iterable[Proposal], view: View) -> tuple[str, ...]:
+    """The first order that is asked for and is one of just these members; empty if there is none, or it is theirs."""
+    wanted = (p.order for p in proposals if p.kind == "order" and sorted(p.order) == sorted(view.members))
+    order = next(wanted, ())
+    return order if order != view.members else ()
 
 
 def _replication(agenda: Agenda, staying: View, rows: Iterable[tuple[str, Sequence[Proposal]]]) -> Agenda:

@@ -36,16 +36,30 @@ def detour(
     return max(able, key=slower_half, default=None)
 
 
-def mutually_reachable(nodes: Iterable[Node], cut: Iterable[Pair]) -> frozenset[Node]:
+def mutually_reachable(nodes: Iterable[Node], cut: Iterable[Pair], witness: Node | None = None) -> frozenset[Node]:
     """The largest part of the nodes in which all reach each other; of equal ones, that which loses later ids.
 
     With more than 24 nodes on cut links it need not be the largest: those with the most cut links go first.
+
+    Args:
+        nodes: to choose from.
+        cut: pairs that cannot reach each other.
+        witness: a node that counts only between parts that are equal otherwise; it goes rather than any other.
     """
     everybody = frozenset(nodes)
     edges = sorted({pair(*ends) for ends in cut if everybody.issuperset(ends)})
-    if len({node for edge in edges for node in edge}) <= _EXACT_NODES:
-        return everybody - _least_cover(edges)
-    return everybody - _greedy_cover(edges)
+    at_witness = {node for edge in edges if witness in edge for node in edge if node != witness}
+    if witness is None or not at_witness:
+        return everybody - _cover(edges)
+    without = _cover([edge for edge in edges if witness not in edge])
+    with_it = _cover([edge for edge in edges if not at_witness.intersection(edge)]) | at_witness
+    return everybody - (with_it if len(with_it) <= len(without) else without | {witness})
+
+
+def _cover(edges: list[Pair]) -> frozenset[Node]:
+    """Few nodes that touch every edge."""
+    few = len({node for edge in edges for node in edge}) <= _EXACT_NODES
+    return _least_cover(edges) if few else _greedy_cover(edges)
 
 
 def _least_cover(edges: list[Pair]) -> frozenset[Node]:

@@ -50,14 +50,15 @@ class Way(NamedTuple):
 
 @dataclass(slots=True)
 class _Led:
-    """A link that this agent leads: the host that is tried or in use, since when, and those that were of no use."""
+    """A link that this agent leads: the host that is tried or in use, since when, and why others were of no use."""
 
     since_s: float
     via: str = ""
     number: int = 0
     works: bool = False
     refused: bool = False
-    failed: set[str] = field(default_factory=set)
+    failed: dict[str, str] = field(default_factory=dict)
+    no_detour: str = ""  # why there is none, once all were tried; until one works
     direct_s: float = -math.inf  # when the other end last said that the direct way works
 
 
@@ -166,7 +167,8 @@ class Detours:
         """
         if sight.speakers.get(self.host) != self.me:
             return []
-        return [high for low, high in sorted(sight.cut) if low == self.host and high not in self._led]
+        between = [ends for ends in sorted(sight.cut) if sight.hosts.issuperset(ends)]
+        return [high for low, high in between if low == self.host and high not in self._led]
 
     @property
     def orders(self) -> dict[Ends, Order]:
@@ -224,7 +226,9 @@ class Detours:
             self._over[other] = now_s + LEASE_S
         else:
             led.works = carried and not cut
-            if not led.works:
+            if led.works:
+                led.no_detour = ""
+            else:
                 self._find_way(other, led, now_s)
 
     def _end_lead(self, other: str) -> None:
@@ -234,21 +238,29 @@ class Detours:
     def _find_way(self, other: str, led: _Led, now_s: float) -> None:
         waited_s = now_s - led.since_s
         if led.via and (led.refused or waited_s >= self._try_s or not self._is_able(led.via, other)):
-            led.failed.add(led.via)
+            led.failed[led.via] = "cannot pass it on" if led.refused else "was of no use"
             led.via, led.since_s, led.refused = "", now_s, False
             self._ways.pop(other, None)
         if not led.via and self.can_route and (via := self._choice(other, led.failed)):
             self._number += 1
             led.via, led.number, led.since_s = via, self._number, now_s
-        elif not led.via and waited_s >= 2 * self._try_s:
-            led.failed.clear()
+        elif not led.via:
+            # What others see of a link that has just been cut may not be known yet.
+            if not self.can_route or led.failed or waited_s >= RENEW_S:
+                tried = ", ".join(f"{via} {how}" for via, how in sorted(led.failed.items()))
+                nobody = tried or "there is no third host that reaches both"
+                led.no_detour = nobody if self.can_route else f"{self.host} may not set routes"
+            if waited_s >= 2 * self._try_s:
+                led.failed.clear()
 
     def _choice(self, other: str, failed: Collection[str]) -> str:
-        hosts = [Node(host) for host in self._sight.speakers if host not in failed]
         cut = {(Node(low), Node(high)) for low, high in self._unusable()}
         rates = {(Node(low), Node(high)): rate for (low, high), rate in self.bytes_per_s.items()}
-        via = detour(Node(self.host), Node(other), hosts, cut, rates)
-        return "" if via is None else via.name
+        for hosts in (self._sight.hosts, self._sight.speakers):  # over the witness only where there is no other
+            able = [Node(host) for host in hosts if host not in failed]
+            if (via := detour(Node(self.host), Node(other), able, cut, rates)) is not None:
+                return via.name
+        return ""
 
     def _down(self) -> set[Ends]:
         return {ends for ends, order in self._orders.items() if order.down}
@@ -273,7 +285,10 @@ class Detours:
     # -- what is said --------------------------------------------------------------------------------------------
 
     def _own(self) -> list[LinkStatus]:
-        own = [_status((self.host, other), self._state(other, led), led.via) for other, led in self._led.items()]
+        own = [
+            _status((self.host, other), self._state(other, led), led.via, led.no_detour)
+            for other, led in self._led.items()
+        ]
         return own + [LinkStatus((self.host, other), UP) for other in self._over]
 
     def _state(self, other: str, led: _Led) -> str:
@@ -284,9 +299,12 @@ class Detours:
     def _say_links(self, now_s: float) -> list[Said]:
         """To all, at once when something is new, and then again and again."""
         links = [
-            {"ends": [self.host, other], "state": self._state(other, led), "via": led.via, "number": led.number}
+            {
+                "ends": [self.host, other], "state": self._state(other, led), "via": led.via, "number": led.number,
+                "no_detour": led.no_detour,
+            }
             for other, led in self._led.items()
-        ]
+        ]  # fmt: skip
         links += [{"ends": [self.host, other], "state": UP, "via": "", "number": 0} for other in self._over]
         if links == self._said and (not links or now_s - self._said_s < RENEW_S):
             return []
@@ -311,7 +329,10 @@ class Detours:
 
     def _heard_links(self, sender: str, said: Mapping[Ends, Mapping[str, Any]], now_s: float) -> list[Said]:
         before, _ = self._told.get(sender, ({}, 0.0))
-        told = {ends: _status(ends, str(fields["state"]), str(fields["via"])) for ends, fields in said.items()}
+        told = {
+            ends: _status(ends, str(fields["state"]), str(fields["via"]), str(fields.get("no_detour", "")))
+            for ends, fields in said.items()
+        }
         self._told[sender] = (told, now_s + LEASE_S)
         for ends in before.keys() | told.keys():
             if ends not in told or told[ends].state == UP:
@@ -366,5 +387,5 @@ def _ends(fields: Mapping[str, Any]) -> Ends:
     return ends_of(str(one), str(other))
 
 
-def _status(ends: Ends, state: str, via: str) -> LinkStatus:
-    return LinkStatus(ends, state, via if state == DETOUR else "")
+def _status(ends: Ends, state: str, via: str, no_detour: str) -> LinkStatus:
+    return LinkStatus(ends, state, via if state == DETOUR else "", no_detour if state in (CUT, DOWN) else "")

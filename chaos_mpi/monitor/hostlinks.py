@@ -17,11 +17,15 @@ Ends = tuple[str, str]
 
 
 class LinkStatus(NamedTuple):
-    """How a link is: ``cut``, ``down`` (not to be used, by order), ``detour`` (over ``via``), ``up``."""
+    """How a link is: ``cut``, ``down`` (not to be used, by order), ``detour`` (over ``via``), ``up``.
+
+    ``no_detour`` says why there is none; it is empty where none is needed, and while there is hope.
+    """
 
     ends: Ends
     state: str
     via: str = ""
+    no_detour: str = ""
 
 
 class Order(NamedTuple):
@@ -46,11 +50,18 @@ class Sight:
         members: all that are alive.
         speakers: for each host with any of them, the lowest.
         cut: pairs of hosts of which one does not hear the other, while others hear both.
+        witness: the host of the agent without a rank; empty where there is none. Links to it need no healing.
     """
 
     members: tuple[str, ...]
     speakers: Mapping[str, str]
     cut: frozenset[Ends]
+    witness: str = ""
+
+    @property
+    def hosts(self) -> set[str]:
+        """The hosts that ranks talk between."""
+        return set(self.speakers) - {self.witness}
 
 
 def ends_of(one: str, other: str) -> Ends:
@@ -58,8 +69,8 @@ def ends_of(one: str, other: str) -> Ends:
     return (one, other) if one < other else (other, one)
 
 
-def sight_of(diagnosis: Diagnosis) -> Sight:
-    """From what is thought of the members, what is thought of their hosts."""
+def sight_of(diagnosis: Diagnosis, witness: str | None = None) -> Sight:
+    """From what is thought of the members, of which one may have no rank, what is thought of their hosts."""
     members = tuple(sorted(node.name for node in diagnosis.alive))
     speakers: dict[str, str] = {}
     for member in members:
@@ -70,9 +81,13 @@ def sight_of(diagnosis: Diagnosis) -> Sight:
         for one, other in diagnosis.cut
         if diagnosis.uncertain.isdisjoint((one, other))
     )
-    return Sight(members, speakers, frozenset(ends_of(*pair) for pair in hosts if pair[0] != pair[1]))
+    cut = frozenset(ends_of(*pair) for pair in hosts if pair[0] != pair[1])
+    return Sight(members, speakers, cut, host_of(witness) if witness is not None else "")
 
 
 def to_json(links: Iterable[LinkStatus]) -> list[dict[str, str]]:
-    """As the event log has them."""
-    return [{"a": link.ends[0], "b": link.ends[1], "state": link.state, "via": link.via} for link in links]
+    """As ranks are told of them."""
+    return [
+        {"a": link.ends[0], "b": link.ends[1], "state": link.state, "via": link.via, "no_detour": link.no_detour}
+        for link in links
+    ]

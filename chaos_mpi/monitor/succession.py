@@ -77,7 +77,7 @@ class Succession:
         """
         self._cut_since_s = {ends: self._cut_since_s.get(ends, now_s) for ends in diagnosis.cut}
         hopeless = [ends for ends, since_s in self._cut_since_s.items() if now_s - since_s >= self.timing.heal_s]
-        stay = mutually_reachable(diagnosis.alive - self.leaving, hopeless)
+        stay = mutually_reachable(diagnosis.alive - self.leaving, hopeless, self.view.witness)
         return tuple(sorted((*stay, *self._admitted(stay, present, now_s))))
 
     def _admitted(self, stay: Collection[Node], present: Collection[Node], now_s: float) -> list[Node]:

@@ -168,16 +168,37 @@ def part(world: World, going: Sequence[int], limit_s: float) -> World | None:
     Raises:
         PeerFailedError: a member died meanwhile; it may have worked at other members.
     """
+    staying = [rank for rank in range(world.size) if rank not in going]
+    return _created(world, staying, "MPI_Comm_create for the members that stay", limit_s)
+
+
+def arrange(world: World, order: Sequence[int], limit_s: float) -> World:
+    """A communicator of the same members in another order. Called by all.
+
+    Args:
+        order: their ranks in ``world``, in the new order.
+        limit_s: the process ends when MPI has not done it by then.
+
+    Raises:
+        PeerFailedError: a member died meanwhile; it may have worked at other members.
+    """
+    arranged = _created(world, order, "MPI_Comm_create for another order", limit_s)
+    assert arranged is not None  # all of them are in it
+    return arranged
+
+
+def _created(world: World, ranks: Sequence[int], what: str, limit_s: float) -> World | None:
+    """The communicator of these ranks, in this order; None at one that is not in it. Called by all."""
     try:
         everyone = world.comm.Get_group()
-        staying = everyone.Excl(going)
-        with Watchdog("MPI_Comm_create for the members that stay", limit_s):
-            comm = world.comm.Create(staying)
-        staying.Free()
+        chosen = everyone.Incl(ranks)
+        with Watchdog(what, limit_s):
+            comm = world.comm.Create(chosen)
+        chosen.Free()
         everyone.Free()
     except MPI.Exception as error:
         raise PeerFailedError(f"{error}") from error
-    return World(cast("MPI.Intracomm", comm)) if world.rank not in going else None
+    return World(cast("MPI.Intracomm", comm)) if world.rank in ranks else None
 
 
 def _merged(connect: Callable[[], MPI.Intercomm], newcomer: bool, limit_s: float) -> World:

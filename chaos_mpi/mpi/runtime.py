@@ -113,6 +113,8 @@ def _started_by_another_launcher() -> str:
         return ""  # mpirun, with one rank
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
         return "torchrun"
+    if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ and os.environ.get("HOROVOD_SIZE", "1") != "1":
+        return "horovodrun"
     return ""
 
 

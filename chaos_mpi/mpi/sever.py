@@ -16,7 +16,7 @@ import sys
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-_DESCRIPTORS = Path("/proc/self/fd")
+DESCRIPTORS = Path("/proc/self/fd")
 #: Sockets of the network namespace of the process (proc(5)).
 _TABLES = (Path("/proc/self/net/tcp"), Path("/proc/self/net/tcp6"))
 #: States of a connection that is not over (include/net/tcp_states.h): established, being made, half closed.
@@ -41,12 +41,12 @@ def sever(addresses: Collection[str]) -> int:
     Raises:
         ValueError: an address is not one.
     """
-    wanted = {_plain(address) for address in addresses}
+    wanted = {plain(address) for address in addresses}
     candidates = _connections(wanted)
     severed: set[int] = set()
     if not candidates:
         return 0
-    for entry in os.listdir(_DESCRIPTORS):
+    for entry in os.listdir(DESCRIPTORS):
         try:
             duplicate = os.dup(int(entry))
         except OSError:  # closed meanwhile
@@ -84,7 +84,7 @@ def _connections(wanted: Collection[Address]) -> set[int]:
 def _shut_down(descriptor: int, wanted: Collection[Address]) -> bool:
     with socket.socket(fileno=os.dup(descriptor)) as connection:
         try:
-            peer = _plain(connection.getpeername()[0])
+            peer = plain(connection.getpeername()[0])
         except OSError:
             peer = None  # still being made: the kernel's table has said where to
         if peer is not None and peer not in wanted:
@@ -96,7 +96,7 @@ def _shut_down(descriptor: int, wanted: Collection[Address]) -> bool:
     return True
 
 
-def _plain(address: str) -> Address:
+def plain(address: str) -> Address:
     """The address; one of IPv4 that is written as IPv6 as what it is."""
     parsed = ipaddress.ip_address(address.partition("%")[0])
     mapped = parsed.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Address) else None
@@ -106,4 +106,4 @@ def _plain(address: str) -> Address:
 def _from_kernel(digits: str) -> Address:
     """An address from the kernel's form: words of 32 bits in the byte order of the machine."""
     words = [int(digits[i : i + 8], 16).to_bytes(4, sys.byteorder) for i in range(0, len(digits), 8)]
-    return _plain(str(ipaddress.ip_address(b"".join(words))))
+    return plain(str(ipaddress.ip_address(b"".join(words))))

@@ -38,10 +38,23 @@ _MPI_TYPES: dict[torch.dtype, MPI.Datatype] = {
     torch.int32: MPI.INT32_T,
     torch.uint8: MPI.UINT8_T,
 }
+#: For what is only moved: the largest type that divides an element, because MPI counts no more than 2**31 of them.
+_MOVED_AS = {1: MPI.BYTE, 2: MPI.INT16_T, 4: MPI.INT32_T, 8: MPI.INT64_T, 16: MPI.C_DOUBLE_COMPLEX}
+
 __all__ = ["MPI", "PeerFailedError", "Pending", "World", "transportable"]
 
-_MPI_OPS: dict[str, MPI.Op] = {"sum": MPI.SUM, "max": MPI.MAX, "min": MPI.MIN, "bor": MPI.BOR}
+_MPI_OPS: dict[str, MPI.Op] = {
+    "sum": MPI.SUM,
+    "product": MPI.PROD,
+    "max": MPI.MAX,
+    "min": MPI.MIN,
+    "band": MPI.BAND,
+    "bor": MPI.BOR,
+    "bxor": MPI.BXOR,
+}
 
+#: How long the ranks of a part of a communicator wait for each other when it is made.
+SUBSET_LIMIT_S = 300.0
 #: How long a request of a revoked communicator may take to end before it is left to itself.
 DRAIN_LIMIT_S = 5.0
 #: Ask who has failed this often while waiting: a rank whose own partners live would not notice otherwise.
@@ -60,6 +73,11 @@ class Pending:
         self._requests: list[MPI.Request] = []
         self._memory: list[object] = []
 
+    @property
+    def size(self) -> int:
+        """Number of members of the communicator."""
+        return self._world.size
+
     def reduce(self, tensor: torch.Tensor, op: str) -> None:
         """Start an in-place allreduce of a contiguous CPU tensor."""
         comm, buffer = self._world.comm, _buffer(tensor)
@@ -74,6 +92,41 @@ class Pending:
         """Start an allgather of equally long byte rows: ``everyones`` has one row for each rank."""
         comm = self._world.comm
         self._add(lambda: comm.Iallgather(mine, everyones), mine, everyones)
+
+    def gather_parts(self, mine: torch.Tensor, everyones: torch.Tensor, counts: Sequence[int]) -> None:
+        """Start an allgather of contiguous CPU tensors of one dtype: ``counts`` elements of each rank."""
+        comm, sent, received = self._world.comm, moved(mine, mine.numel()), moved(everyones, counts)
+        self._add(lambda: comm.Iallgatherv(sent, received), mine, everyones)
+
+    def exchange_parts(
+        self, mine: torch.Tensor, sent: Sequence[int], theirs: torch.Tensor, received: Sequence[int]
+    ) -> None:
+        """Start an all-to-all of contiguous CPU tensors of one dtype: so many elements to, and from, each rank."""
+        comm, to_all, from_all = self._world.comm, moved(mine, sent), moved(theirs, received)
+        self._add(lambda: comm.Ialltoallv(to_all, from_all), mine, theirs)
+
+    def reduce_parts(self, everyones: torch.Tensor, mine: torch.Tensor, counts: Sequence[int], op: str) -> None:
+        """Start a reduction of ``everyones`` of which each rank gets its ``counts`` elements into ``mine``."""
+        comm, whole, part = self._world.comm, _buffer(everyones), _buffer(mine)
+        self._add(lambda: comm.Ireduce_scatter(whole, part, list(counts), _MPI_OPS[op]), everyones, mine)
+
+    def reduce_to(self, tensor: torch.Tensor, root: int, op: str) -> None:
+        """Start a reduction into rank ``root``'s contiguous CPU tensor; the others' stay as they are."""
+        comm, buffer = self._world.comm, _buffer(tensor)
+        sent, received = (MPI.IN_PLACE, buffer) if self._world.rank == root else (buffer, None)
+        self._add(lambda: comm.Ireduce(sent, received, _MPI_OPS[op], root), tensor)
+
+    def gather_to(self, mine: torch.Tensor, everyones: torch.Tensor, counts: Sequence[int], root: int) -> None:
+        """Start to gather contiguous CPU tensors of one dtype into ``everyones`` of rank ``root``."""
+        comm, sent = self._world.comm, moved(mine, mine.numel())
+        received = moved(everyones, counts) if self._world.rank == root else None
+        self._add(lambda: comm.Igatherv(sent, received, root), mine, everyones)
+
+    def scatter_from(self, everyones: torch.Tensor, mine: torch.Tensor, counts: Sequence[int], root: int) -> None:
+        """The reverse of :meth:`gather_to`: each rank gets its ``counts`` elements of rank ``root``'s."""
+        comm, received = self._world.comm, moved(mine, mine.numel())
+        sent = moved(everyones, counts) if self._world.rank == root else None
+        self._add(lambda: comm.Iscatterv(sent, received, root), mine, everyones)
 
     def test(self) -> bool:
         """Progress the collectives; True when all are complete.
@@ -108,6 +161,7 @@ class Pending:
             now = time.monotonic()
             if now - asked > _LIVENESS_PERIOD_S:
                 asked = now
+                self._world.meanwhile()
                 if self._world.failed_ranks():
                     raise PeerFailedError("a member of this communicator has failed")
                 if now - begun > limit_s:
@@ -152,6 +206,8 @@ class World:
         self.rank: int = comm.Get_rank()
         self.size: int = comm.Get_size()
         self._revoked = False
+        #: Called again and again while calls on this communicator wait.
+        self.meanwhile: Callable[[], None] = _nothing
         comm.Set_errhandler(MPI.ERRORS_RETURN)
 
     def pending(self) -> Pending:
@@ -174,6 +230,18 @@ class World:
         group.Free()
         failed.Free()
         return sorted(ranks)
+
+    def ranks_in(self, other: World) -> list[int]:
+        """The ranks that the members of this communicator have in another one, which has all of them. Local."""
+        own, others = self.comm.Get_group(), other.comm.Get_group()
+        ranks = MPI.Group.Translate_ranks(own, list(range(self.size)), others)
+        own.Free()
+        others.Free()
+        return list(ranks)
+
+    def is_broken(self) -> bool:
+        """Whether a member is known here to have failed, or another one has revoked it. Local and cheap."""
+        return self._revoked or bool(self.comm.Is_revoked()) or bool(self.failed_ranks())
 
     def revoke(self) -> None:
         """Make every operation on this communicator fail at every member, now and from now on."""
@@ -257,6 +325,24 @@ class World:
 
         self._complete(start, what, limit_s)
 
+    def subset(self, ranks: Sequence[int], tag: int) -> World:
+        """A communicator of these ranks, which alone call this, with the same tag; in the order given.
+
+        Raises:
+            PeerFailedError: one of them has died.
+        """
+        group = self.comm.Get_group()
+        chosen = group.Incl(list(ranks))
+        try:
+            with Watchdog(f"a communicator of ranks {list(ranks)}", SUBSET_LIMIT_S):
+                made = self.comm.Create_group(chosen, tag)
+        except MPI.Exception as error:
+            raise PeerFailedError(f"{error}") from error
+        finally:
+            chosen.Free()
+            group.Free()
+        return World(made)
+
     def abort(self, status: int) -> None:
         """End every process of the job, at once."""
         self.comm.Abort(status)
@@ -289,6 +375,16 @@ def transportable(dtype: torch.dtype) -> bool:
 
 def _buffer(tensor: torch.Tensor) -> list[object]:
     return [MPI.buffer.fromaddress(tensor.data_ptr(), tensor.nbytes), _MPI_TYPES[tensor.dtype]]
+
+
+def _nothing() -> None:
+    pass
+
+
+def moved(tensor: torch.Tensor, counts: int | Sequence[int]) -> list[object]:
+    """A contiguous CPU tensor as MPI moves it: so many elements, or so many to or from each rank."""
+    buffer = MPI.buffer.fromaddress(tensor.data_ptr(), tensor.nbytes)
+    return [buffer, counts if isinstance(counts, int) else list(counts), _MOVED_AS[tensor.itemsize]]
 
 
 def _bytes_buffer(tensor: torch.Tensor) -> list[object]:

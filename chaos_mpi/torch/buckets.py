@@ -198,8 +198,20 @@ class GradientStep(Operation):
                 if param.grad is None:
                     param.grad = torch.empty_like(param)
                 torch.div(view, count, out=param.grad)
+        self.deliver_buffers()
+
+    def deliver_buffers(self) -> None:
+        """Put rank 0's values into the module buffers."""
         if self._buffers:
             unpack_bytes(self.memory.shared, self._buffers)
+
+    def write_average(self, param: int, target: torch.Tensor) -> None:
+        """Put the average of one parameter's gradients there, unless no contributing member used the parameter."""
+        if self.memory.control[_CONTROL_HEADER + param] == 0.0:
+            return
+        for bucket, views in zip(self._buckets, self.memory.views, strict=True):
+            if param in bucket.params:
+                torch.div(views[bucket.params.index(param)], max(float(self.memory.control[0]), 1.0), out=target)
 
     def anyone_proposes(self) -> bool:
         return bool(self.memory.control[1] > 0)
@@ -232,20 +244,21 @@ class GradientStep(Operation):
         bucket, views = self._buckets[index], self.memory.views[index]
         if index == len(self._buckets) - 1:
             self._fill_control()
-        if not self.contributes:
-            self.memory.flats[index][: bucket.numel].zero_()
-        else:
-            targets, sources = [], []
-            for param, view in zip(bucket.params, views, strict=True):
-                grad = self._params[param].grad
-                if grad is None:
-                    view.zero_()
-                else:
-                    targets.append(view)
-                    sources.append(grad)
-            if targets:
-                torch._foreach_copy_(targets, sources)
+        targets, sources = [], []
+        for param, view in zip(bucket.params, views, strict=True):
+            gradient = self._given(self._params[param])
+            if gradient is None:
+                view.zero_()
+            else:
+                targets.append(view)
+                sources.append(gradient)
+        if targets:
+            torch._foreach_copy_(targets, sources)
         pending.reduce(self.memory.flats[index], "sum")
+
+    def _given(self, param: torch.nn.Parameter) -> torch.Tensor | None:
+        """What this member adds to the sum of a parameter's gradients."""
+        return param.grad if self.contributes else None
 
     def _fill_control(self) -> None:
         counts = self.contributes

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.autograd import Variable
 from torch.utils._pytree import tree_leaves
 
-from chaos_mpi.elastic.operations import pack_bytes, unpack_bytes
 from chaos_mpi.elastic.session import Session, current_session
 from chaos_mpi.errors import ConfigError, MismatchError
 from chaos_mpi.torch.buckets import BufferSet, GradientStep, make_buckets
-
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
+from chaos_mpi.torch.modules import StableBuffers, refuse_unusable_module
+from chaos_mpi.torch.rounds import Rounds
 
 
 class DistributedDataParallel(torch.nn.Module):
@@ -76,22 +74,17 @@ class DistributedDataParallel(torch.nn.Module):
         self._session = session if session is not None else current_session()
         self._params = [p for p in module.parameters() if p.requires_grad]
         self._buckets = make_buckets(self._params, int((bucket_cap_mb or 25) * (1 << 20)))
-        self._synced_buffers = [b.detach() for b in module.buffers()] if broadcast_buffers else []
         self._refuse_differences()
         self._number = self._session.number_model()
         if init_sync:
             everything = [p.detach() for p in module.parameters()] + [b.detach() for b in module.buffers()]
             self._session.share("initial parameters", everything)
-        shared_bytes = sum(b.nbytes for b in self._synced_buffers)
-        self._memory = [BufferSet(self._buckets, self._params, shared_bytes) for _ in range(2)]
-        self._stable_buffers = torch.empty(shared_bytes, dtype=torch.uint8)
-        self._keep_buffers()
-        self._session.on_rollback(self._restore_buffers)
-        self._session.on_restore(self._keep_buffers)
+        self._synced = StableBuffers(self._session, module.buffers() if broadcast_buffers else ())
+        self._memory = [BufferSet(self._buckets, self._params, self._synced.nbytes) for _ in range(2)]
+        self._rounds = Rounds(self._session, self._params)
         self._in_backward = False
         self._end_queued = False
         self._step: GradientStep | None = None
-        self._muted: list[RemovableHandle] = []
         for position, bucket in enumerate(self._buckets):
             for index in bucket.params:
                 self._params[index].register_post_accumulate_grad_hook(self._hook(position))  # type: ignore[no-untyped-call]
@@ -100,9 +93,7 @@ class DistributedDataParallel(torch.nn.Module):
         """Call the module."""
         if not torch.is_grad_enabled():
             return self.module(*args, **kwargs)
-        self._session.boundary()
-        if any(sampler.ghost_round() for sampler in self._session.samplers):
-            self._mute()
+        self._rounds.begin()
         self._end_queued = self._in_backward
         output = self.module(*args, **kwargs)
         for tensor in tree_leaves(output):
@@ -145,11 +136,10 @@ class DistributedDataParallel(torch.nn.Module):
         self._queue_end()
         if not self.require_backward_grad_sync:
             return
-        contributes = not any(sampler.step_is_ghost() for sampler in self._session.samplers)
         # The other set holds the sum of the last finished step, which a survivor may still have to be given.
         self._memory.reverse()
         self._step = GradientStep(
-            self._params, self._buckets, self._synced_buffers, self._memory[0], contributes,
+            self._params, self._buckets, self._synced.live, self._memory[0], self._rounds.contributes,
             self._session.wants_to_talk, self._number,
         )  # fmt: skip
         self._session.begin(self._step)
@@ -160,22 +150,15 @@ class DistributedDataParallel(torch.nn.Module):
         if not self._in_backward:
             return  # torch.autograd.grad, which reaches no parameter
         self._in_backward = False
-        for sampler in self._session.samplers:
-            sampler.note_backward()
-        while self._muted:
-            self._muted.pop().remove()
+        self._rounds.note_backward()
+        self._rounds.unmute()
         if step is None:
             return
         step.start_rest()
         self._session.settle(step)
         self._memory[0] = step.memory
         step.deliver()
-        self._keep_buffers()
-
-    def _mute(self) -> None:
-        """Make the next backward add nothing: this round repeats a sample only to keep the ranks in step."""
-        if not self._muted:
-            self._muted = [p.register_hook(torch.zeros_like) for p in self._params if p.requires_grad]  # type: ignore[no-untyped-call]
+        self._synced.keep()
 
     # -- equal modules -------------------------------------------------------------------------------
 
@@ -195,14 +178,6 @@ class DistributedDataParallel(torch.nn.Module):
                     raise MismatchError(
                         f"the model differs between ranks: rank 0 has {_words(here)}, rank {rank} has {_words(there)}"
                     )
-
-    def _keep_buffers(self) -> None:
-        if self._synced_buffers:
-            pack_bytes(self._synced_buffers, self._stable_buffers)
-
-    def _restore_buffers(self) -> None:
-        if self._synced_buffers:
-            unpack_bytes(self._stable_buffers, self._synced_buffers)
 
 
 def _pairs(here: list[Any], there: list[Any]) -> Iterator[tuple[Any, Any]]:
@@ -232,9 +207,4 @@ def _refuse_unusable(
         raise ConfigError(f"bucket_cap_mb is {bucket_cap_mb}; it must be positive")
     if not any(p.requires_grad for p in module.parameters()):
         raise ConfigError("the module has no parameter that requires a gradient; it needs no DistributedDataParallel")
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if tensor.device.type != "cpu":
-            raise ConfigError(f"'{name}' is on {tensor.device}; only CPU modules are supported")
-    for name, part in module.named_modules():
-        if getattr(part, "sparse", False):
-            raise ConfigError(f"'{name}' produces sparse gradients, which are not supported; set sparse=False")
+    refuse_unusable_module(module)

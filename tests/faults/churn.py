@@ -310,7 +310,7 @@ class Churn:
         return []
 
     def _socket(self, member: str) -> Path:
-        (run_dir,) = (self._job.folder / "t").glob("chaosrun-*")
+        (run_dir,) = (self._job.folder / "t").resolve().glob("chaosrun-*")
         return run_dir / f"control-{_pid(member)}.sock"
 
     # -- waiting ---------------------------------------------------------------------------------------

@@ -6,8 +6,9 @@ A rule is a dict::
 
 Rank 1 (as numbered at the start), on reaching the point ``forward`` of the step that follows 5 finished ones, tells
 the others so by the mark ``forward.1``, waits until rank 2 is dead and rank 3 has left its mark ``forward.3``, and
-kills itself. ``do`` is ``die`` (SIGKILL), ``stop`` (SIGSTOP), ``raise``, ``join``, ``leave``, or missing; without
-``step`` the rule holds at the first time the point is reached.
+kills itself. ``do`` is ``die`` (SIGKILL), ``stop`` (SIGSTOP), ``raise``, ``join``, ``leave``, ``order`` (it proposes
+the reverse order of all but the first), or missing; without ``step`` the rule holds at the first time the point is
+reached. It waits for 40 seconds at most, or for ``limit_s``.
 
 Points: ``start`` (before init), ``opened`` (after init), ``forward``, ``between buckets``, ``settle`` (all
 gradients are on their way), ``before optimizer``, ``boundary``, ``evaluate``, ``close``, ``end`` (about to leave MPI),
@@ -117,6 +118,7 @@ class FaultPoints:
             (admission.StateSource, "serve", "members:serve"),
             (growth, "grow", "members:grow"),
             (growth, "part", "members:part"),
+            (growth, "arrange", "members:arrange"),
             (session, "change_view", "members:change_view"),
             (overlap.Overlap, "cut", "members:cut"),
             (overlap.Overlap, "activate", "members:activate"),
@@ -147,7 +149,7 @@ class FaultPoints:
 
     def _settle(self, original: Callable[[Any], None]) -> Callable[[Any], None]:
         def settle(operation: Any) -> None:
-            if operation.label == "gradient step":
+            if operation.is_gradient_step:
                 self.reach("settle")
             original(operation)
 
@@ -168,7 +170,7 @@ class FaultPoints:
 
     def _act(self, rule: Rule) -> None:
         self._mark(f"{rule['at']}.{self._rank}")
-        limit = time.monotonic() + WAIT_LIMIT_S
+        limit = time.monotonic() + rule.get("limit_s", WAIT_LIMIT_S)
         for condition in rule.get("wait", []):
             while not self._holds(condition):
                 if time.monotonic() > limit:
@@ -187,6 +189,10 @@ class FaultPoints:
             self._session.request_join()
         elif deed == "leave":
             self._session.request_leave()
+        elif deed == "order":
+            # Asked for by the agents in a job on several hosts, when they have found slow links.
+            first, *rest = self._session.members
+            self._session._negotiator.propose_order((first, *reversed(rest)))
         elif deed == "raise":
             raise InjectedError(f"injected into rank {self._rank}")
 

@@ -90,6 +90,7 @@ class Job:
             self._process = subprocess.Popen(
                 list(command), cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL, start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # noqa: PLW1509 - as without nohup
             )  # fmt: skip
 
     def __enter__(self) -> Self:
@@ -231,14 +232,16 @@ def start(
     options: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
     plain_mpirun: bool = False,
-    limit_s: float = 60.0,
-    timeout_s: float = 20.0,
+    before: Sequence[str] = (),
+    limit_s: float = 90.0,
+    timeout_s: float = 40.0,  # a newcomer that others wait for may take long to start where tests share few cores
 ) -> Job:
     """Start ``script`` (a file beside this one) on ``ranks`` ranks, with ``chaosrun`` or plain mpirun.
 
     Args:
         folder: where the job works and writes.
         options: of chaosrun.
+        before: a command that runs the one which follows.
         limit_s: the job is killed, and the test fails, when it takes longer.
         timeout_s: the limit of the session's own waits.
     """
@@ -247,19 +250,27 @@ def start(
         command, env = mpirun(ranks), {**MPIRUN_ENVIRONMENT, **env}
     else:
         command = chaosrun(ranks, *options)
-    return Job([*command, str(HERE / script), *arguments], folder, env, limit_s)
+    return Job([*before, *command, str(HERE / script), *arguments], folder, env, limit_s)
 
 
 def start_training(
-    folder: Path, problem: Problem, faults: Sequence[Rule] = (), *, may_be_armed: bool = False, **how: Any
+    folder: Path,
+    problem: Problem,
+    faults: Sequence[Rule] = (),
+    *,
+    may_be_armed: bool = False,
+    script: str = "train.py",
+    options_of_script: Mapping[str, Any] | None = None,
+    **how: Any,
 ) -> Job:
-    """Start ``train.py`` with these rules; ``how`` as for :func:`start`."""
+    """Start ``script`` with these rules; ``how`` as for :func:`start`."""
     folder.mkdir(exist_ok=True)
     job = folder / "job.json"
     told = {"problem": dataclasses.asdict(problem), "faults": list(faults), "may_be_armed": may_be_armed}
+    told["options"] = dict(options_of_script or {})
     job.write_text(json.dumps({"folder": str(folder), **told}))
     environment = {"CHAOS_BATCH_POLICY": problem.policy, **how.pop("environment", {})}
-    return start("train.py", folder, str(job), ranks=problem.ranks, environment=environment, **how)
+    return start(script, folder, str(job), ranks=problem.ranks, environment=environment, **how)
 
 
 def _describe(pid: int) -> str:

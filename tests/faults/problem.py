@@ -13,11 +13,13 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
+
+import chaos_mpi
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Problem:
     clip: float | None = None
     ballast_bytes: int = 0  # more training state, so that moving it takes a while
     pause_s: float = 0.0  # in every step, as if there was more to compute
+    wrapper: str = "chaos"  # or torch's DistributedDataParallel with the "hook"
 
 
 class Samples(Dataset[tuple[int, torch.Tensor, torch.Tensor]]):
@@ -107,6 +110,43 @@ class Trace:
     steps: dict[int, list[str]]
 
 
+def make_loader(problem: Problem) -> tuple[chaos_mpi.ElasticSampler, chaos_mpi.DataLoader]:
+    """The sampler and the loader of a training script."""
+    data = Samples(problem.samples)
+    sampler = chaos_mpi.ElasticSampler(data, batch_size=problem.batch_size, seed=5)
+    return sampler, chaos_mpi.DataLoader(data, batch_sampler=sampler, num_workers=problem.workers)
+
+
+def log_batch(
+    trace: IO[str], session: chaos_mpi.Session, epoch: int, indices: torch.Tensor, sampler: chaos_mpi.ElasticSampler
+) -> None:
+    """Note the samples that are about to be trained on; ``trace`` is written line by line, see :func:`read_traces`."""
+    batch = {"step": session.step, "epoch": epoch, "indices": indices.tolist(), "ghost": sampler.ghost_round()}
+    trace.write(json.dumps(batch) + "\n")
+
+
+def log_done(trace: IO[str], session: chaos_mpi.Session) -> None:
+    """Note that a step is finished, and whose gradients it contains."""
+    trace.write(json.dumps({"done": session.step, "contributors": list(session.last_contributors)}) + "\n")
+
+
+def write_result(
+    folder: Path,
+    session: chaos_mpi.Session,
+    result: chaos_mpi.SessionResult,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+) -> None:
+    """Leave how the session of this member ended."""
+    summary = {
+        "digest": result.params_digest, "identical": result.replicas_identical, "steps": result.steps,
+        "size": result.size, "scheduler": scheduler.last_epoch,
+    }  # fmt: skip
+    path = folder / f"result-{session.member}.json"
+    new = path.with_suffix(".tmp")  # a test may read it as soon as it is there
+    new.write_text(json.dumps(summary))
+    new.replace(path)
+
+
 def read_traces(folder: Path) -> dict[str, Trace]:
     """The traces of all members that got as far as training."""
     traces = {}
@@ -126,8 +166,13 @@ def read_traces(folder: Path) -> dict[str, Trace]:
 
 
 def as_trained(problem: Problem, folder: Path) -> Problem:
-    """A problem that was to go on until it was told to stop, with the epochs that it came to."""
-    batches = [batch for trace in read_traces(folder).values() for batch in trace.batches.values()]
+    """A problem that was to go on until it was told to stop, with the epochs that it came to.
+
+    Not one that only dead ranks had begun: they may have learnt that training goes on, and the others not.
+    """
+    traces = read_traces(folder).values()
+    finished = {step for trace in traces for step in trace.steps}
+    batches = [batch for trace in traces for batch in trace.batches.values() if batch["step"] + 1 in finished]
     return dataclasses.replace(problem, epochs=1 + max(batch["epoch"] for batch in batches))
 
 

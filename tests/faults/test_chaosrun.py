@@ -168,9 +168,9 @@ def test_no_shared_memory_is_left(tmp_path: Path) -> None:
 def test_the_next_job_removes_what_a_killed_one_left(tmp_path: Path) -> None:
     with started(tmp_path) as job:
         job.wait_until(lambda: job.steps_finished() > 2, "the first steps")
-        (launcher,) = (tmp_path / "t").glob("chaosrun-*/launcher")
+        (launcher,) = (tmp_path / "t").glob("chaosrun-*/launcher-*.json")
         left = [launcher.parent, Path((launcher.parent / "memory").read_text())]
-        job.kill(int(launcher.read_text()))
+        job.kill(int(launcher.stem.removeprefix("launcher-")))
         job.kill_all()
     assert all(path.exists() for path in left)
     environment = {"TMPDIR": str(tmp_path / "t")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,11 @@ def test_training_survives_churn(policy: str, tmp_path: Path, request: pytest.Fi
     events: int = request.config.getoption("--churn-events")
     seed: int = request.config.getoption("--churn-seed") or SEED
     print(f"--churn-seed {seed}")
-    (tmp_path / "t").mkdir()
+    short = tempfile.TemporaryDirectory(prefix="churn-")  # the name of a socket may have no more than 107 characters
+    request.addfinalizer(short.cleanup)
+    (tmp_path / "t").symlink_to(short.name)
     environment = {
-        "TMPDIR": str(tmp_path / "t"),
+        "TMPDIR": short.name,
         "CHAOS_JOIN_POLICY": policy,
         "CHAOS_JOIN_TIMEOUT_S": str(JOIN_TIMEOUT_S),
     }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -237,7 +239,8 @@ def test_all_are_told_to_end_and_resumed(machine: bool, tmp_path: Path) -> None:
     with start_training(tmp_path / "a", problem, options=options) as job:
         job.wait_until(lambda: job.steps_finished() > 2, "the first steps")
         for pid in job.processes() if machine else [job.pid(rank) for rank in range(3)]:
-            os.kill(pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):  # some end when those before them are told to
+                os.kill(pid, signal.SIGTERM)
         first = job.finish()
     assert first.status == (128 + signal.SIGTERM if machine else STOPPED)
     assert "Traceback" not in first.output
@@ -251,6 +254,39 @@ def test_all_are_told_to_end_and_resumed(machine: bool, tmp_path: Path) -> None:
     second = run_again(first, tmp_path / "b", problem, *options)
     assert second.status == 0
     _check_continued(problem, first, second, step)
+
+
+def test_a_closed_terminal_stops_the_job_with_its_state_saved(tmp_path: Path) -> None:
+    problem, close, saved = Problem(ranks=3, epochs=400), tmp_path / "close", tmp_path / "saved"
+    terminal = [sys.executable, str(HERE / "terminal.py"), str(close)]
+    with start_training(tmp_path / "a", problem, options=["--checkpoint-dir", str(saved)], before=terminal) as job:
+        job.wait_until(lambda: job.steps_finished() > 2, "the first steps")
+        close.touch()
+        finished = job.finish()
+    assert finished.status == 128 + signal.SIGHUP
+    assert len(list(saved.glob("step-*.safetensors"))) == 1
+    (stopped,) = {e["message"] for e in finished.events("session_ended") if e["message"]}
+    assert "told to end (SIGHUP, host" in stopped
+
+
+def test_a_hang_up_is_named_and_is_nothing_to_nohup(tmp_path: Path) -> None:
+    problem = Problem(ranks=2, epochs=400)
+    with start_training(tmp_path / "a", problem) as job:
+        job.wait_until(lambda: job.steps_finished() > 2, "the first steps")
+        for _ in range(2):  # as a shell and then the kernel do
+            job.signal(signal.SIGHUP)
+        finished = job.finish()
+    assert finished.status == 128 + signal.SIGHUP
+    assert "stopped at step" in finished.output and "told to end (SIGHUP, host" in finished.output
+    assert "SIGTERM" not in finished.output
+
+    with start_training(tmp_path / "b", problem, before=["nohup"]) as job:
+        job.wait_until(lambda: job.steps_finished() > 2, "the first steps")
+        job.signal(signal.SIGHUP)
+        before = job.steps_finished()
+        job.wait_until(lambda: job.steps_finished() > before + 100, "steps after the signal")
+        job.signal(signal.SIGTERM)
+        assert job.finish().status == 128 + signal.SIGTERM
 
 
 def test_all_are_told_to_end_where_several_may_not_leave(tmp_path: Path) -> None:

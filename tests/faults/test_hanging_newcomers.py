@@ -13,8 +13,8 @@ from test_membership_changes import FIRST, SECOND, check_changes, rule
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(150, method="signal")]
 
 THIRD = 300
-#: Trains until it is told to stop.
-ENDLESS = Problem(ranks=3, epochs=100_000)
+#: Trains until it is told to stop. All of it is computed once more afterwards, so it is not to be too many steps.
+ENDLESS = Problem(ranks=3, epochs=100_000, pause_s=0.02)
 JOIN = rule(1, "boundary", "join", step=3)
 
 #: The join policy, rules, and who does not get in, and who does.

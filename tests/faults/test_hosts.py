@@ -199,6 +199,10 @@ def test_a_rank_that_crashes_is_started_again_so_often(tmp_path: Path) -> None:
         "its rank crashed (by an error in the script) and is started again (2 of 2 this hour)",
         AGAIN,
     ]
+    last = finished.output.splitlines()[-1]
+    assert last.startswith(
+        "chaosrun: training finished, but 3 of 5 ranks (2 of them joined later) crashed on the way: "
+    )
     of = members(job)
     assert set(finished.results()) == {of["node1"], of["node3"]}
     assert len(finished.events("join_requested")) == 0
@@ -224,3 +228,27 @@ def test_nothing_is_started_without_the_launcher(tmp_path: Path) -> None:
         wait_for("the end of all", lambda: not job.processes())
     results = {path.name for path in job.folder.glob("result-*.json")}
     assert results == {f"result-{of[node]}.json" for node in ("node1", "node3")}
+
+
+def test_the_next_job_keeps_what_ranks_without_a_launcher_need(tmp_path: Path) -> None:
+    problem = Problem(ranks=2, epochs=10**6, pause_s=0.02)
+
+    def another_job() -> None:
+        command = [sys.executable, "-m", "chaos_mpi.cli.chaosrun", "-n", "1", sys.executable, "-c", "pass"]
+        environment = clean_environment() | variables(tmp_path)
+        subprocess.run(command, env=environment, timeout=60, check=True)
+
+    with start(tmp_path, problem, "node1,node2") as job:
+        job.wait_until(lambda: job.steps_finished() > 3, "training began")
+        job.signal(signal.SIGKILL)
+        before = job.steps_finished()
+        wait_for("steps without the launcher", lambda: job.steps_finished() > before + 5)
+        another_job()
+        told, _ = chaosctl(tmp_path, "status").communicate(timeout=50)
+        assert "2 members" in told.splitlines()[0]
+        (job.folder / "stop").touch()
+        wait_for("the end of all", lambda: not job.processes())
+    assert len(so_far(job).results()) == 2
+    assert len(list(tmp_path.glob("chaosrun-*"))) == 1, "the launcher's own directory, which it could not remove"
+    another_job()
+    assert not list(tmp_path.glob("chaosrun-*"))

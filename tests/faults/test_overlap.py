@@ -12,13 +12,14 @@ from test_membership_changes import FIRST, SECOND, check_changes, rule, until_re
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(150, method="signal")]
 
-#: Steps enough for a newcomer to measure its links, get the cut and catch up while the others train.
-LONG = Problem(ranks=3, epochs=110)
+#: Steps enough for a newcomer to measure its links, get the cut and catch up while the others train. They are long, so
+#: that one that repeats them catches up also where there are few cores.
+LONG = Problem(ranks=3, epochs=45, pause_s=0.02)
 JOIN = [rule(1, "boundary", "join", step=3), *until_ready()]
 #: It gets behind on purpose, so that there is something to repeat.
-BEHIND = rule(FIRST, "newcomer:follow", None, "done 300.0")
+BEHIND = rule(FIRST, "newcomer:follow", None, "done 100.0")
 #: The second newcomer is the one that is started in place of the first; rank 1 waits for it.
-RETRY = [rule(SECOND, "newcomer:register"), rule(1, "boundary", None, f"newcomer:register.{SECOND}", step=450)]
+RETRY = [rule(SECOND, "newcomer:register"), rule(1, "boundary", None, f"newcomer:register.{SECOND}", step=200)]
 WAITED = "have to wait for this rank"
 
 
@@ -32,8 +33,7 @@ def repeated(finished: Finished) -> int:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_rank_joins_while_the_others_train(optimizer: str, tmp_path: Path) -> None:
-    # A pause in each step of the members, so that one that repeats them catches up also where there are few cores.
-    problem = Problem(ranks=3, epochs=80, optimizer=optimizer, clip=1.0, pause_s=0.005)
+    problem = Problem(ranks=3, epochs=40, optimizer=optimizer, clip=1.0, pause_s=0.02)
     with start(tmp_path, problem, [*JOIN, BEHIND]) as job:
         finished = job.finish()
         steps = check_changes(finished, problem, joined=[FIRST])
@@ -56,8 +56,8 @@ def test_ranks_join_together_while_the_others_train(tmp_path: Path) -> None:
 
 
 def test_learning_rates_follow_the_size(tmp_path: Path) -> None:
-    problem = Problem(ranks=2, epochs=90, policy="linear")
-    with start(tmp_path, problem, [*JOIN, rule(FIRST, "newcomer:follow", None, "done 300.0")]) as job:
+    problem = Problem(ranks=2, epochs=45, policy="linear", pause_s=0.02)
+    with start(tmp_path, problem, [*JOIN, rule(FIRST, "newcomer:follow", None, "done 100.0")]) as job:
         finished = job.finish()
         check_changes(finished, problem, joined=[FIRST])
     assert repeated(finished) > 0
@@ -77,11 +77,11 @@ DEATHS: dict[str, tuple[list[Rule], set[int], set[int]]] = {
     "a member when it is to cut": ([*JOIN, rule(2, "members:cut", "die")], {2}, {FIRST}),
     "a member before the cut is fetched": (
         [*JOIN, rule(FIRST, "newcomer:fetch_planned", None, "dead:2"),
-         rule(2, "forward", "die", "newcomer:fetch_planned.100", step=300)], {2}, {FIRST},
+         rule(2, "forward", "die", "newcomer:fetch_planned.100", step=100)], {2}, {FIRST},
     ),
     "rank 0 while the newcomer follows": (
         [*JOIN, rule(FIRST, "newcomer:follow", None, "dead:0"),
-         rule(0, "forward", "die", "newcomer:follow.100", step=300)], {0}, {FIRST},
+         rule(0, "forward", "die", "newcomer:follow.100", step=100)], {0}, {FIRST},
     ),
     "a member when it is to stop": ([*JOIN, rule(1, "members:activate", "die")], {1}, {FIRST}),
     "a member when it is to serve": ([*JOIN, rule(2, "members:serve", "die")], {2}, {FIRST}),
@@ -105,7 +105,7 @@ def test_a_death_while_a_newcomer_catches_up(case: str, tmp_path: Path) -> None:
 def test_a_member_leaves_while_a_newcomer_catches_up(tmp_path: Path) -> None:
     rules = [
         *JOIN, rule(FIRST, "newcomer:follow", None, "dead:2"),
-        rule(2, "boundary", "leave", "newcomer:follow.100", step=300),
+        rule(2, "boundary", "leave", "newcomer:follow.100", step=100),
     ]  # fmt: skip
     with start(tmp_path, LONG, rules) as job:
         finished = job.finish()
@@ -115,7 +115,7 @@ def test_a_member_leaves_while_a_newcomer_catches_up(tmp_path: Path) -> None:
 
 def test_a_large_state_that_stands_still_is_fetched_once(tmp_path: Path) -> None:
     """Frozen parts are compared when the newcomer is activated, and need not come again."""
-    problem = Problem(ranks=3, epochs=150, ballast_bytes=200 << 20)
+    problem = Problem(ranks=3, epochs=60, ballast_bytes=200 << 20, pause_s=0.04)
     with start_training(tmp_path, problem, JOIN, limit_s=90) as job:  # the policy is auto
         finished = job.finish()
         check_changes(finished, problem, joined=[FIRST])

@@ -18,12 +18,23 @@ from typing import Any
 import quick_start  # noqa: F401
 import torch
 from fault_points import FaultPoints
-from problem import Problem, Samples, build_model, build_optimizer
+from problem import Problem, build_model, build_optimizer, log_batch, log_done, make_loader, write_result
 from torch import nn
 
 import chaos_mpi
+import chaos_mpi.torch
 
 EVALUATED = 50
+
+
+def wrap(module: nn.Module, how: str) -> nn.Module:
+    """The module in our DistributedDataParallel, or in torch's with the communication hook."""
+    if how == "chaos":
+        return chaos_mpi.DistributedDataParallel(module, bucket_cap_mb=0.001)
+    torch.distributed.init_process_group("chaos")
+    model = nn.parallel.DistributedDataParallel(module, bucket_cap_mb=0.001)
+    model.register_comm_hook(chaos_mpi.torch.ElasticState(model), chaos_mpi.torch.elastic_hook)
+    return model
 
 
 def main() -> None:
@@ -37,11 +48,9 @@ def main() -> None:
     faults.reach("opened")
     module = build_model()
     faults.attach(session, module)
-    model = chaos_mpi.DistributedDataParallel(module, bucket_cap_mb=0.001)
+    model = wrap(module, problem.wrapper)
     optimizer, scheduler = build_optimizer(model, problem.optimizer)
-    data = Samples(problem.samples)
-    sampler = chaos_mpi.ElasticSampler(data, batch_size=problem.batch_size, seed=5)
-    loader = chaos_mpi.DataLoader(data, batch_sampler=sampler, num_workers=problem.workers)
+    sampler, loader = make_loader(problem)
     state = chaos_mpi.TrainingState(
         model=model, optimizer=optimizer, scheduler=scheduler, sampler=sampler, epoch=0,
         ballast=torch.zeros(problem.ballast_bytes, dtype=torch.uint8),
@@ -51,11 +60,7 @@ def main() -> None:
             sampler.set_epoch(state.epoch)
             for indices, inputs, targets in loader:
                 faults.enter(session.step)
-                batch = {
-                    "step": session.step, "epoch": state.epoch, "indices": indices.tolist(),
-                    "ghost": sampler.ghost_round(),
-                }  # fmt: skip
-                trace.write(json.dumps(batch) + "\n")
+                log_batch(trace, session, state.epoch, indices, sampler)
                 time.sleep(problem.pause_s)
                 optimizer.zero_grad()
                 loss = nn.functional.mse_loss(model(inputs), targets)
@@ -66,8 +71,7 @@ def main() -> None:
                 optimizer.step()
                 scheduler.step()
                 session.record(loss=loss.item())
-                done = {"done": session.step, "contributors": list(session.last_contributors)}
-                trace.write(json.dumps(done) + "\n")
+                log_done(trace, session)
                 faults.mark(f"done {session.step}")
                 faults.reach("boundary")
 
@@ -83,11 +87,7 @@ def main() -> None:
     faults.enter("close")
     faults.reach("close")
     result = chaos_mpi.finalize()
-    summary = {
-        "digest": result.params_digest, "identical": result.replicas_identical, "steps": result.steps,
-        "size": result.size, "scheduler": scheduler.last_epoch,
-    }  # fmt: skip
-    (folder / f"result-{session.member}.json").write_text(json.dumps(summary))
+    write_result(folder, session, result, scheduler)
 
 
 if __name__ == "__main__":

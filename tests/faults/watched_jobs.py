@@ -39,7 +39,7 @@ class Rank:
         }  # fmt: skip
         command = [
             sys.executable, "-P", "-m", "chaos_mpi.agent.proxy", *where, *job.options, "--register", str(job.register),
-            "--log-dir", str(job.directory / "logs"), "--heartbeat-limit", "0.5", "--wdir", str(job.directory),
+            "--log-dir", str(job.directory / "logs"), "--heartbeat-limit", "2", "--wdir", str(job.directory),
             "--", sys.executable, "-P", str(PROGRAM), str(job.directory),
         ]  # fmt: skip
         self.log = job.directory / f"proxy-{number}.log"

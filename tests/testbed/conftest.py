@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from launch.testbed.testbed import TestBed
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from host_jobs import Bed, Job, Problem, Rule, Start, start_on_hosts
+from host_jobs import Bed, Job, Problem, Start, start_on_hosts
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,7 +32,9 @@ def remote_python(tmp_path: Path) -> str:
     """What ``--remote-python`` names in a host: this Python, this package, and where temporary files go."""
     script, temporary = tmp_path / "python", tmp_path / "tmp"
     temporary.mkdir()
-    script.write_text(f'#!/bin/sh\nTMPDIR={temporary} PYTHONPATH={ROOT} exec {sys.executable} "$@"\n')
+    script.write_text(
+        f'#!/bin/sh\nTMPDIR={temporary} PYTHONPATH={ROOT}:{ROOT}/tests/faults exec {sys.executable} "$@"\n'
+    )
     script.chmod(0o755)
     return str(script)
 
@@ -67,8 +70,8 @@ def launched(ssh_bed: Bed, tmp_path: Path, remote_python: str) -> Iterator[Start
     """Starts a job on hosts of the bed."""
     with contextlib.ExitStack() as stack:
 
-        def make(problem: Problem, hosts: str, *options: str, rules: Sequence[Rule] = ()) -> Job:
-            job = start_on_hosts(ssh_bed, tmp_path, remote_python, problem, "--hosts", hosts, *options, rules=rules)
+        def make(problem: Problem, hosts: str, *options: str, **how: Any) -> Job:
+            job = start_on_hosts(ssh_bed, tmp_path, remote_python, problem, "--hosts", hosts, *options, **how)
             return stack.enter_context(job)
 
         yield make

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ sys.path.insert(0, str(ROOT / "tests" / "faults"))
 
 from checks import check_history, check_move  # noqa: E402, F401
 from fault_points import Rule  # noqa: E402
-from jobs import Finished, Job, start_training  # noqa: E402
-from problem import Problem, read_traces  # noqa: E402
+from jobs import Finished, Job, clean_environment, start, start_training  # noqa: E402, F401
+from problem import Problem, as_trained  # noqa: E402
 
 Bed = tuple[TestBed, SshServers]
 Start = Callable[..., Job]
@@ -33,22 +32,27 @@ ENDLESS = Problem(ranks=3, epochs=10**6, pause_s=0.01)
 
 
 def start_on_hosts(
-    bed: Bed, folder: Path, python: str, problem: Problem, *options: str, rules: Sequence[Rule] = ()
+    bed: Bed, folder: Path, python: str, problem: Problem, *options: str, rules: Sequence[Rule] = (), **how: Any
 ) -> Job:
-    """``chaosrun`` on the launch host; ``options`` say on which hosts.
-
-    Ranks that crash are not started again, unless the options say so.
+    """``chaosrun`` on the launch host; ``options`` say on which hosts, and ``how`` is as for :func:`start_training`.
 
     Args:
         folder: for the job; ``tmp`` in it is where the launcher and the hosts have their temporary files.
         python: to be used on the hosts.
         rules: see :mod:`fault_points`.
     """
+    return start_training(folder / "job", problem, rules, **there(bed, folder, python, *options), **how)
+
+
+def there(bed: Bed, folder: Path, python: str, *options: str) -> dict[str, Any]:
+    """How to start something on hosts: what :func:`start` takes.
+
+    Ranks that crash are not started again, unless the options say so.
+    """
     where = ["--ssh-args", shlex.join(bed[1].command[1:]), "--remote-python", python]
     where += ["--network", bed[0].subnet, "--log-dir", str(folder / "logs"), "--restarts", "0"]
     where += ["--heartbeat-limit", "2", *options]  # two cores hold up the agents of five hosts, now and then
-    environment = {"TMPDIR": str(folder / "tmp")}
-    return start_training(folder / "job", problem, rules, options=where, environment=environment, limit_s=LIMIT_S)
+    return {"options": where, "environment": {"TMPDIR": str(folder / "tmp")}, "limit_s": LIMIT_S}
 
 
 def members(job: Job) -> dict[str, str]:
@@ -99,10 +103,17 @@ def launcher_pid(job: Job, name: str) -> int:
     return found
 
 
+def witness_pid(job: Job) -> int:
+    """The agent on the launch host, which has no rank."""
+    (found,) = [
+        pid for pid in job.processes() if b"chaos_mpi.agent.witness" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    return found
+
+
 def check_training(job: Finished, problem: Problem, finals: set[str]) -> None:
     """All that is promised of the training, of a job that was stopped at the end of an epoch."""
-    epochs = 1 + max(batch["epoch"] for trace in read_traces(job.folder).values() for batch in trace.batches.values())
-    check_history(job, replace(problem, epochs=epochs), finals)
+    check_history(job, as_trained(problem, job.folder), finals)
 
 
 def wait(condition: Callable[[], bool], what: str) -> None:

@@ -8,6 +8,7 @@ import re
 import shlex
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 from host_jobs import (
@@ -105,6 +106,25 @@ def test_the_launcher_is_no_single_point_of_failure(launched: Start, killed: str
     assert set(results) == {f"result-{of[host]}.json" for host in ("edge1", "edge2")}
     assert len({result["digest"] for result in results.values()}) == 1
     assert all(result["identical"] for result in results.values())
+
+
+def test_the_connection_with_the_host_of_one_rank_is_lost(launched: Start) -> None:
+    """To MPI that rank is dead; to its agent it is not, until that is told so."""
+    job = launched(ENDLESS, HOSTS)
+    train(job)
+    (ssh,) = [
+        pid for pid in job.processes()
+        if (words := Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))[0] == b"ssh" and b"edge2" in words
+    ]  # fmt: skip
+    os.kill(ssh, signal.SIGKILL)
+    train(job, 20)
+    stop(job)
+    finished = job.finish()
+    of = members(job)
+    check_training(finished, ENDLESS, {of["edge1"], of["edge3"]})
+    assert "the connection to edge2 is lost" in finished.output
+    wait(lambda: not job.processes(), "the end of all processes")
+    check_nothing_left(job)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -110,6 +110,7 @@ def test_one_end_of_a_cut_link_is_given_up_where_there_is_no_detour(launched: St
     check_survivors(job, "edge1", "edge3", "edge4")
     assert "edge2: the others went on without" in logs(job)
     assert ("edge1", "edge2", "cut", "") in link_states(job)["edge3"]
+    assert [e["reason"] for e in events(job, "detour_failed")["edge3"]] == ["edge1 may not set routes"]
     assert not detours(ssh_bed, "edge1") and not forwards(ssh_bed, "edge3")
 
 
@@ -125,6 +126,8 @@ def test_one_end_is_given_up_where_routes_may_not_be_set(ssh_bed: Bed, launched:
     train(job, 20)
     wait(lambda: lost not in ssh_bed[0].pids("edge2"), "the end of the rank that is given up")
     check_survivors(job, "edge1", "edge3")
+    reasons = [event["reason"] for event in events(job, "detour_failed")["edge3"]]
+    assert reasons and set(reasons) <= {"edge3 cannot pass it on", "edge1 may not set routes"}, reasons
     assert "edge3 cannot pass on what others send round a cut link" in (job.folder / "output.txt").read_text()
     assert "edge2: the others went on without" in logs(job)
 

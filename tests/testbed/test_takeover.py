@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from typing import Any
 
@@ -18,6 +19,7 @@ from host_jobs import (
     check_move,
     check_nothing_left,
     check_training,
+    clean_environment,
     members,
     stop,
     train,
@@ -55,6 +57,13 @@ def finish(job: Job, launcher: subprocess.Popen[str]) -> Finished:
     return Finished(launcher.returncode, output, job.folder, 0.0)
 
 
+def another_job(job: Job) -> None:
+    """On the launch host, for a moment."""
+    command = [sys.executable, "-m", "chaos_mpi.cli.chaosrun", "-n", "1", sys.executable, "-c", "pass"]
+    environment = {**clean_environment(), "TMPDIR": str(job.folder.parent / "tmp")}
+    subprocess.run(command, env=environment, timeout=LIMIT_S, check=True)
+
+
 def test_a_job_that_has_lost_its_launcher_is_taken_over(launched: Start, ssh_bed: Bed, remote_python: str) -> None:
     job = launched(ENDLESS, HOSTS, *PATIENT)
     train(job)
@@ -76,6 +85,9 @@ def test_a_job_that_has_lost_its_launcher_is_taken_over(launched: Start, ssh_bed
     finished = finish(job, launcher)
     check_training(finished, ENDLESS, set(of.values()))
     check_move(finished.events(), set(first.values()), began)
+    # What was left by the launcher that was killed only its own host can know to be of no use.
+    wait(lambda: len(list((job.folder.parent / "tmp").iterdir())) == 1, "the end of what the hosts have left")
+    another_job(job)
     check_nothing_left(job)
 
 
@@ -101,6 +113,29 @@ def test_a_launcher_that_lives_gives_the_job_up(launched: Start, ssh_bed: Bed, r
     of = members(job)
     assert f"sends the state to {of['edge3']}" in finished.output
     check_training(finished, ENDLESS, set(of.values()))
+    check_move(finished.events(), first, began)
+    check_nothing_left(job)
+
+
+def test_of_two_launchers_one_gets_the_job(launched: Start, ssh_bed: Bed, remote_python: str) -> None:
+    """And the other one gives no advice from which nothing could go on."""
+    job = launched(ENDLESS, "edge1,edge2", "-n", "2", *PATIENT)
+    train(job)
+    began, first = time.time(), set(members(job).values())
+    launchers = [on_host(ssh_bed, remote_python, host, "takeover") for host in ("edge1", "edge2")]
+    wait(lambda: len(events(job, "resumed")) == 2, "the new ranks to go on")
+    wait(lambda: any(launcher.poll() is not None for launcher in launchers), "the end of the other launcher")
+    (loser,) = [launcher for launcher in launchers if launcher.poll() is not None]
+    said, _ = loser.communicate(timeout=LIMIT_S)
+    assert loser.returncode not in (0, None)
+    assert "the job was not handed over" in said and "CHAOS_RESUME_FROM" not in said, said
+    launchers.remove(loser)
+    steps_from(job, job.steps_finished())
+    stop(job)
+    finished = finish(job, launchers[0])
+    finals = {path.name.removeprefix("result-").removesuffix(".json") for path in job.folder.glob("result-*.json")}
+    assert len(finals) == 2
+    check_training(finished, ENDLESS, finals)
     check_move(finished.events(), first, began)
     check_nothing_left(job)
 

@@ -26,7 +26,7 @@ def answer(member: str, members: tuple[str, ...] = MEMBERS, **known: Any) -> dic
         "member": member, "rank": members.index(member), "host": host, "pid": int(pid), "phase": "compute",
         "members": list(members), "epoch": 0, "min_ranks": 1, "max_ranks": None, "step": 100, "steps_per_s": 10.0,
         "data_epochs": [2], "joins": [], "transfers": [], "changes": Changes().to_json(), "stalled_s": {}, "events": [],
-        "links": [],
+        "links": [], "witness": None,
         "process": {"cpu_percent": 99.0, "cpu_s": 12.5, "rss_bytes": 400e6},
         "machine": {**machine, "memory_available_bytes": 12e9}, "last": True,
     }  # fmt: skip

@@ -31,12 +31,15 @@ class Network:
         names: the machines of the first view.
         timing: limits.
         seed: of delays, losses and clocks.
+        witness: name of a further machine, which has no rank.
     """
 
-    def __init__(self, names: list[str], timing: Timing, seed: int = 0) -> None:
+    def __init__(self, names: list[str], timing: Timing, seed: int = 0, witness: str | None = None) -> None:
         self.timing, self._rng = timing, random.Random(seed)
         self.now_s = START_S
-        self.first = ClusterView(0, tuple(Node(name) for name in names))
+        nodes = tuple(Node(name) for name in names)
+        voice = Node(witness) if witness is not None else None
+        self.first = ClusterView(0, nodes if voice is None else (*nodes, voice), witness=voice)
         self._clocks: dict[Node, tuple[float, float]] = {}
         self.members: dict[Node, Member] = {}
         self.joiners: dict[Node, Joiner] = {}
@@ -168,7 +171,10 @@ class Network:
                 heapq.heappush(self._wires, (at_s, next(self._numbers), sender, to, message))
 
     def _check(self, node: Node) -> None:
-        """Safety: one view for each epoch, and nobody acts whom the newest view leaves out."""
+        """Safety: one view for each epoch, and nobody acts whom the newest view leaves out.
+
+        So all that act are members of the newest view: there are never two halves of them.
+        """
         member = self.members[node]
         # Its own vote, if it was the last that was missing, is no longer to be seen, but the view is.
         known = self.chosen.setdefault(member.view.epoch, member.view)

@@ -15,6 +15,7 @@ from chaos_mpi.agent.frames import MAGIC, Decoder, Frame, Kind
 from chaos_mpi.agent.guard import Guard, Settings
 from chaos_mpi.agent.link import AgentLink
 from chaos_mpi.agent.losses import Removal
+from chaos_mpi.agent.talk import DISOWNED
 from chaos_mpi.errors import ConfigError, EngineError
 from chaos_mpi.monitor.cluster import Timing
 
@@ -45,7 +46,7 @@ class Beside:
         self.guard.started("a:1")
         contact = (await self.frames.get()).json()
         assert (contact["member"], contact["host"], contact["addresses"][0]) == ("a:1", "a", "127.0.0.1")
-        self.guard.heed(Frame(Kind.CONTACTS, b'{"contacts": [], "first": ["a:1"]}'))
+        self.guard.heed(Frame(Kind.CONTACTS, b'{"contacts": [], "first": ["a:1"], "ended": {}, "disowned": []}'))
         link = await asyncio.to_thread(AgentLink.open, variables, self.severed.put, self.stopped.put)
         assert link is not None
         assert await asyncio.to_thread(link.may_go_on_without, ["x:1"], LIMIT_S) == ""
@@ -88,6 +89,20 @@ def test_a_rank_that_must_not_go_on_is_told_and_then_killed(monkeypatch: pytest.
         assert link.may_go_on_without([], LIMIT_S) == "a:1 was cut off"
         assert beside.said[0].startswith("chaos_mpi: a: a:1 was cut off; this rank ends")
         await beside.killed.wait()
+        await beside.guard.close()
+
+    run(test())
+
+
+def test_a_rank_that_is_dead_to_mpi_is_killed() -> None:
+    async def test() -> None:
+        beside = Beside()
+        await beside.start()
+        for _ in range(2):
+            beside.guard._receive("b:1", {"kind": DISOWNED})
+        await beside.killed.wait()
+        (line,) = beside.said
+        assert line.startswith("chaos_mpi: a: the connection with the launch host was lost")
         await beside.guard.close()
 
     run(test())

@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from chaos_mpi.agent import sockets
 from chaos_mpi.agent.control import ControlConnector, ControlListener
 from chaos_mpi.agent.frames import Frame, Kind
 from chaos_mpi.agent.home import Home, note_down
+from chaos_mpi.agent.processes import start_time
 from chaos_mpi.errors import EngineError
 
 LIMIT_S = 10.0
@@ -40,16 +42,29 @@ def test_the_last_one_removes_it() -> None:
     assert not second.path.exists()
 
 
+def test_a_supervisor_that_was_killed_does_not_keep_it() -> None:
+    killed, last = Home("chaosrun-x"), Home("chaosrun-x")
+    (mark,) = killed.path.glob("supervisor-*.json")
+    with subprocess.Popen(["sleep", "60"]) as process:
+        process.kill()
+    other = mark.with_name(f"supervisor-{process.pid}.json")
+    other.write_text(mark.read_text())
+    last.close(None)
+    assert not last.path.exists()
+
+
 def test_records_are_told_once() -> None:
     home, pid = Home("chaosrun-x"), os.getpid()
     assert list(home.new_records(pid)) == []
     note_down(home.path, "outcome", {"outcome": "finished"})
     note_down(home.path, "starting", {"rank": 1})
     (home.path / f"member-{pid}.json").write_text("{")
-    assert list(home.new_records(pid)) == [("starting", {"rank": 1}), ("outcome", {"outcome": "finished"})]
+    began = {"started": start_time(pid)}
+    told = [("starting", {"rank": 1, **began}), ("outcome", {"outcome": "finished", **began})]
+    assert list(home.new_records(pid)) == told
     assert list(home.new_records(pid)) == []
     note_down(home.path, "outcome", {"outcome": "failed afterwards"})
-    assert list(home.new_records(pid)) == [("outcome", {"outcome": "failed afterwards"})]
+    assert list(home.new_records(pid)) == [("outcome", {"outcome": "failed afterwards", **began})]
     home.close(pid)
     assert not home.path.exists()
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from chaos_mpi.agent.crashes import Crash
-from chaos_mpi.agent.link import VARIABLE, AgentLink, LinkServer, is_watched
+from chaos_mpi.agent.link import VARIABLE, AgentLink, is_watched
+from chaos_mpi.agent.link_server import LinkServer
 from chaos_mpi.agent.sockets import connect
 from chaos_mpi.monitor.hostlinks import LinkStatus, to_json
 
@@ -32,7 +33,7 @@ class Agent:
         self.answers: dict[str, asyncio.Future[str]] = {}
         self._loop, self._closed = asyncio.new_event_loop(), False
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        self.server = LinkServer(self._answer)
+        self.server = LinkServer(self._answer, may_go_on_with=self._answer)
         asyncio.run_coroutine_threadsafe(self.server.listen(), self._loop).result(LIMIT_S)
         self.do(lambda: self.server.name("me:1"))
 
@@ -77,6 +78,15 @@ def agent() -> Iterator[Agent]:
     made.close()
 
 
+def test_the_end_of_a_newcomer_is_told(agent: Agent) -> None:
+    rank, told = Rank(agent), queue.SimpleQueue[tuple[str, str]]()
+    rank.link.follow_joins(lambda join, how: told.put((join, how)))
+    rank.ask("b:2")
+    agent.asked.get(timeout=LIMIT_S)  # so it is connected
+    agent.do(lambda: agent.server.join_ended("join-1", "it ended"))
+    assert told.get(timeout=LIMIT_S) == ("join-1", "it ended")
+
+
 def test_questions_are_answered_each_with_its_own_answer(agent: Agent) -> None:
     rank = Rank(agent)
     first = rank.ask("b:2", "a:1")
@@ -91,6 +101,16 @@ def test_questions_are_answered_each_with_its_own_answer(agent: Agent) -> None:
 
 def test_a_rank_is_told_its_name(agent: Agent) -> None:
     assert Rank(agent).link.member == "me:1"
+
+
+def test_the_two_questions(agent: Agent) -> None:
+    rank = Rank(agent)
+    for ask in (rank.link.may_go_on_without, rank.link.may_go_on_with):
+        answer = queue.SimpleQueue[str]()
+        threading.Thread(target=lambda a=answer, q=ask: a.put(q(["b:1", "a:1"], LIMIT_S)), daemon=True).start()
+        assert agent.asked.get(timeout=LIMIT_S) == ["a:1", "b:1"]
+        agent.do(lambda: agent.answers["a:1"].set_result("not yet"))
+        assert answer.get(timeout=LIMIT_S) == "not yet"
 
 
 def test_a_question_that_nobody_answers_has_a_limit(agent: Agent) -> None:
@@ -229,9 +249,23 @@ def test_news_of_links_is_told_also_when_it_came_early(agent: Agent) -> None:
     assert news.get(timeout=LIMIT_S) == to_json([first, second])
     healed = LinkStatus(("a", "b"), "detour", "c")
     agent.do(lambda: agent.server.tell_links([healed]))
-    assert news.get(timeout=LIMIT_S) == [{"a": "a", "b": "b", "state": "detour", "via": "c"}]
+    assert news.get(timeout=LIMIT_S) == [{"a": "a", "b": "b", "state": "detour", "via": "c", "no_detour": ""}]
     assert rank.link.links == to_json([healed, second])
     late = Rank(agent)
     while len(late.link.links) < 2:
         time.sleep(0.01)
     assert late.link.links == rank.link.links
+
+
+def test_news_of_the_witness_is_told_also_when_it_came_early(agent: Agent) -> None:
+    gone, back = ({"witness": "w:1", "host": "w", "state": state} for state in ("silent", "up"))
+    agent.do(lambda: agent.server.tell_witness(gone))
+    rank = Rank(agent)
+    while rank.link.witness is None:
+        time.sleep(0.01)
+    news = queue.SimpleQueue[dict[str, str]]()
+    rank.link.follow_witness(news.put)
+    assert news.get(timeout=LIMIT_S) == gone
+    agent.do(lambda: agent.server.tell_witness(back))
+    assert news.get(timeout=LIMIT_S) == back
+    assert rank.link.witness == back

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from chaos_mpi.agent import check
+from chaos_mpi.agent import check, preflight
 from chaos_mpi.agent.preflight import Answer, ask, ask_here, judge
 from chaos_mpi.agent.ssh import DEFAULT_SSH, remote_command, ssh_command
 from chaos_mpi.errors import ChaosError, ConfigError
@@ -22,6 +22,7 @@ REPORT: dict[str, Any] = {
     "library": "Open MPI v5.0.11",
     "library_problem": None,
     "missing": [],
+    "unwritable": [],
 }
 
 
@@ -47,6 +48,7 @@ def test_nothing_is_wrong() -> None:
         (answer(library="MPICH 5"), ["the MPI library is MPICH 5, here it is Open MPI v5.0.11"]),
         (answer(library=None, library_problem="no libmpi.so"), ["MPI cannot be loaded: no libmpi.so"]),
         (answer(missing=["/data"]), ["there is no /data"]),
+        (answer(unwritable=["/logs"]), ["no file can be made in /logs, where output is to go (--log-dir)"]),
         (Answer(255, "", "Permission denied (publickey).\n"), ["ssh cannot connect: Permission denied (publickey)."]),
         (Answer(127, "", "sh: python: not found\n"), ["there is no python", "--remote-python"]),
         (Answer(1, "", "Traceback\nValueError: x\n"), ["ended with status 1: ValueError: x"]),
@@ -105,3 +107,12 @@ def test_the_options_of_the_user_come_first() -> None:
     assert ssh_command("-p 2222 -i '/a b'")[:5] == ("ssh", "-p", "2222", "-i", "/a b")
     with pytest.raises(ConfigError, match="cannot be understood"):
         ssh_command("-i '")
+
+
+def test_where_output_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    places = [tmp_path, tmp_path / "new" / "deep", tmp_path / "file", tmp_path / "file" / "deep"]
+    report = preflight._report(ask_here([f"+{place}" for place in places]))
+    assert report is not None
+    assert report["unwritable"] == [str(place) for place in places[2:]]
+    assert report["missing"] == []

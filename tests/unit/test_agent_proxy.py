@@ -113,6 +113,13 @@ def test_the_proxy_ends_as_the_rank_does(script: str, status: int) -> None:
     assert run("sh", "-c", script).returncode == status
 
 
+def test_the_death_of_a_rank_shows_while_its_child_holds_the_output_open(tmp_path: Path) -> None:
+    child = tmp_path / "child"
+    done = run("sh", "-c", f"sleep 600 & echo $! > {child}; echo said >&2; kill -KILL $$")
+    os.kill(int(child.read_text()), signal.SIGKILL)  # it was there all the time
+    assert (done.returncode, done.stderr) == (-signal.SIGKILL, "said\n")
+
+
 def test_output_passes_through(ssh: tuple[str, ...]) -> None:
     script = "echo to-stderr >&2; seq 100000"
     for options, greeting in (((), ""), (ssh, "welcome to edge1\n")):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from loopback import connect
 
 from chaos_mpi.mpi.sever import parse_table, sever
 
@@ -21,16 +22,6 @@ DEAD, ALIVE = "127.9.9.1", "127.9.9.2"
 def stack() -> Iterator[contextlib.ExitStack]:
     with contextlib.ExitStack() as made:
         yield made
-
-
-def connect(stack: contextlib.ExitStack, address: str, family: int = socket.AF_INET) -> tuple[socket.socket, ...]:
-    """Both ends of a connection to a server at this address; the server is on the second one's side."""
-    server = stack.enter_context(socket.create_server((address, 0), family=family))
-    client = stack.enter_context(socket.create_connection(server.getsockname()[:2]))
-    client.settimeout(5)
-    accepted, _ = server.accept()
-    accepted.settimeout(5)
-    return client, stack.enter_context(accepted)
 
 
 def test_connections_to_the_dead_end_and_others_live(stack: contextlib.ExitStack) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import itertools
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
@@ -17,6 +18,7 @@ from chaos_mpi.agent.contacts import Contact
 from chaos_mpi.agent.crashes import Crash
 from chaos_mpi.agent.losses import Removal
 from chaos_mpi.agent.mesh import Mesh
+from chaos_mpi.agent.talk import DISOWNED
 from chaos_mpi.agent.watch import Watch
 from chaos_mpi.errors import ConfigError
 from chaos_mpi.monitor.cluster import Timing
@@ -105,6 +107,45 @@ def test_a_node_that_dies_is_removed_by_all_others() -> None:
                 assert x.removals == [Removal(("c:1",), ("c",), ("127.1.99.1",))]
                 assert x.members == ["a:1", "b:1"]
                 assert not x.stops
+
+    run(test())
+
+
+def test_who_may_go_on_is_asked_before_the_watch_has_begun() -> None:
+    async def test() -> None:
+        async with agents("abc") as (a, b, c):
+            asked = [asyncio.create_task(x.watch.may_go_on_with(["a:1", "b:1"])) for x in (a, b)]
+            alone = asyncio.create_task(c.watch.may_go_on_with(["c:1"]))
+            await asyncio.sleep(0)
+            await begin([a, b, c])
+            assert not any(task.done() for task in (*asked, alone))
+            a.mesh.lost = b.mesh.lost = frozenset({"c:1"})
+            c.mesh.lost = frozenset({"a:1", "b:1"})
+            assert await asyncio.gather(*asked) == ["", ""]
+            assert await alone
+            assert await a.watch.may_go_on_with(["a:1", "b:1"]) == ""
+
+    run(test())
+
+
+def test_a_member_that_is_disowned_is_told_so_until_it_is_out() -> None:
+    async def test() -> None:
+        async with agents("abc") as (a, b, c):
+            told: list[str] = []
+
+            def receive(sender: str, message: dict[str, Any]) -> None:
+                if message.get("kind") == DISOWNED:
+                    told.append(sender)
+                else:
+                    c.watch.receive(sender, message)
+
+            c.mesh._receive = receive
+            a.watch.disown(["c:1"])
+            await begin([a, b, c])
+            await until(lambda: len(told) > 1)
+            await c.watch.announce_end(LIMIT_S)
+            assert await a.watch.may_go_on_without(["c:1"]) == ""
+            assert set(told) == {"a:1"}
 
     run(test())
 
@@ -200,6 +241,24 @@ def test_the_votes_of_ranks_that_have_ended_count() -> None:
     run(test())
 
 
+def test_who_has_ended_does_not_wait_for_others_that_are_gone() -> None:
+    """They have agreed on a view without it, and have ended before it could hear of that."""
+
+    async def test() -> None:
+        async with agents("abc") as (a, b, c):
+            await begin([a, b, c])
+            await c.watch.announce_end(LIMIT_S)
+            a.mesh.lost = b.mesh.lost = frozenset({"c:1"})
+            await until(lambda: a.removals and b.removals)
+            await a.die()
+            await b.die()
+            await c.watch.linger(LIMIT_S)
+            assert c.members == ["a:1", "b:1", "c:1"]
+            assert not c.watch.stopped, "it waited until it was found to be cut off"
+
+    run(test())
+
+
 def test_a_whole_job_ends_at_once() -> None:
     async def test() -> None:
         async with agents("abc") as everybody:
@@ -256,6 +315,58 @@ def test_who_ends_before_all_have_met_is_not_waited_for() -> None:
     run(test())
 
 
+async def begin_with_witness(ranks: list[Agent], witness: Agent, *, silent: bool = False) -> None:
+    """The last one has no rank, and if ``silent`` it never begins."""
+    names = [agent.name for agent in ranks]
+    everybody = [*ranks, witness]
+    for agent in ranks if silent else everybody:
+        agent.watch.begin(names, [other.contact for other in everybody], witness=witness.name)
+    await until(lambda: all(agent.members for agent in ranks))
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_with_a_witness_either_of_two_may_be_lost(lost: int) -> None:
+    async def test() -> None:
+        async with agents("abw") as (a, b, w):
+            await begin_with_witness([a, b], w)
+            assert a.members == ["a:1", "b:1", "w:1"]
+            gone, left = [a, b][lost], [a, b][1 - lost]
+            await gone.die()
+            assert await left.watch.may_go_on_without([gone.name]) == ""
+            await until(lambda: left.members == [left.name, "w:1"])
+            await w.die()
+            await until(lambda: left.members == [left.name])
+            assert await left.watch.may_go_on_without([gone.name]) == ""
+            assert [removal.members for removal in left.removals] == [(gone.name,)], "the witness is nobody's affair"
+
+    run(test())
+
+
+@pytest.mark.parametrize("how", ["silent", "deaf"])
+def test_a_witness_that_cannot_take_part_is_not_waited_for(how: str) -> None:
+    async def test() -> None:
+        async with agents("abw") as (a, b, w):
+            if how == "deaf":
+                a.mesh.lost = b.mesh.lost = frozenset({"w:1"})
+            await begin_with_witness([a, b], w, silent=how == "silent")
+            await until(lambda: a.members == b.members == ["a:1", "b:1"])
+            assert [await x.watch.may_go_on_without([]) for x in (a, b)] == ["", ""]
+            assert not a.stops and not b.stops and not a.removals
+
+    run(test())
+
+
+def test_a_witness_holds_nobody_up_at_the_end() -> None:
+    async def test() -> None:
+        async with agents("abw") as (a, b, w):
+            await begin_with_witness([a, b], w)
+            await w.die()
+            await asyncio.gather(*(x.watch.announce_end(2 * LIMIT_S) for x in (a, b)))
+            await asyncio.gather(*(x.watch.linger(2 * LIMIT_S) for x in (a, b)))
+
+    run(test())
+
+
 def test_a_stranger_cannot_begin() -> None:
     async def test() -> None:
         async with agents("ab") as (a, b):
@@ -287,12 +398,13 @@ def test_nonsense_is_refused(fields: dict[str, Any]) -> None:
     run(test())
 
 
-@given(st.integers(2, 5), st.randoms(use_true_random=False))
-def test_nobody_begins_before_all_have_heard_all(size: int, rng: Any) -> None:
+@given(st.integers(2, 5), st.randoms(use_true_random=False), st.booleans())
+def test_nobody_begins_before_all_have_heard_all(size: int, rng: Any, with_witness: bool) -> None:
     """Whatever order messages come in, and whichever are lost: when one begins, every connection has worked, and every
-    rank is up."""
+    rank is up; but for those to the witness."""
     names = [str(number) for number in range(size)]
-    parts = {name: Assembly(name, names, up=False) for name in names}
+    witness = names[0] if with_witness else None
+    parts = {name: Assembly(name, names, up=False, witness=witness) for name in names}
     heard: set[tuple[str, str]] = set()
     for _ in range(100):
         one, other = rng.sample(names, 2)
@@ -301,7 +413,11 @@ def test_nobody_begins_before_all_have_heard_all(size: int, rng: Any) -> None:
             continue
         parts[other].heard(one, parts[one].complete)
         heard.add((one, other))
+        lacking = [part for name, part in parts.items() if part.lacks_witness and name != witness]
+        if lacking:
+            ranks = [name for name in names if name != witness]
+            assert heard.issuperset(itertools.permutations(ranks, 2))
         if parts[other].is_over:
-            assert len(heard) == size * (size - 1)
+            assert heard.issuperset(pair for pair in itertools.permutations(names, 2) if pair[0] != witness)
             assert all(part.up for part in parts.values())
             return

@@ -11,6 +11,7 @@ from typing import cast
 
 import pytest
 
+from chaos_mpi.agent.home import note_down
 from chaos_mpi.agent.launcher import LauncherPipe
 from chaos_mpi.cli.handover import HandOver
 from chaos_mpi.elastic import kept
@@ -19,6 +20,7 @@ from chaos_mpi.elastic.control import ControlSocket
 from chaos_mpi.elastic.negotiator import Answer
 from chaos_mpi.elastic.session import Session
 from chaos_mpi.errors import CheckpointError, ConfigError
+from chaos_mpi.membership import MOVES
 
 Jobs = tuple[Path, Path, list[str]]
 
@@ -67,11 +69,33 @@ def test_new_ranks_are_told_that_the_job_goes_on_as_it_was(jobs: Jobs) -> None:
     assert hand_over(jobs).endswith("goes on as it was: there is no state")
 
 
-def test_how_to_go_on_is_said_when_nobody_knows_what_became_of_the_job(jobs: Jobs) -> None:
+def test_how_to_go_on_is_said_when_nobody_knows_what_became_of_the_job(
+    jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept, "SHM_DIRECTORY", tmp_path)
     old, new, told = jobs
-    HandOver(old, name := kept.new_name(), new, ranks=1, limit_s=1).run()
+    handover = HandOver(old, name := kept.new_name(), new, ranks=1, limit_s=1)
+    kept.keep(name, 1, lambda place: None)
+    handover.run()
     assert "no member of the job" in told[0]
     assert f"go on with it by: {kept.VARIABLE}={name} chaosrun" in told[0]
+
+
+@pytest.mark.parametrize("lives", [False, True])
+def test_who_was_slower_than_another_launcher_does_not_say_how_to_go_on(
+    lives: bool, jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept, "SHM_DIRECTORY", tmp_path)
+    monkeypatch.setattr("chaos_mpi.cli.handover._END_LIMIT_S", 0.1)
+    old, new, told = jobs
+    kept.keep(kept.new_name(), 1, lambda place: None)  # for the other one
+    if lives:
+        note_down(old, "member", {})
+    HandOver(old, kept.new_name(), new, ranks=1, limit_s=1).run()
+    assert "no member of the job" in told[0] and kept.VARIABLE not in told[0]
+    assert ("still runs" if lives else "it moved to another one, or is over") in told[0]
+    told.clear()
+    assert hand_over(jobs, "refused", reason=f"{MOVES} already") == f"the job was not handed over: {MOVES} already"
 
 
 def test_a_rank_waits_until_it_is_told() -> None:

@@ -13,10 +13,12 @@ from click.testing import CliRunner
 
 from chaos_mpi.agent.environment import THREADS_BY_HOST, host_variables
 from chaos_mpi.agent.proxy import is_here, parser, placement_of
-from chaos_mpi.agent.spawning import VARIABLE, proxy_command, spawn_command, variables
+from chaos_mpi.agent.spawning import JOIN_OPTION, VARIABLE, join_of, proxy_command, spawn_command, variables
+from chaos_mpi.cli.chaosctl import main as chaosctl
 from chaos_mpi.cli.chaosrun import main
 from chaos_mpi.cli.cluster import Cluster, check_further, cluster_of
-from chaos_mpi.errors import ConfigError
+from chaos_mpi.cli.process import MpirunJob
+from chaos_mpi.errors import ConfigError, EngineError
 
 
 def cluster(ranks: int | None = None, hosts: str | None = "a:2,b", hostfile: Path | None = None) -> Cluster | None:
@@ -35,7 +37,7 @@ def test_ranks_are_placed() -> None:
 
 
 def test_a_host_file(tmp_path: Path) -> None:
-    (tmp_path / "hosts").write_text("a slots=2 # here\nb\n")
+    (tmp_path / "hosts").write_bytes(b"\xef\xbb\xbfa slots=2 # here\r\n\r\nb\r\n")  # as Windows writes text
     found = cluster(hosts=None, hostfile=tmp_path / "hosts")
     assert found is not None
     assert found.hosts == ("a", "a", "b")
@@ -92,6 +94,21 @@ def test_routes_are_left_alone_if_so_ordered(tmp_path: Path) -> None:
     assert not watch.detours
 
 
+def test_the_launch_host_has_a_witness_where_it_has_no_rank(tmp_path: Path) -> None:
+    elsewhere = cluster_of(None, "a,b", None, "", None, None, "10.0.0.0/8", None, 0.7, "none")
+    assert elsewhere is not None
+    settings = elsewhere.witness_settings()
+    options = parser().parse_args(elsewhere.rank_command(tmp_path, ["t.py"], "launcher:7")[4:])
+    watch = placement_of(options, {"PMIX_RANK": "0"}).watch
+    assert settings is not None
+    assert watch is not None
+    assert (settings.timing, settings.network, settings.detours) == (watch.timing, watch.network, watch.detours)
+    assert watch.witness == "launcher:7"
+    here = cluster_of(None, f"a,{socket.gethostname()}", None, "", None, None, None, None, None, None)
+    assert here is not None
+    assert here.witness_settings() is None
+
+
 def test_a_rank_has_another_one_started() -> None:
     prefix = proxy_command("/head/python", ["--ssh-command", "ssh -p 1"])
     environ = {**variables(prefix), "CHAOS_HOST": "edge1"}
@@ -100,6 +117,11 @@ def test_a_rank_has_another_one_started() -> None:
     assert there[: len(prefix)] == prefix
     options = parser().parse_args(there[4:])
     assert (options.host, options.wdir, options.argv) == ("edge2", "/work", ["/head/python", "-X", "mark", "t.py"])
+    assert join_of(options.argv) == ""
+    assert (
+        join_of(["python", "-X", "dev", "-X", f"{JOIN_OPTION}=join-a:1-1.2@a:1", "t.py"])
+        == f"{JOIN_OPTION}=join-a:1-1.2@a:1"
+    )
     beside = spawn_command(environ, "", "/work", ["t.py"])
     assert beside is not None
     assert parser().parse_args(beside[4:]).host == "edge1"
@@ -131,6 +153,20 @@ def test_further_hosts_are_checked_as_the_first_were(tmp_path: Path) -> None:
     (problem,) = check_further(tmp_path, "edge7")
     assert problem.startswith("edge7: the check with ")
     assert check_further(tmp_path, "localhost") == []
+
+
+def test_a_further_host_with_a_name_that_is_none(tmp_path: Path) -> None:
+    Cluster(("a",), ("false",), sys.executable).note(tmp_path)
+    (tmp_path / "control-1.sock").touch()  # a job runs
+    refused = CliRunner().invoke(chaosctl, ["add", "--job", str(tmp_path), "--host=-x"])
+    assert refused.exit_code == 1, refused.output
+    assert "'-x' is not the name of a host" in refused.output
+
+
+def test_a_line_that_is_too_long_for_the_system(tmp_path: Path) -> None:
+    line = [sys.executable, ",".join(["edge1"] * 10**5)]
+    with pytest.raises(EngineError, match="cannot be started for 100000 ranks: Argument list too long"):
+        MpirunJob(line, {}, tmp_path, ranks=10**5, tagged=False, drop_noise=False)
 
 
 def test_dry_run_shows_the_proxies(tmp_path: Path) -> None:

@@ -119,12 +119,13 @@ def test_a_member_is_told_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     leaving = session(told_to_end=False, request_leave=lambda *request: asked.put(request))
     control = ControlSocket(leaving, tmp_path / "control-1.sock")
     try:
-        assert end_ranks(tmp_path)
+        assert end_ranks(tmp_path, "SIGHUP")
         assert asked.get(timeout=10)
+        assert leaving.told_by == "SIGHUP"
     finally:
         control.close()
 
 
 def test_nobody_is_told_to_end_where_nobody_is(tmp_path: Path) -> None:
     (tmp_path / "control-7.sock").touch()  # what a member that was killed leaves
-    assert not end_ranks(tmp_path)
+    assert not end_ranks(tmp_path, "SIGHUP")

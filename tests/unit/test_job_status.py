@@ -49,6 +49,24 @@ def test_what_all_know_is_taken_from_the_furthest_in_whatever_order_they_answer(
         assert [rank["member"] for rank in job["ranks"]] == ["a:2", "b:3"]
 
 
+def test_a_link_without_a_detour_says_why() -> None:
+    link = {"a": "x", "b": "y", "state": "cut", "via": "", "no_detour": "z cannot pass it on"}
+    link |= {"rtt_ms": 0.5, "bytes_per_s": 3e6}
+    (said,) = [line.strip() for line in lines(combined(answer("a:1", links=[link]))) if "link" in line]
+    assert said == "link x - y: cut, no detour (z cannot pass it on), 0.50 ms, 3.0 MB/s"
+
+
+def test_the_witness_is_mentioned_while_it_is_not_reachable() -> None:
+    def said(*states: str | None) -> list[str]:
+        news = [None if state is None else {"witness": "w:1", "host": "w", "state": state} for state in states]
+        job = combined(*(answer(member, witness=fields) for member, fields in zip(("a:1", "a:2"), news, strict=True)))
+        return [line.strip() for line in lines(job) if "witness" in line]
+
+    assert said(None, None) == said("up", None) == said("up", "up") == said("replaced", "up") == []
+    assert said("up", "silent") == said(None, "silent") == ["the witness on w is not reachable"]
+    assert said("out", "up") == ["the witness on w is not reachable, and has no vote any more"]
+
+
 def test_a_member_that_does_not_answer_is_silent() -> None:
     job = combined(answer("a:1"), answer("b:3", phase="revoke"))
     assert [rank["state"] for rank in job["ranks"]] == ["compute", "silent", "revoke"]
@@ -185,6 +203,7 @@ JOINED = [
 ASKED = [
     event("join_requested", "a:1", 21.0, id="join-a:1-1", host=""),
     event("join_spawned", "a:2", 22.0, id="join-a:1-1", host="", attempt=1),
+    *(event("join_failed", m, 22.5 + i, id="join-a:1-2", host="b", reason="full") for i, m in enumerate(MEMBERS)),
     *(event("hosts_changed", m, 23.0 + i, hosts={"a": 2, "b": 2}) for i, m in enumerate(MEMBERS)),
     *(event("scaled", m, 24.0 + i, joins=["b"], leaves=[]) for i, m in enumerate(MEMBERS)),
 ]
@@ -193,6 +212,7 @@ TOLD = [
     "training started with 3 ranks",
     "one more rank was asked for (join-a:1-1)",
     "a:2 starts a rank (join-a:1-1)",
+    "no rank joins on b (join-a:1-2): full",
     "the hosts are now a:2, b:2",
     "the scale policy lets 1 join and 0 leave",
     "b:3 died; 2 ranks are left",
@@ -214,9 +234,9 @@ def test_one_who_follows_is_told_each_thing_once_and_when_all_can_know_it() -> N
     following = Following()
     assert [line.text for line in following.feed(ALL[:1], until=9.0)] == []
     assert [line.text for line in following.feed(ALL[1:3], until=15.0)] == TOLD[:1]
-    assert [line.text for line in following.feed(ALL, until=25.0)] == TOLD[1:5]
+    assert [line.text for line in following.feed(ALL, until=25.0)] == TOLD[1:6]
     assert [line.text for line in following.feed(LOST[1:], until=25.0)] == []
-    assert [line.text for line in following.feed([], until=1e9)] == TOLD[5:]
+    assert [line.text for line in following.feed([], until=1e9)] == TOLD[6:]
     assert following.feed(ALL, until=1e9) == []
 
 

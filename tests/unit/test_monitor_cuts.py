@@ -50,6 +50,23 @@ def test_of_two_ends_the_later_goes() -> None:
     assert mutually_reachable(FOUR, [(B, C), (A, C)]) == {A, B, D}
 
 
+@given(st.sets(st.sampled_from(PAIRS)), st.sampled_from(NODES))
+def test_the_witness_goes_rather_than_a_rank(cut: set[tuple[Node, Node]], witness: Node) -> None:
+    ranks = set(NODES) - {witness}
+    most = mutually_reachable(ranks, cut)
+    stay = mutually_reachable(NODES, cut, witness)
+    assert len(stay - {witness}) == len(most)
+    assert not cut.intersection(itertools.combinations(sorted(stay), 2))
+    if not any(cut.intersection([(node, witness), (witness, node)]) for node in most):
+        assert witness in stay
+
+
+def test_of_two_ranks_that_lose_each_other_that_stays_which_the_witness_hears() -> None:
+    assert mutually_reachable((A, B, C), [(A, B)], C) == {A, C}
+    assert mutually_reachable((A, B, C), [(A, B), (A, C)], C) == {B, C}
+    assert mutually_reachable((A, B, C), [(A, C)], C) == {A, B}
+
+
 def test_many_cut_links_are_dealt_with_too() -> None:
     nodes = [Node(f"n{i:02}") for i in range(40)]
     cut = [(nodes[0], other) for other in nodes[1:]]
@@ -94,11 +111,40 @@ def test_after_a_pause_of_its_own_a_node_takes_nobody_for_dead() -> None:
     assert hearing.diagnosis(5.1).dead == frozenset()
 
 
-@given(st.sets(st.sampled_from(NODES)), st.sets(st.sampled_from(NODES)), st.integers(1, 7), st.booleans())
-def test_two_quorums_have_a_member_in_common(one: set[Node], other: set[Node], count: int, lowest: bool) -> None:
-    view, split = ClusterView(0, NODES[:count]), "lowest" if lowest else "none"
+@given(
+    st.sets(st.sampled_from(NODES)), st.sets(st.sampled_from(NODES)), st.integers(1, 7),
+    st.sampled_from(["lowest", "none"]), st.none() | st.integers(0, 6),
+)  # fmt: skip
+def test_two_quorums_have_a_member_in_common(
+    one: set[Node], other: set[Node], count: int, split: str, witness: int | None
+) -> None:
+    members = NODES[:count]
+    view = ClusterView(0, members, witness=members[witness % count] if witness is not None else None)
     if view.is_quorum(one, split) and view.is_quorum(other, split):
-        assert one & other & set(view.members)
+        assert one & other & set(members)
+
+
+@pytest.mark.parametrize("witness", [Node("0"), Node("w")])
+@pytest.mark.parametrize("split", ["lowest", "none"])
+def test_the_witness_breaks_ties_and_has_no_say_otherwise(witness: Node, split: str) -> None:
+    two, three = (ClusterView(0, (*ranks, witness), witness=witness) for ranks in ((A, B), (A, B, C)))
+    for pair in ([A, B], [A, witness], [B, witness]):
+        assert two.is_quorum(pair, split)
+        assert not two.is_quorum(pair[:1], split)
+        assert not two.is_quorum(pair[1:], split)
+    assert three.is_quorum([B, C], split)
+    assert not three.is_quorum([A, witness], split)
+    one = two.next([B, witness])
+    assert one.is_quorum([B], split)
+    assert not one.is_quorum([witness], split)
+    without = two.next([A, B])
+    assert without.witness is None
+    assert without.is_quorum([A], split) == (split == "lowest")
+
+
+def test_a_witness_has_to_be_a_member() -> None:
+    with pytest.raises(ValueError, match="the witness d is none of a, b"):
+        ClusterView(0, (A, B), witness=D)
 
 
 def test_a_life_that_is_over_is_never_admitted_again() -> None:
@@ -118,7 +164,7 @@ def test_every_message_survives_the_wire() -> None:
         Beat(1, 2.5, None, ()), Beat(1, 2.5, None, (), leaving=True),
         Beat(1, 2.5, 0.1, (Row(A, 4, 0.5, ((B, 0.3),)),)), Prepare(1, ballot),
         Promise(1, ballot, None), Promise(1, ballot, vote), Accept(1, vote), Accepted(1, ballot),
-        Refused(1, ballot, ballot), Decided(view), JoinRequest(),
+        Refused(1, ballot, ballot), Decided(view), Decided(ClusterView(4, (A, B), (C,), B)), JoinRequest(),
     ]  # fmt: skip
     for message in messages:
         assert from_json(json.loads(json.dumps(to_json(message)))) == message

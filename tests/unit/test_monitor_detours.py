@@ -27,10 +27,11 @@ class Bed:
     Args:
         members: ``host:pid``.
         seed: of the order in which agents act.
+        witness: the member that has no rank, if there is one.
     """
 
-    def __init__(self, *members: str, seed: int = 0) -> None:
-        self.now_s = 100.0
+    def __init__(self, *members: str, seed: int = 0, witness: str | None = None) -> None:
+        self.now_s, self.witness = 100.0, witness
         self.members = list(members)
         nodes = tuple(sorted(Node(member) for member in members))
         self.hearing = {member: Hearing(Node(member), nodes, TIMING, self.now_s) for member in members}
@@ -91,13 +92,14 @@ class Bed:
                         way = (agent.host, host_of(other))
                         if other != member and way not in self.mute and self.arrives(*way):
                             self.hearing[other].heard(Node(member), self.now_s, rows, self.now_s)
-                late = sight_of(hearing.diagnosis(self.now_s, LATE_S))
+                late = sight_of(hearing.diagnosis(self.now_s, LATE_S), self.witness)
                 for other in agent.to_probe(late):
                     works = self.connected(agent.host, other)
                     agent.probed(other, works, self.now_s)
                 for other in agent.ways:
                     agent.probed(other, ends_of(agent.host, other) not in self.cut, self.now_s)
-                self.send(member, agent.tick(sight_of(hearing.diagnosis(self.now_s, SUSPECT_S)), self.now_s))
+                sight = sight_of(hearing.diagnosis(self.now_s, SUSPECT_S), self.witness)
+                self.send(member, agent.tick(sight, self.now_s))
                 self.said[member] += agent.changes()
 
     def die(self, member: str) -> None:
@@ -111,8 +113,29 @@ class Bed:
 
 def states(bed: Bed, member: str) -> list[tuple[str, str]]:
     """What an agent has said of links. The far end of one that is cut may hear of it only when there is a detour."""
-    said = [(status.state, status.via) for status in bed.said[member]]
+    said = [key for key, _ in itertools.groupby((status.state, status.via) for status in bed.said[member])]
     return [(CUT, ""), *said] if host_of(member) == "b" and said[:1] != [(CUT, "")] else said
+
+
+def test_the_host_of_the_witness_passes_on_only_what_nobody_else_can() -> None:
+    bed = Bed("b:1", "c:1", "d:1", "a:9", witness="a:9")
+    bed.run(1.0)
+    bed.cut = {("b", "c")}
+    bed.run(2.0)
+    assert bed.way("b", "c") == bed.way("c", "b") == "d"
+    bed.die("d:1")
+    bed.run(4.0)
+    assert bed.way("b", "c") == bed.way("c", "b") == "a"
+    assert bed.connected("b", "c")
+
+
+def test_links_to_the_witness_are_not_healed() -> None:
+    bed = Bed("b:1", "c:1", "a:9", witness="a:9")
+    bed.run(1.0)
+    bed.cut = {("a", "b")}
+    bed.run(3.0)
+    assert not bed.way("a", "b") and not bed.way("b", "a")
+    assert not any(bed.said.values())
 
 
 def test_a_cut_link_goes_round_by_the_same_host_both_ways() -> None:
@@ -125,7 +148,7 @@ def test_a_cut_link_goes_round_by_the_same_host_both_ways() -> None:
     assert [host for host in "abcd" if bed.forwards(host)] == ["c"]
     bed.run(10.0)
     assert all(states(bed, member) == [(CUT, ""), (DETOUR, "c")] for member in bed.members)
-    assert all(bed.agents[member].links == {("a", "b"): (("a", "b"), DETOUR, "c")} for member in bed.members)
+    assert all(bed.agents[member].links == {("a", "b"): (("a", "b"), DETOUR, "c", "")} for member in bed.members)
 
 
 def test_nothing_is_done_where_nothing_is_wrong() -> None:
@@ -250,10 +273,46 @@ def test_a_host_that_may_not_set_routes_says_what_is_cut() -> None:
     assert states(bed, "a:1")[-1] == states(bed, "c:1")[-1] == (UP, "")
 
 
+def why_none(bed: Bed, member: str) -> list[str]:
+    """Why there is no detour, as an agent has said it in the course of time."""
+    return [key for key, _ in itertools.groupby(status.no_detour for status in bed.said[member]) if key]
+
+
+def test_all_are_told_why_there_is_no_detour() -> None:
+    bed = Bed("a:1", "b:1", "c:1", "d:1")
+    bed.deaf, bed.agents["d:1"].can_forward = {"c"}, False
+    bed.cut = {("a", "b")}
+    bed.run(10.0)
+    for member in ("a:1", "c:1", "d:1"):
+        assert why_none(bed, member) == ["c was of no use, d cannot pass it on"]
+        assert bed.agents[member].links[("a", "b")].state == CUT
+    bed.deaf = set()
+    bed.run(6.0)
+    assert all(bed.agents[member].links[("a", "b")] == (("a", "b"), DETOUR, "c", "") for member in bed.members)
+
+
 def order(bed: Bed, down: bool) -> None:
     """Somebody says to all whether the link of a and b is to be used."""
     for member in bed.members:
         bed.agents[member].order({("a", "b"): Order(bed.now_s, "c:1", down)})
+
+
+def test_why_there_cannot_be_a_detour() -> None:
+    bed = Bed("a:1", "b:1", "c:1", "d:1")
+    bed.agents["a:1"].can_route = False
+    bed.cut = {("a", "b")}
+    bed.run(5.0)
+    assert why_none(bed, "a:1") == why_none(bed, "c:1") == ["a may not set routes"]
+    bed.cut = set()
+    bed.run(5.0)
+    assert not any(agent.links for agent in bed.agents.values())
+    two = Bed("a:1", "b:1")
+    order(two, True)
+    two.run(5.0)
+    assert why_none(two, "a:1") == why_none(two, "b:1") == ["there is no third host that reaches both"]
+    order(two, False)
+    two.run(1.0)
+    assert not any(agent.links for agent in two.agents.values())
 
 
 def test_a_link_that_is_not_to_be_used_goes_round_until_it_is() -> None:

@@ -282,10 +282,11 @@ class AnyTrouble(RuleBasedStateMachine):
         seed=st.integers(0, 2**16),
         even_split=st.sampled_from(["lowest", "none"]),
         give_up_s=st.sampled_from([4.0, 1e6]),
+        witness=st.sampled_from([None, "0", "w"]),
     )
-    def start(self, count: int, seed: int, even_split: str, give_up_s: float) -> None:
+    def start(self, count: int, seed: int, even_split: str, give_up_s: float, witness: str | None) -> None:
         timing = Timing(limit_s=0.5, heal_s=1.0, give_up_s=give_up_s, even_split=even_split)
-        self.net = Network(list("abcdefgh"[:count]), timing, seed)
+        self.net = Network(list("abcdefgh"[:count]), timing, seed, witness)
         self.incarnations = itertools.count(1)
 
     def pick(self, number: int) -> Node:

@@ -51,6 +51,36 @@ def started(view: View = ABC, *ids: str) -> Outcome:
     return settle(Agenda(), view, [join(id_) for id_ in ids or ("j",)])
 
 
+# -- orders ------------------------------------------------------------------------------------------------
+
+
+def order(*members: str) -> Proposal:
+    return Proposal("order", "order", order=members)
+
+
+def test_an_order_of_just_these_members_is_taken() -> None:
+    outcome = settle(Agenda(), ABC, [], [order("a", "c", "b")], [order("c", "b", "a")])
+    assert outcome == Outcome(Agenda(), order=("a", "c", "b"))
+    assert Proposal.from_json(json.loads(json.dumps(order("a", "c").to_json()))) == order("a", "c")
+
+
+@pytest.mark.parametrize("members", [(), ("a", "b", "c"), ("a", "c"), ("a", "c", "b", "d"), ("a", "c", "c")])
+def test_other_orders_change_nothing(members: tuple[str, ...]) -> None:
+    assert settle(Agenda(), ABC, [order(*members)]) == Outcome(Agenda())
+
+
+def test_an_order_waits_for_other_changes() -> None:
+    asked = order("a", "c", "b")
+    assert settle(Agenda(), ABC, [asked, leave("l", "b")]).order == ()
+    assert settle(Agenda(), ABC, [asked, Proposal("move", "m", name="x")]).order == ()
+    going = started()
+    assert settle(going.agenda, ABC, [asked]).order == ("a", "c", "b")  # its start takes long
+    arrived = settle(going.agenda, ABC, [asked, word("arrived", going.start[0])])
+    assert arrived.admit
+    assert arrived.order == ()
+    assert settle(replace(Agenda(), replicating=going.start), ABC, [asked]).order == ()
+
+
 # -- leaves ------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,10 +36,22 @@ CASES: dict[str, tuple[Records, int, Verdict]] = {
         records(CRASHED, FINISHED, FINISHED), 1,
         Verdict(0, "training finished, but 1 of 3 ranks crashed on the way: ValueError: oh"),
     ),
+    "one was started again, and crashed again, as its agent saw": (
+        Records(
+            {}, {100: {"host": "a"}, 101: {"host": "b"}, 102: {"host": "b", "joined": True}, 103: {"host": "c"}},
+            {100: FINISHED, 101: CRASHED}, crashes={101: {"how": "by an error"}, 102: {"how": "SIGSEGV"}},
+        ), 137,
+        Verdict(0, "training finished, but 2 of 4 ranks (1 of them joined later) crashed on the way: ValueError: oh"),
+    ),
+    "one crashed and could not say so, one was lost with its host": (
+        Records({}, {100: {}, 101: {"host": "b"}, 102: {"host": "c"}}, {100: FINISHED}, {}, {101: {"how": "SIGSEGV"}}),
+        137, Verdict(0, "training finished, but 1 of 3 ranks crashed on the way: SIGSEGV, host b"),
+    ),
     "the script failed after training": (
         records(FINISHED, {"outcome": "failed afterwards", "message": "it called sys.exit(5)"}), 5,
         Verdict(1, "it called sys.exit(5)"),
     ),
+    "a newcomer never came up": (replace(records(FINISHED, FINISHED), ended={9: {"how": "it ended"}}), 1, Verdict(0)),
     "a rank that finished exits with an error": (
         records(FINISHED, FINISHED, LEFT), 5,
         Verdict(1, "training finished, but the script failed after it: a rank exited with 5"),
@@ -108,9 +121,17 @@ def test_describe_status(status: int, words: str) -> None:
 
 
 def test_records_are_read_by_kind_and_process(tmp_path: Path) -> None:
-    for name, record in (("starting-1", {}), ("member-2", {"rank": 0}), ("outcome-2", FINISHED), ("outcome-3", LEFT)):
+    for name, record in (
+        ("starting-1", {}),
+        ("member-2", {"rank": 0}),
+        ("outcome-2", FINISHED),
+        ("outcome-3", LEFT),
+        ("crash-4", {"how": "SIGSEGV"}),
+    ):
         (tmp_path / f"{name}.json").write_text(json.dumps(record))
-    assert read_records(tmp_path) == Records({1: {}}, {2: {"rank": 0}}, {2: FINISHED, 3: LEFT})
+    assert read_records(tmp_path) == Records(
+        {1: {}}, {2: {"rank": 0}}, {2: FINISHED, 3: LEFT}, {}, {4: {"how": "SIGSEGV"}}
+    )
 
 
 def test_what_is_no_record_is_left_out(tmp_path: Path) -> None:

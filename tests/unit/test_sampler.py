@@ -430,3 +430,22 @@ def test_arguments_are_checked() -> None:
     with pytest.raises(ValueError, match="own"):
         sampler.apply_change([late], ["a"], ["a"])
     assert len(ElasticSampler([1, 2, 3], session=FakeSession("a", ("a",)))) == 3
+
+
+def test_a_loop_that_asks_for_the_end_goes_on_with_what_a_dead_rank_gives_back() -> None:
+    samplers = make(2, 8, 2)
+    loops = [iter(sampler) for sampler in samplers]
+    for loop in loops:
+        next(loop)
+    assert not any(sampler.at_end for sampler in samplers)
+    for sampler, loop in zip(samplers, loops, strict=True):
+        sampler.commit()
+        next(loop)
+    assert all(sampler.at_end for sampler in samplers)
+    survivor = samplers[0]
+    lost = set(samplers[1].in_flight())
+    change([survivor])  # the other one died in the last step
+    survivor.commit()
+    assert not survivor.at_end
+    assert set(next(loops[0])) == lost
+    assert survivor.at_end

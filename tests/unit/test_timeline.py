@@ -75,6 +75,25 @@ def test_what_becomes_of_links_is_told_once_however_many_members_tell() -> None:
     ]  # fmt: skip
 
 
+def test_a_detour_that_cannot_be_had_is_told_once() -> None:
+    why = {"a": "x", "b": "y", "reason": "z cannot pass it on"}
+    news = [event("detour_failed", 2 + 0.1 * rank, rank=rank, **why) for rank in range(3)]
+    assert texts([*STARTED, *news])[1:] == ["link x - y: no detour (z cannot pass it on)"]
+
+
+def test_what_becomes_of_the_witness_is_told_once() -> None:
+    states = ("silent", "up", "silent", "out")
+    news = [
+        event("witness_changed", 2 + number + 0.1 * rank, rank=rank, witness="w:1", host="w", state=state)
+        for number, state in enumerate(states)
+        for rank in range(2)
+    ]
+    assert texts([*STARTED, *news])[1:] == [
+        "the witness on w is not reachable", "the witness on w is reachable again",
+        "the witness on w is not reachable", "the witness on w is given up, and has no vote any more",
+    ]  # fmt: skip
+
+
 def test_replicas_that_differ_are_named() -> None:
     assert texts([*STARTED, ended(4, 0, digest="abc"), ended(4, 1, digest="xyz")])[-1] == (
         "finished; the 2 replicas DIFFER"

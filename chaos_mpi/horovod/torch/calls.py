@@ -1,0 +1,378 @@
+"""Calls of one group of ranks: made in the background, one after the other, matched by name where orders differ."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from chaos_mpi.elastic.operations import GatherRows, Operation
+from chaos_mpi.errors import GroupBrokenError, MismatchError, ViewChangedError
+from chaos_mpi.horovod.common.exceptions import HorovodInternalError
+from chaos_mpi.horovod.torch.negotiation import JOIN, Action, Asked, Row, decide, remaining
+
+T = TypeVar("T")
+
+#: How long a rank whose script is busy waits for further calls before it says again what is pending.
+_CYCLE_S = 0.002
+#: What is not longer is told in one round.
+_SHORT_BYTES = 2040
+
+
+class Group(Protocol):
+    """All ranks, or some of them."""
+
+    @property
+    def members(self) -> tuple[str, ...]: ...
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def execute(self, operation: Operation) -> None: ...
+
+
+class Stepping(Protocol):
+    """What runs an operation that begins before all of its input is there: the session."""
+
+    def begin(self, step: Any) -> None: ...
+
+    def settle(self, operation: Operation) -> None: ...
+
+
+class Request:
+    """One call.
+
+    Args:
+        asked: how it is compared with those of other ranks.
+        make: makes the operation, when its turn has come.
+        finish: what the caller gets, of the finished operation.
+    """
+
+    def __init__(
+        self, asked: Asked, make: Callable[[Group], Operation], finish: Callable[[Any, Group], Any] = lambda *_: None
+    ) -> None:
+        self.asked, self.make, self._finish = asked, make, finish
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self._done = threading.Event()
+
+    @property
+    def name(self) -> str:
+        """What it is matched by."""
+        return self.asked.name
+
+    @property
+    def done(self) -> bool:
+        """Whether the result is there, or the error."""
+        return self._done.is_set()
+
+    def complete(self, operation: Operation, group: Group) -> None:
+        """The operation is finished."""
+        try:
+            finish = getattr(operation, "finish", None)
+            if finish is not None:
+                finish()
+            with torch.no_grad():
+                self.result = self._finish(operation, group)
+        except BaseException as error:  # whatever it is, somebody waits
+            self.fail(error)
+        else:
+            self._done.set()
+
+    def complete_join(self, last: int) -> None:
+        """All ranks have joined."""
+        self.result = last
+        self._done.set()
+
+    def fail(self, error: BaseException) -> None:
+        """It came to nothing."""
+        if isinstance(error, (MismatchError, GroupBrokenError, ViewChangedError)):
+            broken = HorovodInternalError(f"{self.asked.call}: {error}")
+            broken.__cause__ = error
+            error = broken
+        self.error = error
+        self._done.set()
+
+    def wait(self) -> Any:
+        """The result, when it is there.
+
+        Raises:
+            HorovodInternalError: the ranks' calls do not fit, or a process set has lost a member.
+        """
+        self._done.wait()
+        if self.error is not None:
+            raise self.error
+        return self.result
+
+
+class Waiting:
+    """What the script of this rank waits for."""
+
+    def __init__(self) -> None:
+        self._for: Request | None = None
+
+    @property
+    def blocked(self) -> bool:
+        """Whether it cannot make any other call."""
+        return self._for is not None and not self._for.done
+
+    def wait(self, request: Request) -> Any:
+        """See :meth:`Request.wait`."""
+        return self.during(request, request.wait)
+
+    def during(self, request: Request, call: Callable[[], T]) -> T:
+        """Make a call that returns when the request is done."""
+        self._for = request
+        try:
+            return call()
+        finally:
+            self._for = None
+
+
+class CallQueue:
+    """The calls of one group of ranks.
+
+    Args:
+        group: who takes part.
+        submit: has something done in the background, in order.
+        waiting: what the script waits for.
+        limit_s: how long ranks wait for each other's calls, seconds.
+        zeros: makes the operation with which a rank that has joined takes part.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        submit: Callable[[Callable[[], object]], object],
+        waiting: Waiting,
+        limit_s: float,
+        zeros: Callable[[Mapping[str, Any], str], Operation],
+    ) -> None:
+        self.group = group
+        self._submit, self._waiting, self._limit_s, self._zeros = submit, waiting, limit_s, zeros
+        self._lock = threading.Lock()
+        self._pending: dict[str, Request] = {}
+        self._numbers: dict[str, int] = {}
+        self._begun: tuple[Request, Operation, Stepping] | None = None
+        self._joined_since: dict[str, int] = {}
+        #: Whether the ranks have come with different calls, and not all of them are made yet.
+        self.negotiating = False
+        #: Whether calls are made at once, because the interpreter ends and starts no thread any more.
+        self.inline = False
+        #: Refuses a call that cannot be made.
+        self.check: Callable[[Request], None] = lambda _: None
+        #: What ranks that had joined took part in with zeros, since all have joined last.
+        self.with_zeros: list[Mapping[str, Any]] = []
+
+    def name(self, kind: str, name: str | None) -> str:
+        """The name of a call; one without gets a number."""
+        if name is None:
+            self._numbers[kind] = self._numbers.get(kind, 0) + 1
+            name = f"noname.{self._numbers[kind]}"
+        return f"{kind}.{name}"
+
+    def put(self, request: Request) -> Request:
+        """Make a call in the background.
+
+        Raises:
+            ValueError: one of this name is pending.
+        """
+        self.check(request)
+        self.settle()
+        with self._lock:
+            if request.name in self._pending:
+                raise ValueError(
+                    f"a call named '{request.name}' is pending; wait for it (synchronize) before another of that name, "
+                    "or give them different names"
+                )
+            self._pending[request.name] = request
+        try:
+            if self.inline:
+                self._waiting.during(request, lambda: self._turn(request))
+            else:
+                self._submit(lambda: self._turn(request))
+        except BaseException:
+            self._forget(request)
+            raise
+        return request
+
+    def drain(self) -> None:
+        """Wait until nothing is pending. The errors are those of who waits for the calls."""
+        self.settle()
+        while True:
+            with self._lock:
+                last = next(reversed(self._pending.values()), None)
+            if last is None:
+                return
+            try:
+                self._waiting.wait(last)
+            except (HorovodInternalError, ValueError):
+                continue
+
+    # -- an operation that begins before all of its input is there -----------------------------------
+
+    def begin(self, request: Request, session: Stepping) -> Operation | None:
+        """Begin a gradient step in backward; None if it has to wait for :meth:`put`, since calls are pending."""
+        with self._lock:
+            if self._pending or self.negotiating:
+                return None
+            self._pending[request.name] = request
+        operation = request.make(self.group)
+        session.begin(operation)
+        self._begun = (request, operation, session)
+        return operation
+
+    def settle(self) -> None:
+        """Finish the step that was begun, if there is one."""
+        begun, self._begun = self._begun, None
+        if begun is None:
+            return
+        request, operation, session = begun
+        try:
+            session.settle(operation)
+        except MismatchError:
+            self._negotiate(request)
+        except ViewChangedError:  # of another call: the members are together again at the next
+            try:
+                self._make(request)
+            except MismatchError:
+                self._negotiate(request)
+        except BaseException as error:
+            self._forget(request)
+            request.fail(error)
+            raise
+        else:
+            self._forget(request)
+            request.complete(operation, self.group)
+
+    # -- in the background ---------------------------------------------------------------------------
+
+    def _turn(self, request: Request) -> None:
+        if request.done:
+            return  # its turn came early, since other ranks had it earlier
+        try:
+            self._make(request)
+        except MismatchError:
+            self._negotiate()
+
+    def _make(self, request: Request) -> None:
+        """Make the call to its end, anew for those that are left if it was for others.
+
+        Raises:
+            MismatchError: the ranks are in different calls.
+        """
+        changed: ViewChangedError | None = None
+        while not request.done:
+            try:
+                operation = request.make(self.group)
+                self.group.execute(operation)
+            except ViewChangedError as error:
+                changed = error
+            except MismatchError:
+                raise
+            except BaseException as error:
+                self._forget(request)
+                request.fail(error if changed is None else changed)
+            else:
+                self._forget(request)
+                if request.name == JOIN:
+                    self._all_joined()
+                request.complete(operation, self.group)
+
+    def _negotiate(self, step: Request | None = None) -> None:
+        """The ranks are in different calls: make those that all have, until nothing is left.
+
+        Args:
+            step: what the script waits for, if it is the script that has come here. The rest is for the background.
+        """
+        began = time.monotonic()
+        self.negotiating = True
+        try:
+            while True:
+                if step is not None and step.done:
+                    self._submit(self._negotiate)
+                    return
+                with self._lock:
+                    mine = list(self._pending.values())
+                blocked = step is not None or self._waiting.blocked
+                tired = time.monotonic() - began > self._limit_s
+                rows, members = self._tell(Row(tuple(request.asked for request in mine), blocked, tired))
+                for row, member in zip(rows, members, strict=True):
+                    if any(asked.name == JOIN for asked in row.pending):
+                        self._joined_since.setdefault(member, len(self._joined_since))
+                actions = decide(rows)
+                for action in actions:
+                    self._act(action, rows, members)
+                    began = time.monotonic()
+                if not remaining(rows, actions):
+                    self.negotiating = False
+                    return
+                if not actions:
+                    self._await_calls()
+        except BaseException as error:
+            self.negotiating = False
+            with self._lock:
+                mine = list(self._pending.values())
+            for request in mine:
+                self._forget(request)
+                request.fail(error)
+
+    def _tell(self, row: Row) -> tuple[list[Row], tuple[str, ...]]:
+        payload = json.dumps(row.to_json()).encode()
+        operation = GatherRows("pending calls", payload, _SHORT_BYTES)
+        self.group.execute(operation)
+        if (longest := operation.longest) > _SHORT_BYTES:  # all see the same lengths
+            operation = GatherRows("pending calls", payload, longest)
+            self.group.execute(operation)
+        return [Row.from_json(fields) for fields in operation.decoded()], operation.contributors
+
+    def _act(self, action: Action, rows: list[Row], members: tuple[str, ...]) -> None:
+        request = self._pending.get(action.name)
+        if action.name == JOIN and not action.refusal:
+            since = [self._joined_since.get(member, 0) for member in members]
+            last = max(range(len(members)), key=lambda rank: (since[rank], rank))
+            if request is not None:
+                self._forget(request)
+                self._all_joined()
+                request.complete_join(last)
+            return
+        if action.refusal:
+            if request is not None:
+                self._forget(request)
+                request.fail(HorovodInternalError(f"{request.asked.call}: {action.refusal}"))
+            return
+        if action.zeros is not None and any(all(a.name != action.name for a in row.pending) for row in rows):
+            self.with_zeros.append(action.zeros)
+        if request is None:
+            assert action.zeros is not None
+            asked = next(a for row in rows for a in row.pending if a.name == action.name)
+            self.group.execute(self._zeros(action.zeros, asked.call))
+            return
+        try:
+            self._make(request)
+        except MismatchError as error:
+            self._forget(request)
+            request.fail(error)
+
+    def _await_calls(self) -> None:
+        """Not less than a cycle, so that calls which a script makes one after the other are pending together."""
+        end = time.monotonic() + _CYCLE_S
+        while time.monotonic() < end and not self._waiting.blocked:
+            time.sleep(_CYCLE_S / 10)
+
+    def _all_joined(self) -> None:
+        # Ranks that had joined have not counted the calls of the others.
+        self._numbers.clear()
+        self._joined_since.clear()
+
+    def _forget(self, request: Request) -> None:
+        with self._lock:
+            if self._pending.get(request.name) is request:
+                del self._pending[request.name]

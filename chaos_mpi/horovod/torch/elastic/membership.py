@@ -1,0 +1,127 @@
+"""How an elastic Horovod job takes ranks in and lets them go: at the calls of its state, and nowhere else."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from chaos_mpi.elastic.state import TrainingState
+from chaos_mpi.errors import CheckpointError, ConfigError
+from chaos_mpi.horovod.common.exceptions import HostsUpdatedInterrupt
+from chaos_mpi.horovod.torch.job import Job, job
+from chaos_mpi.replication.tree import pack
+
+if TYPE_CHECKING:
+    from chaos_mpi.horovod.torch.elastic.state import State
+
+
+class _State(TrainingState):
+    """What a rank that joins gets. Its hyper-parameters need not be those of the others: it gets theirs."""
+
+    def signature(self) -> dict[str, Any]:
+        signature = super().signature()
+        for optimizer in signature["optimizers"].values():
+            for group in optimizer["groups"]:
+                group["hyper"] = {}
+        return signature
+
+
+class _Attributes:
+    """The attributes of an elastic state. What is no plain value is pickled."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+
+    def state_dict(self) -> dict[str, Any]:
+        """The attributes by name."""
+        return {name: _storable(value) for name, value in self._state.attributes().items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take them over."""
+        self._state.take_attributes({name: _restored(value) for name, value in state.items()})
+
+
+def enter(state: State) -> None:
+    """Begin to train with this state; a process that was started to join the job joins it here.
+
+    Raises:
+        ConfigError: another state is trained with already.
+        JoinError: the job cannot take this rank.
+    """
+    here = job()
+    here.queue.drain()
+    if here.state is not None:
+        if state is not here.entered_with:
+            raise ConfigError("a job has one elastic state; name all that is trained in one TorchState")
+        return
+    session = here.session
+    newcomer = session.awaits_entry
+    # What newcomers would repeat to catch up are steps, and a state here has attributes that change otherwise.
+    session.settings = dataclasses.replace(session.settings, join_policy="blocking")
+    models, optimizers = state.parts()
+    placeholder = torch.nn.Linear(1, 1)
+    here.state = _State(
+        model=models or {"none": placeholder},
+        optimizer=optimizers or {"none": torch.optim.SGD(placeholder.parameters(), lr=0.0)},
+        session=session,
+        attributes=_Attributes(state),
+    )
+    here.entered_with, here.elastic = state, True
+    if newcomer:
+        session.gather_with_contributors(None)  # the last of what the members do in :func:`check`
+
+
+def note_members() -> None:
+    """All ranks enter the training function: changes are told relative to who is there now."""
+    here = job()
+    here.entered = here.session.gather_with_contributors(None)[1]
+
+
+def check(told: bool) -> None:
+    """All ranks are between two steps: let ranks in and out, and tell of changes.
+
+    Args:
+        told: whether this rank was told that hosts have changed.
+
+    Raises:
+        HostsUpdatedInterrupt: the ranks are not those that the function was entered with; at every rank.
+        SystemExit: this rank leaves.
+    """
+    here = job()
+    here.queue.drain()
+    session = here.session
+    rows, members = session.gather_with_contributors([session.wants_to_talk(), told])
+    if here.elastic:
+        talk = session.talk_is_due or any(wants for wants, _ in rows)
+        if talk:
+            share_buffers(here)
+        session.meet(talk)
+        if talk:
+            members = session.gather_with_contributors(None)[1]
+    if (here.elastic and members != here.entered) or any(told for _, told in rows):
+        raise HostsUpdatedInterrupt()
+
+
+def share_buffers(here: Job) -> None:
+    """Make the buffers of the models (BatchNorm statistics) those of rank 0, as each rank has its own in Horovod."""
+    if here.state is None:
+        return
+    models, _ = here.entered_with.parts()
+    buffers = [buffer for model in models.values() for buffer in model.buffers()]
+    if buffers:
+        here.session.share("buffers", buffers)
+
+
+def _storable(value: Any) -> Any:
+    try:
+        pack({"value": value}, clone=False)
+    except CheckpointError:
+        return {"pickled": pickle.dumps(value)}
+    return {"plain": value}
+
+
+def _restored(entry: dict[str, Any]) -> Any:
+    return pickle.loads(entry["pickled"]) if "pickled" in entry else entry["plain"]  # noqa: S301

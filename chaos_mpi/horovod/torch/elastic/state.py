@@ -1,0 +1,264 @@
+"""The state of an elastic training function: committed, restored, and made alike at all ranks."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import pickle
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from chaos_mpi.elastic.digest import params_digest
+from chaos_mpi.horovod.torch.elastic import membership
+from chaos_mpi.horovod.torch.elastic.sampler import ElasticSampler, merged
+from chaos_mpi.horovod.torch.functions import (
+    _without_tensors,
+    allgather_object,
+    broadcast_object,
+    broadcast_optimizer_state,
+    broadcast_parameters,
+)
+from chaos_mpi.horovod.torch.job import job, rank
+
+
+class State(ABC):
+    """What training goes on from.
+
+    Args:
+        bcast_object, get_rank: accepted for classes that were written for Horovod.
+    """
+
+    def __init__(
+        self, bcast_object: Callable[..., Any] | None = None, get_rank: Callable[[], int] | None = None
+    ) -> None:
+        self._bcast_object = bcast_object if bcast_object is not None else broadcast_object
+        self._rank = get_rank if get_rank is not None else rank
+        self._reset_callbacks: list[Callable[[], None]] = []
+        self._told = False
+
+    def register_reset_callbacks(self, callbacks: Iterable[Callable[[], None]]) -> None:
+        """Call these when the ranks have changed, before the state is synchronized."""
+        self._reset_callbacks.extend(callbacks)
+
+    def on_reset(self) -> None:
+        """The ranks have changed."""
+        self._told = False
+        self.reset()
+        for callback in self._reset_callbacks:
+            callback()
+
+    def on_hosts_updated(self, timestamp: float, update_res: int) -> None:
+        """Hosts have changed: all ranks are to be interrupted at their next check."""
+        self._told = True
+
+    def commit(self) -> None:
+        """Save the state in memory, and :meth:`check_host_updates`.
+
+        Raises:
+            HostsUpdatedInterrupt: see :meth:`check_host_updates`.
+        """
+        self.save()
+        self.check_host_updates()
+
+    def check_host_updates(self) -> None:
+        """The place for ranks to join and leave; all ranks call it, between two steps.
+
+        Raises:
+            HostsUpdatedInterrupt: ranks have come, left or died since the training function was entered.
+            SystemExit: this rank leaves.
+        """
+        told, self._told = self._told, False
+        membership.check(told)
+
+    @abstractmethod
+    def save(self) -> None:
+        """Keep what :meth:`restore` goes back to."""
+
+    @abstractmethod
+    def restore(self) -> None:
+        """Go back to what was saved last."""
+
+    @abstractmethod
+    def sync(self) -> None:
+        """Make the state alike at all ranks."""
+
+    def reset(self) -> None:  # noqa: B027
+        """The ranks have changed, and the state is not synchronized yet."""
+
+    def parts(self) -> tuple[dict[str, torch.nn.Module], dict[str, torch.optim.Optimizer]]:
+        """Models and optimizers that a rank gets that joins, by name."""
+        return {}, {}
+
+    def attributes(self) -> dict[str, Any]:
+        """What else it gets, by name."""
+        return {}
+
+    def take_attributes(self, values: dict[str, Any]) -> None:  # noqa: B027
+        """Take over what :meth:`attributes` of another rank has given."""
+
+
+class ObjectState(State):
+    """Python objects as attributes, named by keyword.
+
+    Args:
+        bcast_object, get_rank: accepted for classes that were written for Horovod.
+        kwargs: the attributes. They have to be picklable.
+    """
+
+    def __init__(
+        self,
+        bcast_object: Callable[..., Any] | None = None,
+        get_rank: Callable[[], int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._saved_state = dict(kwargs)
+        super().__init__(bcast_object, get_rank)
+        self._set_attributes()
+
+    def save(self) -> None:
+        self._saved_state = {name: copy.deepcopy(getattr(self, name)) for name in self._saved_state}
+
+    def restore(self) -> None:
+        self._set_attributes()
+
+    def sync(self) -> None:
+        if self._saved_state:
+            now = {name: getattr(self, name) for name in self._saved_state}
+            self._saved_state = self._bcast_object(now)
+            self._set_attributes()
+
+    def attributes(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._saved_state}
+
+    def take_attributes(self, values: dict[str, Any]) -> None:
+        self._saved_state.update({name: value for name, value in values.items() if name in self._saved_state})
+        self._set_attributes()
+
+    def _set_attributes(self) -> None:
+        for name, value in self._saved_state.items():
+            setattr(self, name, copy.deepcopy(value))
+
+
+class TorchState(ObjectState):
+    """Models, optimizers, :class:`ElasticSampler` and other attributes, named by keyword.
+
+    Args:
+        model, optimizer: more of them by other names.
+        kwargs: the attributes. What is none of these kinds has to be picklable.
+    """
+
+    _handlers: dict[str, _Handler]
+
+    def __init__(
+        self, model: torch.nn.Module | None = None, optimizer: torch.optim.Optimizer | None = None, **kwargs: Any
+    ) -> None:
+        given = {"model": model, "optimizer": optimizer, **kwargs}
+        handlers = {name: handler for name, value in given.items() if (handler := _handler_of(value)) is not None}
+        self.__dict__["_handlers"] = handlers
+        for name, handler in handlers.items():
+            object.__setattr__(self, name, handler.value)
+        super().__init__(**{name: value for name, value in given.items() if name not in handlers})
+        for handler in handlers.values():
+            handler.save()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._handlers:
+            self._handlers[name].value = value
+            self._handlers[name].save()
+        super().__setattr__(name, value)
+
+    def save(self) -> None:
+        for handler in self._handlers.values():
+            handler.save()
+        super().save()
+
+    def restore(self) -> None:
+        for handler in self._handlers.values():
+            handler.restore()
+        super().restore()
+
+    def sync(self) -> None:
+        for name in sorted(self._handlers):
+            self._handlers[name].sync()
+            self._handlers[name].save()
+        super().sync()
+
+    def parts(self) -> tuple[dict[str, torch.nn.Module], dict[str, torch.optim.Optimizer]]:
+        values = {name: handler.value for name, handler in self._handlers.items()}
+        models = {name: value for name, value in values.items() if isinstance(value, torch.nn.Module)}
+        return models, {name: value for name, value in values.items() if isinstance(value, torch.optim.Optimizer)}
+
+    def attributes(self) -> dict[str, Any]:
+        samplers = {
+            name: handler.value.state_dict()
+            for name, handler in self._handlers.items()
+            if isinstance(handler.value, ElasticSampler)
+        }
+        return {**super().attributes(), **samplers}
+
+    def take_attributes(self, values: dict[str, Any]) -> None:
+        for name, handler in self._handlers.items():
+            if isinstance(handler.value, ElasticSampler) and name in values:
+                handler.value.load_state_dict(values[name])
+        super().take_attributes(values)
+
+
+class _Handler(ABC):
+    """How a value of one kind is kept."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self._saved: Any = None
+
+    def save(self) -> None:
+        self._saved = copy.deepcopy(self.value.state_dict())
+
+    def restore(self) -> None:
+        self.value.load_state_dict(copy.deepcopy(self._saved))
+
+    @abstractmethod
+    def sync(self) -> None: ...
+
+
+class _ModelHandler(_Handler):
+    def sync(self) -> None:
+        # Mostly they are alike already, but for the buffers.
+        for named in (list(self.value.named_parameters()), list(self.value.named_buffers())):
+            if named and _differs(params_digest([(name, tensor.detach()) for name, tensor in named])):
+                broadcast_parameters(named, 0)
+
+
+class _OptimizerHandler(_Handler):
+    def sync(self) -> None:
+        tensors: list[torch.Tensor] = []
+        frame = _without_tensors(self.value.state_dict(), tensors)
+        mine = hashlib.blake2b(pickle.dumps(frame)).hexdigest()
+        mine += params_digest([(str(i), tensor.detach()) for i, tensor in enumerate(tensors)])
+        if _differs(mine):
+            broadcast_optimizer_state(self.value, 0)
+
+
+class _SamplerHandler(_Handler):
+    def sync(self) -> None:
+        self.value.load_state_dict(merged(allgather_object(self.value.state_dict(), "elastic sampler")))
+
+
+_KINDS: Sequence[tuple[type[Any], type[_Handler]]] = (
+    (torch.nn.Module, _ModelHandler),
+    (torch.optim.Optimizer, _OptimizerHandler),
+    (ElasticSampler, _SamplerHandler),
+)
+
+
+def _handler_of(value: Any) -> _Handler | None:
+    return next((handler(value) for kind, handler in _KINDS if isinstance(value, kind)), None)
+
+
+def _differs(mine: str) -> bool:
+    """Whether this text is not the same at all ranks."""
+    here = job()
+    here.queue.drain()
+    return len(set(here.session.gather(mine))) > 1

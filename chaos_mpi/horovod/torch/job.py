@@ -1,0 +1,315 @@
+"""This process's part in the job: begin and end, who is where, and what the other modules share."""
+
+from __future__ import annotations
+
+import atexit
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from chaos_mpi.elastic.exchanges import AllReduce, Barrier
+from chaos_mpi.elastic.session import current_session_or_none
+from chaos_mpi.errors import NoSessionError
+from chaos_mpi.horovod.common.exceptions import HorovodInternalError
+from chaos_mpi.horovod.torch.calls import CallQueue, Request, Waiting
+from chaos_mpi.horovod.torch.negotiation import Asked
+
+if TYPE_CHECKING:
+    from chaos_mpi.elastic.operations import Operation
+    from chaos_mpi.elastic.session import Session
+    from chaos_mpi.elastic.state import TrainingState
+    from chaos_mpi.horovod.torch.step import Steps
+
+_BOUNDARY = "step boundary"
+#: Calls that leave a process as it is which has not entered the job yet.
+_LOCAL_BEFORE_ENTRY = ("broadcast", "barrier", "add process set", "remove process set", "shutdown")
+
+
+class Job:
+    """What is open between :func:`init` and :func:`shutdown`.
+
+    Args:
+        session: the session; all ranks are its members.
+        owned: whether it is closed with the job.
+
+    Attributes:
+        queue: the calls of all ranks.
+        waiting: what the script waits for.
+        steps: the gradient steps of the optimizers, by number.
+        state, entered_with: what ranks that join get in an elastic job, and the elastic state that it is made of.
+        entered: who was there when the training function was entered.
+        in_graph: whether a graph has been built, since the last step, whose backward makes collective calls.
+        elastic: whether ranks join and leave at the calls of an elastic state alone.
+    """
+
+    def __init__(self, session: Session, *, owned: bool) -> None:
+        self.session, self.owned = session, owned
+        self.waiting = Waiting()
+        self.steps: weakref.WeakValueDictionary[int, Steps] = weakref.WeakValueDictionary()
+        self.in_graph = self.elastic = False
+        self._at_boundary = session.step
+        self.state: TrainingState | None = None
+        self.entered_with: Any = None
+        self.entered: tuple[str, ...] = ()
+        self.queue = self.new_queue(session)
+        self.queue.check = self._refuse_before_entry
+
+    def new_queue(self, group: Any) -> CallQueue:
+        """Calls of a group of ranks."""
+        return CallQueue(group, self.session.submit, self.waiting, self.session.settings.timeout_s, self._zeros)
+
+    def boundary(self) -> None:
+        """A step begins: the place for ranks to leave, and for checkpoints, in a script without an elastic state."""
+        session = self.session
+        if self.elastic or session.at_boundary or session.step == self._at_boundary:
+            return
+        self._at_boundary = session.step
+        if session.talk_is_due:
+            together = Request(Asked(_BOUNDARY, _BOUNDARY), lambda _: Barrier(_BOUNDARY))
+            try:
+                self.waiting.wait(self.queue.put(together))
+            except HorovodInternalError:
+                return  # a rank has joined, and does not come here: at a later step
+        elif self.queue.negotiating:
+            return
+        session.boundary()
+
+    def _refuse_before_entry(self, request: Request) -> None:
+        if self.session.awaits_entry and not request.name.startswith(_LOCAL_BEFORE_ENTRY):
+            raise HorovodInternalError(
+                f"{request.asked.call}: this process was started to join a running job, and is in it from "
+                "hvd.elastic.run on; before that it can only be given initial values (broadcast_parameters and so on)"
+            )
+
+    def _zeros(self, spec: Mapping[str, Any], call: str) -> Operation:
+        if "step" in spec:
+            if (steps := self.steps.get(spec["step"])) is None:
+                raise NoSessionError(f"this rank has joined, and has no optimizer for: {call}")
+            return steps.make(zeros=True)
+        tensors = [torch.zeros(shape, dtype=getattr(torch, dtype)) for dtype, shape in spec["tensors"]]
+        return AllReduce(call, tensors)
+
+
+_job: Job | None = None
+
+
+def job() -> Job:
+    """The job that is open.
+
+    Raises:
+        ValueError: :func:`init` has not been called.
+    """
+    if _job is None or current_session_or_none() is not _job.session:
+        raise ValueError("Horovod has not been initialized; use hvd.init().")
+    return _job
+
+
+def init(comm: object = None, process_sets: Sequence[Any] | Literal["dynamic"] | None = None) -> None:
+    """Join the job; does nothing more when called again.
+
+    An open session of :func:`chaos_mpi.init` is used as it is; else one is opened with the settings of ``chaosrun``
+    (``CHAOS_*``), under ``chaosrun`` or ``mpirun --with-ft ulfm``.
+
+    Args:
+        comm: must be None, or all ranks: the job's ranks may change, so it is not tied to a communicator.
+        process_sets: sets of ranks to make now, see :class:`ProcessSet`; ``"dynamic"`` is accepted.
+
+    Raises:
+        ValueError: ``comm`` is something else, or a process set is there twice.
+        ConfigError, EngineError, WaitTimeoutError: see :func:`chaos_mpi.init`.
+    """
+    from chaos_mpi.horovod.torch import process_sets as sets
+
+    global _job
+    if not is_initialized():
+        _job = _open()
+        sets.begin(_job)
+    _refuse_other_communicator(comm)
+    if process_sets is not None and not isinstance(process_sets, str):
+        chosen: list[Any] = list(process_sets)
+        sets.replace([s if isinstance(s, sets.ProcessSet) else sets.ProcessSet(s) for s in chosen])
+
+
+def shutdown() -> None:
+    """End this rank's part. All ranks call it; at the end of a script it is called if the script has not.
+
+    It leaves MPI, which cannot be begun again in the same process.
+    """
+    global _job
+    from chaos_mpi.horovod.torch import process_sets as sets
+
+    if not is_initialized():
+        return
+    ending = job()
+    ending.queue.drain()
+    sets.end()
+    if ending.owned:
+        from chaos_mpi.horovod.torch.elastic.membership import share_buffers
+
+        share_buffers(ending)
+        ending.session.close()
+    _job = None
+
+
+def is_initialized() -> bool:
+    """Whether :func:`init` was called, and :func:`shutdown` was not."""
+    return _job is not None and current_session_or_none() is _job.session
+
+
+def rank() -> int:
+    """This rank, of those that are there now."""
+    return job().session.rank
+
+
+def size() -> int:
+    """The number of ranks that are there now."""
+    return job().session.size
+
+
+def local_rank() -> int:
+    """This rank's place among those on the same machine."""
+    session = job().session
+    return _on_host(session.members, session.host).index(session.member)
+
+
+def local_size() -> int:
+    """The number of ranks on this machine."""
+    session = job().session
+    return len(_on_host(session.members, session.host))
+
+
+def cross_rank() -> int:
+    """This machine's place among those that have a rank with the same local rank."""
+    return _across().index(job().session.host)
+
+
+def cross_size() -> int:
+    """The number of machines that have a rank with the same local rank."""
+    return len(_across())
+
+
+def is_homogeneous() -> bool:
+    """Whether all machines have equally many ranks."""
+    members = job().session.members
+    return len({len(_on_host(members, host)) for host in _hosts(members)}) == 1
+
+
+def mpi_threads_supported() -> bool:
+    """Whether threads besides the main one may call MPI."""
+    from chaos_mpi.mpi.world import MPI
+
+    job()
+    return bool(MPI.Query_thread() == MPI.THREAD_MULTIPLE)
+
+
+def mpi_enabled() -> bool:
+    """True: all communication is MPI's."""
+    return True
+
+
+def mpi_built() -> bool:
+    """True: all communication is MPI's."""
+    return True
+
+
+def gloo_enabled() -> bool:
+    """False: there is no Gloo here."""
+    return False
+
+
+def gloo_built() -> bool:
+    """False: there is no Gloo here."""
+    return False
+
+
+def nccl_built() -> int:
+    """0: there is no NCCL here."""
+    return 0
+
+
+def ddl_built() -> bool:
+    """False: there is no DDL here."""
+    return False
+
+
+def ccl_built() -> bool:
+    """False: there is no oneCCL here."""
+    return False
+
+
+def cuda_built() -> bool:
+    """False: tensors on a GPU go through the memory of the host."""
+    return False
+
+
+def rocm_built() -> bool:
+    """False: tensors on a GPU go through the memory of the host."""
+    return False
+
+
+def start_timeline(file_path: str, mark_cycles: bool = False) -> None:
+    """Not supported: use the event log and ``chaosctl timeline``.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise NotImplementedError(
+        "there is no Horovod timeline here: start the job with --event-log, or CHAOS_EVENT_LOG, and look at the log "
+        "with 'chaosctl timeline'"
+    )
+
+
+def stop_timeline() -> None:
+    """Not supported, see :func:`start_timeline`.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    start_timeline("")
+
+
+def _open() -> Job:
+    import chaos_mpi
+
+    if (session := current_session_or_none()) is not None:
+        return Job(session, owned=False)
+    opened = Job(chaos_mpi.init(), owned=True)
+    # Horovod scripts just end.
+    opened.session.close_quietly_at_exit()
+    atexit.register(_end_of_script, opened)
+    return opened
+
+
+def _end_of_script(opened: Job) -> None:
+    if _job is opened and is_initialized() and opened.session.ends_well:
+        opened.queue.inline = True
+        shutdown()
+
+
+def _refuse_other_communicator(comm: object) -> None:
+    if comm is None:
+        return
+    everyone = list(range(size()))
+    if isinstance(comm, Sequence):
+        if sorted(comm) == everyone:
+            return
+    elif getattr(comm, "Get_size", None) is not None and comm.Get_size() == len(everyone):  # type: ignore[attr-defined]
+        return
+    raise ValueError(
+        "hvd.init(comm=...) cannot choose some of the ranks here: start a job of those, or use a process set"
+    )
+
+
+def _hosts(members: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(member.rpartition(":")[0] for member in members))
+
+
+def _on_host(members: Sequence[str], host: str) -> list[str]:
+    return [member for member in members if member.rpartition(":")[0] == host]
+
+
+def _across() -> list[str]:
+    members, place = job().session.members, local_rank()
+    return [host for host in _hosts(members) if len(_on_host(members, host)) > place]

@@ -1,0 +1,308 @@
+"""Calls that move tensors without combining them: allgather, broadcast, alltoall."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from chaos_mpi.elastic import exchanges
+from chaos_mpi.elastic.exchanges import AllGather, AllToAll, described
+from chaos_mpi.elastic.operations import Operation, unpack_bytes
+from chaos_mpi.horovod.torch.calls import Group, Request
+from chaos_mpi.horovod.torch.handles import start, synchronize
+from chaos_mpi.horovod.torch.job import job
+from chaos_mpi.horovod.torch.negotiation import Asked
+from chaos_mpi.horovod.torch.process_sets import ProcessSet, global_process_set
+from chaos_mpi.membership import View
+from chaos_mpi.mpi.world import Pending
+
+
+class Broadcast(exchanges.Broadcast):
+    """As that one; if the root dies, the rank counts that has its number then, or the last one."""
+
+    def __init__(self, call: str, tensors: Sequence[torch.Tensor], root: int) -> None:
+        super().__init__(call, tensors, root)
+        self.bound_to_view = False
+
+    def move(self, pending: Pending, view: View, rank: int) -> None:
+        self._root = min(self._root, view.size - 1)
+        super().move(pending, view, rank)
+
+    def deliver_into(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Write the root's bits into other tensors."""
+        unpack_bytes(self._flat, list(tensors))
+
+
+def _movable(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        raise ValueError(f"a tensor of {tensor.dtype}, {tensor.layout}, cannot be sent; make it dense first")
+    return tensor.detach().cpu()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# -- allgather -----------------------------------------------------------------------------------------
+
+
+def _gather(
+    tensors: Sequence[torch.Tensor],
+    name: str | None,
+    process_set: ProcessSet,
+    result: Callable[[list[torch.Tensor]], Any],
+) -> int:
+    given = [_movable(tensor) for tensor in tensors]
+    if not given:
+        raise ValueError("a grouped call needs at least one tensor")
+    queue = process_set.queue
+    name = queue.name("allgather", name)
+    outputs: list[torch.Tensor] = []
+
+    def part(index: int) -> Request:
+        tensor, own = given[index], name if index == 0 else f"{name}.{index}"
+        call = f"{own}[{_name(tensor.dtype)}, (*, {tuple(tensor.shape[1:])}), {len(given)} tensors]"
+
+        def make(group: Group) -> Operation:
+            return AllGather(call, tensor)
+
+        def finish(operation: AllGather, group: Group) -> Any:
+            outputs.append(operation.result.to(tensors[index].device))
+            return result(outputs)
+
+        return Request(Asked(own, call), make, finish)
+
+    for index in range(len(given) - 1):
+        queue.put(part(index))
+    return start(queue, part(len(given) - 1))
+
+
+def allgather_async(tensor: torch.Tensor, name: str | None = None, process_set: ProcessSet = global_process_set) -> int:
+    """As :func:`allgather`, in the background and without a gradient; returns a handle for :func:`synchronize`."""
+    return _gather([tensor], name, process_set, _only)
+
+
+def grouped_allgather_async(
+    tensors: Sequence[torch.Tensor], name: str | None = None, process_set: ProcessSet = global_process_set
+) -> int:
+    """As :func:`allgather_async`, of several tensors."""
+    return _gather(tensors, name, process_set, tuple)
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, name: str | None, process_set: ProcessSet, *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        job().in_graph |= any(ctx.needs_input_grad)
+        ctx.rows, ctx.process_set = [t.shape[0] if t.dim() else 1 for t in tensors], process_set
+        ctx.shapes = [t.shape for t in tensors]
+        return synchronize(_gather(tensors, name, process_set, tuple))  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
+        from chaos_mpi.horovod.torch.reduce_ops import Average
+        from chaos_mpi.horovod.torch.reducing import grouped_allreduce
+
+        process_set: ProcessSet = ctx.process_set
+        averages = grouped_allreduce(list(gradients), op=Average, process_set=process_set)
+        rows = allgather(torch.tensor([ctx.rows]), process_set=process_set)
+        starts = rows[: process_set.rank()].sum(0).tolist()
+        parts = zip(averages, starts, ctx.rows, ctx.shapes, strict=True)
+        return None, None, *(a.narrow(0, int(first), count).view(shape) for a, first, count, shape in parts)
+
+
+def allgather(
+    tensor: torch.Tensor, name: str | None = None, process_set: ProcessSet = global_process_set
+) -> torch.Tensor:
+    """The tensors of all ranks one after the other, along the first dimension. It can be differentiated.
+
+    Args:
+        tensor: its first dimension may differ between ranks.
+        name: what the ranks' calls are matched by; by their number if there is none.
+        process_set: which ranks.
+
+    Raises:
+        HorovodInternalError: dtype or further dimensions differ between ranks.
+    """
+    return _AllGather.apply(name, process_set, tensor)[0]  # type: ignore[no-any-return, no-untyped-call]
+
+
+def grouped_allgather(
+    tensors: Sequence[torch.Tensor], name: str | None = None, process_set: ProcessSet = global_process_set
+) -> list[torch.Tensor]:
+    """As :func:`allgather`, of several tensors."""
+    return list(_AllGather.apply(name, process_set, *tensors))  # type: ignore[no-untyped-call]
+
+
+# -- broadcast -----------------------------------------------------------------------------------------
+
+
+def _broadcast(
+    tensor: torch.Tensor, output: torch.Tensor, root_rank: int, name: str | None, process_set: ProcessSet
+) -> int:
+    given = _movable(tensor)
+    root = process_set.place_of(root_rank)
+    queue = process_set.queue
+    name = queue.name("broadcast", name)
+    call = f"{name}[from rank {root_rank}, {described([given])}]"
+
+    def make(group: Group) -> Operation:
+        return Broadcast(call, [given], root)
+
+    def finish(operation: Broadcast, group: Group) -> torch.Tensor:
+        operation.deliver_into([output])
+        return output
+
+    return start(queue, Request(Asked(name, call), make, finish))
+
+
+def broadcast_async(
+    tensor: torch.Tensor, root_rank: int, name: str | None = None, process_set: ProcessSet = global_process_set
+) -> int:
+    """As :func:`broadcast`, in the background and without a gradient; returns a handle for :func:`synchronize`."""
+    output = torch.empty_like(tensor.detach(), memory_format=torch.contiguous_format)
+    return _broadcast(tensor, output, root_rank, name, process_set)
+
+
+def broadcast_async_(
+    tensor: torch.Tensor, root_rank: int, name: str | None = None, process_set: ProcessSet = global_process_set
+) -> int:
+    """As :func:`broadcast_async`, in place."""
+    return _broadcast(tensor, tensor, root_rank, name, process_set)
+
+
+class _Broadcast(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, tensor: torch.Tensor, root_rank: int, name: str | None, process_set: ProcessSet
+    ) -> torch.Tensor:
+        job().in_graph |= any(ctx.needs_input_grad)
+        ctx.root_rank, ctx.process_set = root_rank, process_set
+        return synchronize(broadcast_async(tensor, root_rank, name, process_set))  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+        from chaos_mpi.horovod.torch.reduce_ops import Average
+        from chaos_mpi.horovod.torch.reducing import allreduce
+
+        average = allreduce(gradient, op=Average, process_set=ctx.process_set)
+        if job().session.rank != ctx.root_rank:
+            average = torch.zeros_like(average)
+        return average, None, None, None
+
+
+def broadcast(
+    tensor: torch.Tensor, root_rank: int, name: str | None = None, process_set: ProcessSet = global_process_set
+) -> torch.Tensor:
+    """The tensor of one rank, at every rank. It can be differentiated.
+
+    Args:
+        tensor: of the same dtype and shape everywhere; not changed.
+        root_rank: whose tensor, as ranks are numbered in the whole job now. If it dies meanwhile, the rank counts that
+            has its number then.
+        name: what the ranks' calls are matched by; by their number if there is none.
+        process_set: which ranks.
+
+    Raises:
+        HorovodInternalError: dtype, shape or root differ between ranks.
+    """
+    return _Broadcast.apply(tensor, root_rank, name, process_set)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def broadcast_(
+    tensor: torch.Tensor, root_rank: int, name: str | None = None, process_set: ProcessSet = global_process_set
+) -> torch.Tensor:
+    """As :func:`broadcast`, in place and without a gradient."""
+    return synchronize(broadcast_async_(tensor, root_rank, name, process_set))  # type: ignore[no-any-return]
+
+
+# -- alltoall ------------------------------------------------------------------------------------------
+
+
+def alltoall_async(
+    tensor: torch.Tensor,
+    splits: torch.Tensor | Sequence[int] | None = None,
+    name: str | None = None,
+    process_set: ProcessSet = global_process_set,
+) -> int:
+    """As :func:`alltoall`, in the background and without a gradient; the result has the received splits always."""
+    given = _movable(tensor)
+    wanted = _checked_splits(given, splits, process_set)
+    queue = process_set.queue
+    name = queue.name("alltoall", name)
+    call = f"{name}[{_name(given.dtype)}, (*, {tuple(given.shape[1:])})]"
+
+    def make(group: Group) -> Operation:
+        return AllToAll(call, given, wanted, group.size)
+
+    def finish(operation: AllToAll, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
+        return operation.result.to(tensor.device), torch.tensor(operation.received, dtype=torch.int32)
+
+    return start(queue, Request(Asked(name, call), make, finish))
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, tensor: torch.Tensor, splits: Any, name: str | None, process_set: ProcessSet
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        job().in_graph |= any(ctx.needs_input_grad)
+        result, received = synchronize(alltoall_async(tensor, splits, name, process_set))
+        ctx.received, ctx.process_set = received, process_set
+        ctx.mark_non_differentiable(received)
+        return result, received
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor, _: Any) -> tuple[Any, ...]:
+        returned, _ = alltoall(gradient, ctx.received, process_set=ctx.process_set)
+        return returned, None, None, None
+
+
+def alltoall(
+    tensor: torch.Tensor,
+    splits: torch.Tensor | Sequence[int] | None = None,
+    name: str | None = None,
+    process_set: ProcessSet = global_process_set,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Every rank's tensor is split along the first dimension, and each rank gets its part of all. Differentiable.
+
+    Args:
+        tensor: not changed.
+        splits: rows for each rank, as 32-bit integers; None for equal parts.
+        name: what the ranks' calls are matched by; by their number if there is none.
+        process_set: which ranks.
+
+    Returns:
+        What this rank got; with ``splits`` also how many rows came from each rank.
+
+    Raises:
+        HorovodInternalError: dtype or further dimensions differ between ranks.
+        ValueError: the splits do not fit the tensor.
+    """
+    result, received = _AllToAll.apply(tensor, splits, name, process_set)  # type: ignore[no-untyped-call]
+    return result if splits is None else (result, received)
+
+
+def _checked_splits(
+    tensor: torch.Tensor, splits: torch.Tensor | Sequence[int] | None, process_set: ProcessSet
+) -> list[int] | None:
+    size = process_set.size() or 1
+    if tensor.dim() == 0:
+        raise ValueError("alltoall shares out the first dimension, which a scalar has not got")
+    if splits is None:
+        if tensor.shape[0] % size:
+            raise ValueError(f"{tensor.shape[0]} rows cannot be shared out equally to {size} ranks; give splits")
+        return None
+    if isinstance(splits, torch.Tensor) and splits.dtype != torch.int32:
+        raise ValueError(f"splits are to be 32-bit integers, not {splits.dtype}")
+    rows = [int(n) for n in splits]
+    if len(rows) != size or min(rows, default=0) < 0 or sum(rows) != tensor.shape[0]:
+        raise ValueError(f"splits {rows} do not share {tensor.shape[0]} rows out to {size} ranks")
+    return rows
+
+
+def _only(outputs: list[torch.Tensor]) -> torch.Tensor:
+    return outputs[0]

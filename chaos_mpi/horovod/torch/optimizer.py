@@ -1,0 +1,268 @@
+"""The optimizer that steps with the gradients of all ranks."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from chaos_mpi.horovod.torch.adasum import Adaptive
+from chaos_mpi.horovod.torch.calls import Request
+from chaos_mpi.horovod.torch.compression import Compression, Compressor
+from chaos_mpi.horovod.torch.job import job
+from chaos_mpi.horovod.torch.negotiation import Asked
+from chaos_mpi.horovod.torch.process_sets import ProcessSet, global_process_set
+from chaos_mpi.horovod.torch.reduce_ops import Adasum, Average, ReduceOp, Sum
+from chaos_mpi.horovod.torch.reducing import grouped_allreduce
+from chaos_mpi.horovod.torch.step import Steps
+
+NamedParameters = Iterable[tuple[str, torch.nn.Parameter]]
+
+
+class Distributed:
+    """What :func:`DistributedOptimizer` adds to an optimizer, which is the other base of the class that it makes."""
+
+    param_groups: list[dict[str, Any]]
+    state: dict[Any, Any]
+    _parameter_names: dict[torch.nn.Parameter, str]
+
+    def set_up(
+        self,
+        wrapped: torch.optim.Optimizer,
+        named_parameters: NamedParameters | None,
+        compression: type[Compressor],
+        backward_passes_per_step: int,
+        op: ReduceOp,
+        predivide: float,
+        process_set: ProcessSet,
+    ) -> None:
+        """Find the parameters, and follow their gradients."""
+        self._wrapped = wrapped
+        named = _checked_names(self.param_groups, named_parameters)
+        self._parameter_names = {param: name for name, param in named}
+        self.backward_passes_per_step = backward_passes_per_step
+        self.op, self.process_set = op, process_set
+        self._compression, self._predivide = compression, predivide
+        params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        self._trained: list[torch.nn.Parameter] = list(dict.fromkeys(params))
+        self._passes: dict[torch.nn.Parameter, int] = dict.fromkeys(self._trained, 0)
+        self._synchronized = False
+        self._should_synchronize = True
+        self._steps: Steps | None = None
+        if process_set is global_process_set and op in (Average, Sum) and self._trained:
+            self._steps = Steps(job(), self, self._trained, op == Average, predivide, compression)  # type: ignore[arg-type]
+        for param in self._trained:
+            param.register_post_accumulate_grad_hook(self._gradient_is_there)  # type: ignore[no-untyped-call]
+
+    def set_backward_passes_per_step(self, passes: int) -> None:
+        """Change how many backward passes make a step."""
+        self.backward_passes_per_step = passes
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Take a state, as any optimizer; gradients that are there already belong to no step."""
+        self._passes = dict.fromkeys(self._trained, 0)
+        self._synchronized, self._should_synchronize = False, True
+        groups, state = self.param_groups, self.state
+        super().load_state_dict(state_dict)  # type: ignore[misc]
+        # In place, because a scheduler may hold the optimizer that this one shares them with.
+        for group, loaded in zip(groups, self.param_groups, strict=True):
+            group.clear()
+            group.update(loaded)
+        loaded_state = dict(self.state)
+        state.clear()
+        state.update(loaded_state)
+        self.param_groups, self.state = groups, state
+
+    def synchronize(self) -> None:
+        """Put the gradients of all ranks into ``param.grad``; :meth:`step` does it, unless it is told not to.
+
+        Raises:
+            HorovodInternalError: the ranks make different calls.
+        """
+        self._passes = dict.fromkeys(self._trained, 0)
+        self._synchronized = True
+        if not self.process_set.included() or not self._trained or self.op == Adasum:
+            return
+        for param in self._trained:
+            if param.grad is None:  # other ranks may have used it
+                param.grad = torch.zeros_like(param)
+        if self._steps is not None:
+            self._steps.settle()
+            return
+        given = [
+            p.grad if p.grad.layout == torch.strided else p.grad.to_dense() for p in self._trained if p.grad is not None
+        ]
+        if self._predivide != 1.0:
+            given = [gradient / self._predivide for gradient in given]
+        totals = grouped_allreduce(
+            given, compression=self._compression, op=self.op, postscale_factor=self._predivide,
+            process_set=self.process_set,
+        )  # fmt: skip
+        for param, total in zip(self._trained, totals, strict=True):
+            assert param.grad is not None
+            sparse = param.grad.layout != torch.strided
+            param.grad = total.to_sparse(param.grad.sparse_dim()) if sparse else total
+
+    @contextmanager
+    def skip_synchronize(self) -> Iterator[None]:
+        """Within it, :meth:`step` takes the gradients as :meth:`synchronize` and the script have left them."""
+        self._should_synchronize = False
+        try:
+            yield
+        finally:
+            self._should_synchronize = True
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Synchronize, and take the step."""
+        if self._should_synchronize:
+            if self._synchronized:
+                warnings.warn(
+                    "optimizer.step() called without optimizer.skip_synchronize() context after "
+                    "optimizer.synchronize(): the gradients are reduced once more",
+                    stacklevel=2,
+                )
+            self.synchronize()
+        self._synchronized = False
+        self._wrapped._opt_called = True  # type: ignore[attr-defined]  # for a scheduler that was made before
+        if self.op == Adasum and self._trained:
+            return self._adaptive_step(closure)
+        return super().step(closure)  # type: ignore[misc]
+
+    # torch would call the hooks of a step for this one, and again for the one inside it.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def local_step(self) -> None:
+        """A step of this rank alone."""
+        super().step()  # type: ignore[misc]
+
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        """As any optimizer, but not while gradients are under way.
+
+        Raises:
+            AssertionError: between backward and :meth:`step` or :meth:`synchronize`.
+        """
+        if any(self._passes.values()):
+            raise AssertionError(
+                "optimizer.zero_grad() was called after loss.backward() but before optimizer.step() or "
+                "optimizer.synchronize(): the gradients that it would clear are being reduced"
+            )
+        super().zero_grad(*args, **kwargs)  # type: ignore[misc]
+
+    def _gradient_is_there(self, param: torch.nn.Parameter) -> None:
+        self._passes[param] += 1
+        if self._passes[param] > self.backward_passes_per_step:
+            raise AssertionError(
+                "gradients were computed more than backward_passes_per_step times before step(); increase "
+                "backward_passes_per_step to accumulate gradients locally"
+            )
+        if self._steps is None or self._passes[param] < self.backward_passes_per_step:
+            return
+        if sum(count == self.backward_passes_per_step for count in self._passes.values()) == 1:
+            self._steps.begin()
+        self._steps.ready(param)
+
+    def _adaptive_step(self, closure: Callable[[], Any] | None) -> Any:
+        """Each rank steps by itself, and what the steps have changed is combined."""
+        before = [p.detach().clone() for p in self._trained]
+        loss = super().step(closure)  # type: ignore[misc]
+        deltas = [p.detach() - b for p, b in zip(self._trained, before, strict=True)]
+        smaller = [self._compression.compress(delta) for delta in deltas]
+        call = f"adasum step[{len(deltas)} tensors]"
+        given = [tensor for tensor, _ in smaller]
+        request = Request(Asked(call, call), lambda _: Adaptive(call, given, is_step=True), lambda done, _: done.sums())
+        sums = job().waiting.wait(job().queue.put(request))
+        with torch.no_grad():
+            for param, start, total, (_, context) in zip(self._trained, before, sums, smaller, strict=True):
+                param.copy_(start + self._compression.decompress(total, context))
+        return loss
+
+
+def DistributedOptimizer(  # noqa: N802
+    optimizer: torch.optim.Optimizer,
+    named_parameters: NamedParameters | None = None,
+    compression: type[Compressor] = Compression.none,
+    backward_passes_per_step: int = 1,
+    op: int = Average,
+    gradient_predivide_factor: float = 1.0,
+    num_groups: int = 0,
+    groups: int | Sequence[Sequence[torch.Tensor]] | None = None,
+    sparse_as_dense: bool = False,
+    process_set: ProcessSet = global_process_set,
+) -> torch.optim.Optimizer:
+    """An optimizer of the same class, sharing the given one's state, that steps with the gradients of all ranks.
+
+    They are reduced while backward is still running. When a rank dies meanwhile, they are reduced again among those
+    that are left, from the local gradients: the step is not lost, and the parameters stay the same everywhere. With a
+    process set, or Adasum, they are reduced when the step is taken.
+
+    Args:
+        optimizer: over the parameters that are trained.
+        named_parameters: all of them with unique names; default: numbered.
+        compression: rounds gradients before they are summed.
+        backward_passes_per_step: backward passes that a step accumulates.
+        op: Average, Sum or Adasum.
+        gradient_predivide_factor: what gradients are divided by before they are summed, and the average multiplied by.
+        num_groups, groups: checked, and not needed: gradients travel in buckets.
+        sparse_as_dense: accepted; sparse gradients travel dense in any case, and are sparse again afterwards.
+        process_set: whose gradients; a set is not elastic.
+
+    Raises:
+        ValueError: an argument cannot be used, or names are missing or there twice.
+    """
+    op = ReduceOp(op)
+    if gradient_predivide_factor != 1.0 and op != Average:
+        raise ValueError("gradient_predivide_factor goes with op=Average only")
+    if op not in (Average, Sum, Adasum):
+        raise ValueError(f"DistributedOptimizer knows Average, Sum and Adasum, not {op.name}")
+    if op == Adasum and process_set is not global_process_set:
+        raise NotImplementedError("Adasum is there for all ranks only, not for a process set")
+    if backward_passes_per_step <= 0:
+        raise ValueError("backward_passes_per_step must be > 0")
+    if num_groups != 0:
+        warnings.warn("num_groups has been replaced by groups", DeprecationWarning, stacklevel=2)
+        groups = num_groups if groups is None else groups
+    _check_groups(groups)
+    job()
+    kind = type(optimizer.__class__.__name__, (Distributed, optimizer.__class__), {})
+    distributed: Any = object.__new__(kind)
+    # A scheduler that the optimizer has already has put a step of its own there.
+    distributed.__dict__.update({name: value for name, value in vars(optimizer).items() if name != "step"})
+    distributed.set_up(
+        optimizer, named_parameters, compression, backward_passes_per_step, op, gradient_predivide_factor, process_set
+    )
+    return distributed  # type: ignore[no-any-return]
+
+
+def _checked_names(
+    groups: Sequence[dict[str, Any]], named_parameters: NamedParameters | None
+) -> list[tuple[str, torch.nn.Parameter]]:
+    if named_parameters is None:
+        return [(f"noname.{i}.{j}", p) for i, group in enumerate(groups) for j, p in enumerate(group["params"])]
+    named = list(named_parameters)
+    if any(not isinstance(entry, tuple) for entry in named):
+        raise ValueError("named_parameters is to be pairs of name and parameter, as from model.named_parameters()")
+    names = [name for name, _ in named]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"names in named_parameters have to be unique; there more than once: {', '.join(twice)}")
+    known = {id(param) for _, param in named}
+    missing = sum(id(param) not in known for group in groups for param in group["params"])
+    if missing:
+        raise ValueError(f"named_parameters lacks {missing} of the optimizer's parameters")
+    return named
+
+
+def _check_groups(groups: int | Sequence[Sequence[torch.Tensor]] | None) -> None:
+    if groups is None:
+        return
+    if isinstance(groups, int):
+        if groups < 0:
+            raise ValueError("groups is to be a number that is not negative, or lists of parameters")
+        return
+    members = [param for group in groups for param in group]
+    if not all(isinstance(param, torch.Tensor) for param in members):
+        raise ValueError("groups is to consist of lists of parameters")
+    if len({id(param) for param in members}) != len(members):
+        raise ValueError("a parameter can be in one group only")

@@ -1,0 +1,219 @@
+"""Sets of some of the ranks, for calls among them.
+
+They are not elastic: a set ends when one of its ranks dies or leaves. Its calls then raise
+:class:`HorovodInternalError`, while the job goes on, and a new set can be made of those that are left.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from chaos_mpi.elastic.exchanges import Barrier
+from chaos_mpi.elastic.subgroup import Subgroup
+from chaos_mpi.horovod.torch.calls import CallQueue, Request
+from chaos_mpi.horovod.torch.job import job
+from chaos_mpi.horovod.torch.negotiation import Asked
+
+if TYPE_CHECKING:
+    from chaos_mpi.horovod.torch.job import Job
+
+
+class ProcessSet:
+    """Some ranks. It can be used once :func:`add_process_set` or :func:`init` has taken it.
+
+    Args:
+        ranks: of those that are there now.
+
+    Attributes:
+        process_set_id: number of the set; None while it cannot be used.
+        ranks: ascending, as they were numbered when the set was made.
+    """
+
+    process_set_id: int | None = None
+    ranks: list[int] | None = None
+    mpi_comm: object = None
+
+    def __init__(self, ranks: Iterable[int]) -> None:
+        if not isinstance(ranks, Iterable):
+            raise NotImplementedError("a process set is made of a list of ranks here, not of an MPI communicator")
+        ranks = sorted(ranks)
+        if any(not isinstance(rank, int) for rank in ranks):
+            raise ValueError("a ProcessSet is made of a list of ranks")
+        self.ranks = ranks
+        self._queue: CallQueue | None = None
+        self._members: tuple[str, ...] = ()
+
+    def size(self) -> int | None:
+        """The number of its ranks; None while it cannot be used."""
+        return len(self._members) if self.process_set_id is not None else None
+
+    def rank(self) -> int | None:
+        """This rank's place in the set; None while it cannot be used."""
+        if self.process_set_id is None:
+            return None
+        member = job().session.member
+        return self._members.index(member) if member in self._members else -1
+
+    def included(self) -> bool | None:
+        """Whether this rank is in the set; None while it cannot be used."""
+        return job().session.member in self._members if self.process_set_id is not None else None
+
+    @property
+    def queue(self) -> CallQueue:
+        """Its calls.
+
+        Raises:
+            ValueError: it cannot be used, or this rank is not in it.
+        """
+        if self.process_set_id is None:
+            raise ValueError(f"{self} cannot be used: hand it to hvd.init() or hvd.add_process_set() first")
+        if self._queue is None:
+            raise ValueError(f"this rank ({job().session.rank}) is not in {self}")
+        return self._queue
+
+    def place_of(self, rank: int) -> int:
+        """Where the present global rank is in the set.
+
+        Raises:
+            ValueError: it is not.
+        """
+        members = job().session.members
+        if not 0 <= rank < len(members) or members[rank] not in self._members:
+            raise ValueError(f"rank {rank} is not in {self}")
+        return self._members.index(members[rank])
+
+    def __str__(self) -> str:
+        return f"ProcessSet(process_set_id={self.process_set_id}, ranks={self.ranks}, mpi_comm={self.mpi_comm})"
+
+    def _take(self, number: int, members: tuple[str, ...], queue: CallQueue | None) -> None:
+        self.process_set_id, self._members, self._queue = number, members, queue
+
+    def _invalidate(self) -> CallQueue | None:
+        queue, self.process_set_id, self._queue, self._members = self._queue, None, None, ()
+        return queue
+
+
+class _GlobalSet(ProcessSet):
+    """All ranks, whoever they are at the time."""
+
+    process_set_id = 0
+
+    def __init__(self) -> None:
+        super().__init__([])
+
+    @property
+    def ranks(self) -> list[int]:
+        return list(range(job().session.size))
+
+    @ranks.setter
+    def ranks(self, _: list[int]) -> None:
+        """They follow from the job."""
+
+    def size(self) -> int:
+        return job().session.size
+
+    def rank(self) -> int:
+        return job().session.rank
+
+    def included(self) -> bool:
+        return True
+
+    @property
+    def queue(self) -> CallQueue:
+        return job().queue
+
+    def place_of(self, rank: int) -> int:
+        if not 0 <= rank < job().session.size:
+            raise ValueError(f"there is no rank {rank} in a job of {job().session.size}")
+        return rank
+
+    def __str__(self) -> str:
+        return "ProcessSet(process_set_id=0, all ranks)"
+
+
+global_process_set: ProcessSet = _GlobalSet()
+_sets: dict[int, ProcessSet] = {}
+_numbers = itertools.count(1)
+
+
+def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
+    """Make a set, to be called by all ranks, in it or not, with the same ranks.
+
+    Raises:
+        ValueError: the same ranks are a set already, or are not in the job.
+        HorovodInternalError: the ranks name different sets.
+    """
+    if not isinstance(process_set, ProcessSet):
+        process_set = ProcessSet(process_set)
+    session = job().session
+    ranks = process_set.ranks or []
+    if not ranks or ranks[0] < 0 or ranks[-1] >= session.size or len(set(ranks)) != len(ranks):
+        raise ValueError(f"ranks {ranks} cannot be a process set in a job of {session.size}")
+    members = tuple(session.members[rank] for rank in ranks)
+    if members in [s._members for s in _sets.values()] or members == session.members:
+        raise ValueError(f"there is a process set of ranks {ranks} already")
+    _together(f"add process set {ranks}")
+    number = next(_numbers)
+    queue = None
+    if session.member in members:
+        group = Subgroup(session, ranks, number, session.settings.timeout_s)
+        queue = job().new_queue(group)
+    process_set._take(number, members, queue)
+    _sets[number] = process_set
+    return process_set
+
+
+def remove_process_set(process_set: ProcessSet) -> bool:
+    """Give a set up, to be called by all ranks; False if it is none that can be given up."""
+    if not process_set.process_set_id:
+        return False
+    number = process_set.process_set_id
+    if process_set._queue is not None:
+        process_set._queue.drain()
+    _together(f"remove process set {process_set.ranks}")
+    _sets.pop(number, None)
+    queue = process_set._invalidate()
+    if queue is not None and isinstance(queue.group, Subgroup):
+        queue.group.free()
+    return True
+
+
+def begin(_: Job) -> None:
+    """A job begins: there are no sets."""
+    global _numbers
+    _numbers = itertools.count(1)
+    _sets.clear()
+
+
+def replace(process_sets: Sequence[ProcessSet]) -> None:
+    """These sets, in this order, and no others."""
+    for process_set in list(_sets.values()):
+        remove_process_set(process_set)
+    for process_set in process_sets:
+        add_process_set(process_set)
+
+
+def end() -> None:
+    """The job ends."""
+    for process_set in list(_sets.values()):
+        if process_set._queue is not None:
+            process_set._queue.drain()
+    _together("shutdown")
+    for process_set in list(_sets.values()):
+        queue = process_set._invalidate()
+        if queue is not None and isinstance(queue.group, Subgroup):
+            queue.group.free()
+    _sets.clear()
+
+
+def ids_and_ranks() -> dict[int, list[int]]:
+    """The ranks of each set, by number."""
+    return {0: list(range(job().session.size))} | {n: list(s.ranks or []) for n, s in _sets.items()}
+
+
+def _together(what: str) -> None:
+    """All ranks do the same."""
+    queue = job().queue
+    job().waiting.wait(queue.put(Request(Asked(what, what), lambda _: Barrier(what))))

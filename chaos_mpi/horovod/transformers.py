@@ -1,0 +1,239 @@
+"""The Hugging Face Trainer on real Horovod, made elastic; see :class:`ChaosTrainerCallback`.
+
+The Trainer keeps to one device and knows nothing of the other ranks. What it asks of its environment is changed in two
+places: its training data comes from a loader without end, which goes from epoch to epoch by itself, so that all ranks
+stop after the same step, ``max_steps``; and after each of its training steps the gradients are reduced, before it clips
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sized
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from chaos_mpi.elastic.sampler import ElasticSampler
+from chaos_mpi.errors import ConfigError
+from chaos_mpi.horovod.callback import ChaosCallback, init
+from chaos_mpi.torch.loader import DataLoader
+
+try:
+    import accelerate  # noqa: F401
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer_callback import ProgressCallback
+except ImportError as error:
+    raise ImportError(
+        f"ChaosTrainerCallback needs transformers and accelerate ({error}): pip install 'chaos-mpi[transformers]'"
+    ) from error
+
+if TYPE_CHECKING:
+    from chaos_mpi.elastic.session import SessionResult
+
+
+class ChaosTrainerCallback(TrainerCallback):  # type: ignore[misc]
+    """Makes a script with a Trainer for one device an elastic data parallel job on Horovod.
+
+    ::
+
+        trainer = Trainer(model=model, args=TrainingArguments(..., max_steps=1000), train_dataset=dataset)
+        chaos_mpi.horovod.ChaosTrainerCallback(trainer)
+        trainer.train()
+
+    It adds itself to the trainer. ``train`` ends the session; it can be called once. ``per_device_train_batch_size``
+    is the batch of one rank, with as many ranks as there are at the start. Every rank evaluates on all of the
+    evaluation data. Checkpoints, logs and the progress bar are rank 0's. Training ends at all ranks when
+    ``should_training_stop`` is set at any of them, in a step or by an evaluation.
+
+    Args:
+        trainer: made, and not used yet.
+        options: as for :class:`ChaosCallback`: compression, op, groups, rng, broadcast_buffers and the like.
+
+    Attributes:
+        session: the session, for ``record``, ``all_reduce`` and the like.
+        chaos: the :class:`ChaosCallback`, from ``on_train_begin`` on.
+        result: how the session ended, after ``train``.
+
+    Raises:
+        ConfigError: Horovod cannot be used, or something that is not supported is asked for.
+    """
+
+    def __init__(self, trainer: Trainer, **options: Any) -> None:
+        self.session = init()
+        if problem := _unsupported(trainer):
+            raise ConfigError(f"ChaosTrainerCallback does not support {problem}")
+        self.chaos: ChaosCallback | None = None
+        self.result: SessionResult | None = None
+        self._trainer, self._options = trainer, options
+        self._sampler: ElasticSampler | None = None
+        self._counters = _Counters(trainer)
+        self._has_stepped = False
+        self._make_loader, self._train_step = trainer.get_train_dataloader, trainer.training_step
+        trainer.get_train_dataloader = self._elastic_loader
+        trainer.training_step = self._training_step
+        trainer.add_callback(self)
+        self._tell_rank()
+
+    # -- what the trainer calls in place of its own methods ----------------------------------------------
+
+    def _elastic_loader(self) -> _Endless:
+        if self._sampler is not None:
+            raise ConfigError("train() can be called once in a process: the session ends with the first one")
+        made, args = self._make_loader(), self._trainer.args
+        if not isinstance(made.dataset, Sized):
+            raise ConfigError("the dataset has no length, so its samples cannot be shared out (an IterableDataset?)")
+        self._sampler = ElasticSampler(
+            made.dataset,
+            args.per_device_train_batch_size,
+            shuffle=args.train_sampling_strategy == "random",
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+            drop_last=args.dataloader_drop_last,
+        )
+        loader: DataLoader[Any] = DataLoader(
+            made.dataset,
+            batch_sampler=self._sampler,
+            collate_fn=made.collate_fn,
+            num_workers=made.num_workers,
+            pin_memory=made.pin_memory,
+            prefetch_factor=made.prefetch_factor,
+            persistent_workers=made.persistent_workers,
+            worker_init_fn=made.worker_init_fn,
+            multiprocessing_context=made.multiprocessing_context,
+        )
+        return _Endless(loader, self._sampler)
+
+    def _training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        assert self.chaos is not None
+        self.chaos.before_forward()  # members come and go here
+        self._tell_rank()
+        loss: torch.Tensor = self._train_step(*args, **kwargs)
+        self.chaos.reduce()
+        self.session.record(loss=loss.item())
+        return loss
+
+    # -- what it tells ---------------------------------------------------------------------------------
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **made: Any
+    ) -> None:
+        """Join the others: now model, optimizer, scheduler and sampler exist."""
+        if state.global_step:
+            raise ConfigError(
+                "ChaosTrainerCallback does not support resume_from_checkpoint: go on by 'chaosrun --checkpoint-dir DIR "
+                "--resume'"
+            )
+        scheduler, optimizer = made["lr_scheduler"], made["optimizer"]
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise ConfigError(
+                "ChaosTrainerCallback does not support ReduceLROnPlateau, which each rank would steer by its own "
+                "measurements: use another scheduler"
+            )
+        self.chaos = ChaosCallback(
+            made["model"],
+            getattr(optimizer, "optimizer", optimizer),  # without accelerate's wrapper
+            scheduler=scheduler,
+            sampler=self._sampler,
+            counters=self._counters,
+            **self._options,
+        )
+        if 0 < state.max_steps <= state.global_step:
+            raise ConfigError(f"there is nothing left to do: step {state.global_step} of {state.max_steps} is finished")
+        self._tell_rank()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Agree whether to stop; and have rank 0 alone save."""
+        assert self._sampler is not None
+        self._has_stepped = True
+        state.epoch = float(self._sampler.epoch)
+        self._agree(control)
+        control.should_save &= args.process_index == 0
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The same, for who stops because of what an evaluation says."""
+        if self._has_stepped and self.result is None:
+            self._agree(control)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """End the session in good order."""
+        assert self.chaos is not None
+        self.result = self.chaos.close()
+
+    def _agree(self, control: TrainerControl) -> None:
+        wish = torch.tensor([float(control.should_training_stop)])
+        control.should_training_stop = bool(self.session.all_reduce(wish, "max").item())
+
+    def _tell_rank(self) -> None:
+        """Have the trainer know who writes checkpoints and logs; a newcomer on its way does not."""
+        rank = self.session.rank if not self.session.awaits_entry else 1
+        trainer = self._trainer
+        places, state = trainer.args.distributed_state, trainer.state
+        places.process_index = places.local_process_index = rank
+        if state.is_world_process_zero != (rank == 0):
+            state.is_world_process_zero = state.is_local_process_zero = rank == 0
+            for callback in trainer.callback_handler.callbacks:
+                if rank == 0 and isinstance(callback, ProgressCallback) and trainer.is_in_train:
+                    callback.on_train_begin(trainer.args, state, trainer.control)  # it has no bar yet
+
+
+class _Endless:
+    """Batches of one epoch after the other. Without a length: how long an epoch is changes with the members."""
+
+    def __init__(self, loader: DataLoader[Any], sampler: ElasticSampler) -> None:
+        self._loader, self._sampler = loader, sampler
+        self.dataset = loader.dataset
+
+    def __iter__(self) -> Iterator[Any]:
+        if not len(self._sampler):
+            raise ConfigError("there is not one batch in the training data")
+        while True:
+            yield from self._loader
+
+
+class _Counters:
+    """Where the trainer is, as a part of the training state."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def state_dict(self) -> dict[str, int]:
+        return {"global_step": self._trainer.state.global_step}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        # What it prints at the end is then of the steps that this rank has made.
+        trainer = self._trainer
+        trainer.state.global_step = trainer._globalstep_last_logged = trainer._initial_global_step = state[
+            "global_step"
+        ]
+
+
+def _unsupported(trainer: Trainer) -> str:
+    """What the trainer is asked for and cannot do here, and what to do; empty if there is nothing."""
+    args = trainer.args
+    if args.world_size != 1:
+        return (
+            f"a Trainer that has connected {args.world_size} ranks by torch.distributed: leave use_cpu=True out of the "
+            "TrainingArguments (and hide GPUs by CUDA_VISIBLE_DEVICES='')"
+        )
+    if args.device.type != "cpu":
+        return f"training on {args.device}: hide it, by CUDA_VISIBLE_DEVICES='' for one"
+    if args.max_steps <= 0:
+        return (
+            "num_train_epochs, because how many steps an epoch has changes with the number of ranks, and schedulers "
+            "ask for it at the start: set max_steps"
+        )
+    left_out = {
+        "gradient_accumulation_steps": args.gradient_accumulation_steps != 1,
+        "auto_find_batch_size": args.auto_find_batch_size,
+        "load_best_model_at_end": args.load_best_model_at_end,
+        "fp16": args.fp16,
+        "torch_compile": args.torch_compile,
+    }
+    for name, asked in left_out.items():
+        if asked:
+            return f"TrainingArguments({name}={getattr(args, name)}): leave it out"
+    if args.train_sampling_strategy not in ("random", "sequential"):
+        return f"TrainingArguments(train_sampling_strategy='{args.train_sampling_strategy}'): use 'random'"
+    for name in ("logging_strategy", "eval_strategy", "save_strategy"):
+        if str(getattr(getattr(args, name), "value", "")) in ("epoch", "best"):
+            return f"TrainingArguments({name}='{getattr(args, name).value}'): use 'steps'"
+    return ""

@@ -1,0 +1,49 @@
+"""What is done before each forward pass and after each backward pass, whatever reduces the gradients."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch.utils.hooks import RemovableHandle
+
+    from chaos_mpi.elastic.session import Session
+
+
+class Rounds:
+    """Tells session and samplers where a training loop is.
+
+    Args:
+        session: the session.
+        params: the parameters that are trained.
+    """
+
+    def __init__(self, session: Session, params: Sequence[torch.nn.Parameter]) -> None:
+        self._session, self._params = session, params
+        self._muted: list[RemovableHandle] = []
+
+    def begin(self) -> None:
+        """Before a forward pass that is trained on: the place between two steps."""
+        self._session.boundary()
+        if any(sampler.ghost_round() for sampler in self._session.samplers) and not self._muted:
+            # The next backward adds nothing: this round repeats a sample only to keep the ranks in step.
+            self._muted = [p.register_hook(torch.zeros_like) for p in self._params if p.requires_grad]  # type: ignore[no-untyped-call]
+
+    @property
+    def contributes(self) -> bool:
+        """Whether this member's samples of the present step count."""
+        return not any(sampler.step_is_ghost() for sampler in self._session.samplers)
+
+    def note_backward(self) -> None:
+        """A backward pass has reached the parameters."""
+        for sampler in self._session.samplers:
+            sampler.note_backward()
+
+    def unmute(self) -> None:
+        """The backward pass is over."""
+        while self._muted:
+            self._muted.pop().remove()

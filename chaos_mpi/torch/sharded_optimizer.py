@@ -1,0 +1,240 @@
+"""An optimizer whose state is split among the ranks of a node, and replicated between nodes.
+
+Every member has the whole model; each keeps the optimizer's state of some parameters only, and updates these. Between
+nodes the split is the same, so what a dead rank kept, another node still has: that is what the others go on from.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from chaos_mpi.elastic.exchanges import AllGather
+from chaos_mpi.elastic.session import Session, current_session
+from chaos_mpi.errors import ConfigError, RecoveryError
+
+
+class ShardedOptimizer(torch.optim.Optimizer):
+    """Runs ``optimizer_class`` on this member's parts of the parameters, and gives every member all results.
+
+    To be used with gradients that are equal at all members, as those of
+    :class:`chaos_mpi.torch.DistributedDataParallel` and :func:`chaos_mpi.torch.elastic_hook` are, and an optimizer that
+    treats each parameter by itself (SGD, AdamW; not LBFGS, nor those that look at norms over all). Then the parameters
+    are, bit for bit, those that the plain optimizer gives.
+
+    Each :meth:`step` begins with a look at who is there and what everyone keeps. Where a node lacks a part, since a
+    rank has died or joined, another node hands it over. It is not in a TrainingState (pass ``optimizer={}``): it
+    differs between members, and a rank that joins gets its part at its first step. It is saved with
+    ``torch.distributed.checkpoint``, to which each rank gives its :meth:`state_dict`.
+
+    Args:
+        params: parameters, or groups of them, as for any optimizer; the same at every member.
+        optimizer_class: the optimizer.
+        parts: into how many parts to split them; default: the number of members of the largest node.
+        node_of: the node of a member id; default: its host.
+        session: default: the open session.
+        defaults: arguments of ``optimizer_class``.
+
+    Raises:
+        ConfigError: ``parts`` is not positive.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        optimizer_class: type[torch.optim.Optimizer],
+        *,
+        parts: int | None = None,
+        node_of: Callable[[str], str] | None = None,
+        session: Session | None = None,
+        **defaults: Any,
+    ) -> None:
+        self._session = session if session is not None else current_session()
+        self._node_of = node_of if node_of is not None else _host_of
+        whole = optimizer_class(params, **defaults)  # knows all settings; it never gets a state
+        super().__init__(whole.param_groups, whole.defaults)
+        if parts is None:
+            parts = max(Counter(map(self._node_of, self._session.members)).values())
+        if parts < 1:
+            raise ConfigError(f"parts is {parts}; it must be positive")
+        self._class, self._class_defaults = optimizer_class, defaults
+        self._flat = [param for group in self.param_groups for param in group["params"]]
+        self._parts = split([param.nbytes for param in self._flat], parts)
+        self._kept: dict[int, torch.optim.Optimizer] = {}
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Numbers of the parts whose state this member keeps."""
+        return tuple(sorted(self._kept))
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update the parameters at all members; called by all of them.
+
+        Raises:
+            RecoveryError: all members that kept a part of the state have died.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        keepers = self._redistribute()
+        for part in self._kept.values():
+            self._take_settings(part)
+            part.step()
+        self._share(keepers)
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the parts that this member keeps, by ``part`` and number."""
+        return {f"part{number}": part.state_dict() for number, part in sorted(self._kept.items())}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Keep exactly these parts of a state that was made with the same number of parts."""
+        numbers = {int(name.removeprefix("part")): state for name, state in state_dict.items()}
+        if not all(0 <= number < len(self._parts) for number in numbers):
+            raise ConfigError(f"the state has parts {sorted(numbers)}, and the optimizer {len(self._parts)} of them")
+        self._kept = {number: self._made(number) for number in numbers}
+        for number, state in numbers.items():
+            self._kept[number].load_state_dict(state)
+            for group, mine in zip(state["param_groups"], self.param_groups, strict=True):
+                mine.update({name: value for name, value in group.items() if name != "params"})
+
+    # -- who keeps what ------------------------------------------------------------------------------
+
+    def _redistribute(self) -> dict[int, list[str]]:
+        """Have every node keep all parts; the members that keep each part, the same at every member."""
+        while True:
+            rows, members = self._session.gather_with_contributors([len(self._parts), *self._kept])
+            if any(row[0] != len(self._parts) for row in rows):
+                raise ConfigError(f"ranks split the optimizer into different numbers of parts: {[r[0] for r in rows]}")
+            kept = {member: set(row[1:]) for member, row in zip(members, rows, strict=True)}
+            wanted = assigned({member: self._node_of(member) for member in members}, len(self._parts))
+            if not any(kept.values()):  # before the first step
+                self._kept = {number: self._made(number) for number in wanted[self._session.member]}
+                return _keepers(wanted)
+            keepers = _keepers(kept)
+            self._refuse_lost(keepers, range(len(self._parts)))
+            missing = sorted({n for member in members for n in wanted[member] if n not in kept[member]})
+            if not missing:
+                mine = wanted[self._session.member]
+                self._kept = {number: part for number, part in self._kept.items() if number in mine}
+                return _keepers(wanted)
+            self._hand_over(missing, keepers, wanted[self._session.member])
+
+    def _hand_over(self, missing: Sequence[int], keepers: Mapping[int, Sequence[str]], mine: Sequence[int]) -> None:
+        given = {n: self._kept[n].state_dict() for n in missing if keepers[n][0] == self._session.member}
+        buffer = io.BytesIO()
+        if given:
+            torch.save(given, buffer)
+        for data in self._gathered("optimizer state", buffer.getvalue()).values():
+            if not data:
+                continue
+            for number, state in torch.load(io.BytesIO(data), weights_only=True).items():
+                if number in mine and number not in self._kept:
+                    self._kept[number] = self._made(number)
+                    self._kept[number].load_state_dict(state)
+
+    def _share(self, keepers: Mapping[int, Sequence[str]]) -> None:
+        """Give all members the updated parameters: of each part, the first member that keeps it does."""
+        waiting = list(range(len(self._parts)))
+        while waiting:
+            here = set(self._session.members)
+            self._refuse_lost({n: [m for m in keepers[n] if m in here] for n in waiting}, waiting)
+            # A member may learn of a death one call later than another: then both give the same bits.
+            given = [n for n in waiting if next(m for m in keepers[n] if m in here) == self._session.member]
+            header = torch.tensor(given, dtype=torch.int64)
+            tensors = [self._flat[i].detach() for n in given for i in self._parts[n]]
+            data = b"".join([len(given).to_bytes(8, "little"), _bytes(header), *map(_bytes, tensors)])
+            for source in self._gathered("updated parameters", data).values():
+                self._take(source, waiting)
+
+    def _take(self, data: bytes, waiting: list[int]) -> None:
+        count = int.from_bytes(data[:8], "little")
+        offset = 8 + 8 * count
+        for i in range(count):
+            number = int.from_bytes(data[8 + 8 * i : 16 + 8 * i], "little")
+            for index in self._parts[number]:
+                param = self._flat[index]
+                if number in waiting and number not in self._kept and param.nbytes:
+                    flat = torch.frombuffer(bytearray(data[offset : offset + param.nbytes]), dtype=param.dtype)
+                    with torch.no_grad():
+                        param.copy_(flat.view(param.shape))
+                offset += param.nbytes
+            if number in waiting:
+                waiting.remove(number)
+
+    def _gathered(self, call: str, data: bytes) -> dict[str, bytes]:
+        mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+        operation = AllGather(call, mine)
+        self._session.execute(operation)
+        operation.finish()
+        chunks = torch.split(operation.result, operation.lengths)
+        return {m: chunk.numpy().tobytes() for m, chunk in zip(operation.contributors, chunks, strict=True)}
+
+    def _refuse_lost(self, keepers: Mapping[int, Sequence[str]], numbers: Iterable[int]) -> None:
+        lost = [number for number in numbers if not keepers.get(number)]
+        if lost:
+            raise RecoveryError(
+                f"all ranks that kept parts {lost} of the optimizer's state have died, at step {self._session.step}: "
+                "with one node, or the same rank of each node gone, there is no replica. Go on from a checkpoint"
+            )
+
+    # -- one part ------------------------------------------------------------------------------------
+
+    def _made(self, number: int) -> torch.optim.Optimizer:
+        chosen = {id(self._flat[index]) for index in self._parts[number]}
+        groups = [
+            {
+                **{k: v for k, v in group.items() if k != "params"},
+                "params": [p for p in group["params"] if id(p) in chosen],
+            }
+            for group in self.param_groups
+        ]
+        return self._class(groups, **self._class_defaults)
+
+    def _take_settings(self, part: torch.optim.Optimizer) -> None:
+        for group, mine in zip(part.param_groups, self.param_groups, strict=True):
+            group.update({name: value for name, value in mine.items() if name != "params"})
+
+
+def split(sizes: Sequence[int], parts: int) -> list[list[int]]:
+    """Split things of these sizes into parts that are about equally large: their indices, in order."""
+    chosen: list[list[int]] = [[] for _ in range(parts)]
+    totals = [0] * parts
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        smallest = totals.index(min(totals))
+        chosen[smallest].append(index)
+        totals[smallest] += sizes[index]
+    return [sorted(part) for part in chosen]
+
+
+def assigned(node_of: Mapping[str, str], parts: int) -> dict[str, list[int]]:
+    """Which parts each member is to keep: every node all of them, shared out among its members in order."""
+    by_node: dict[str, list[str]] = {}
+    for member, node in node_of.items():
+        by_node.setdefault(node, []).append(member)
+    wanted: dict[str, list[int]] = {member: [] for member in node_of}
+    for members in by_node.values():
+        for number in range(parts):
+            wanted[members[number % len(members)]].append(number)
+    return wanted
+
+
+def _keepers(kept: Mapping[str, Iterable[int]]) -> dict[int, list[str]]:
+    keepers: dict[int, list[str]] = {}
+    for member, numbers in kept.items():
+        for number in numbers:
+            keepers.setdefault(number, []).append(member)
+    return keepers
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _host_of(member: str) -> str:
+    return member.rpartition(":")[0]

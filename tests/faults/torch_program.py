@@ -1,0 +1,235 @@
+"""Scripts that use ``torch.distributed`` alone, and lose a rank: ``torch_program.py NAME FOLDER``.
+
+Each returns what it saw, which is written into FOLDER for the test.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import quick_start  # noqa: F401
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import chaos_mpi.torch
+from chaos_mpi.errors import GroupBrokenError, ViewChangedError
+
+
+def die() -> None:
+    """End this process as a crash would."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    signal.pause()
+
+
+def unmodified_ddp(rank: int) -> list[float]:
+    """The gradient of rank r is r + 1; rank 1 dies in its third forward."""
+    model = nn.parallel.DistributedDataParallel(nn.Linear(1, 1, bias=False))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    gradients = []
+    for step in range(6):
+        if step == 2 and rank == 1:
+            die()
+        optimizer.zero_grad()
+        model(torch.tensor([[rank + 1.0]])).sum().backward()
+        optimizer.step()
+        gradients.append(float(next(model.parameters()).grad.item()))  # type: ignore[union-attr]
+    return gradients
+
+
+def initialising(_: int) -> float:
+    """Rank 0 has died before the others could make their process group."""
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    dist.destroy_process_group()
+    chaos_mpi.finalize()
+    return total.item()
+
+
+def mistaken(rank: int) -> None:
+    """A mistake that is made by every rank."""
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    raise KeyError("a mistake in the script")
+
+
+def by_environment(rank: int) -> int:
+    """RANK and WORLD_SIZE are set, as torchrun does it."""
+    return rank
+
+
+def wrapping(rank: int) -> dict[str, Any]:
+    """Rank 1 dies while the others wrap the model, which DDP compares between ranks."""
+    if rank == 1:
+        die()
+    torch.manual_seed(rank)
+    model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)))
+    model(torch.ones(4, 3)).sum().backward()
+    return {"size": dist.get_world_size(), "weights": [p.flatten().tolist() for p in model.parameters()]}
+
+
+def collectives(rank: int) -> dict[str, Any]:
+    """Rank 2 dies, and the others make one call after another."""
+    size = dist.get_world_size()
+    seen: dict[str, Any] = {}
+    outputs = [torch.full((2,), -1) for _ in range(size)]
+    if rank == 2:
+        die()
+    dist.all_gather(outputs, torch.full((2,), rank + 1))
+    seen["gathered"] = [int(t[0]) for t in outputs]
+    total = [torch.tensor([1.0, rank]) for _ in range(20)]
+    works = [dist.all_reduce(tensor, async_op=True) for tensor in total]
+    for work in works:
+        work.wait()
+    seen["sums"] = [t.tolist() for t in total]
+    average = torch.tensor([float(rank)])
+    dist.all_reduce(average, dist.ReduceOp.AVG)
+    seen["average"] = average.item()
+    seen["now"] = [dist.get_rank(), dist.get_world_size()]
+    return seen
+
+
+def objects(rank: int) -> dict[str, Any]:
+    """Rank 1 dies before the others exchange objects of different lengths, in lists as long as the job was once."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    if rank == 1:
+        die()
+    seen: dict[str, Any] = {}
+    for name in ("first", "second"):
+        dist.all_gather_object(gathered, "x" * (10 * rank))
+        seen[name] = [None if entry is None else len(entry) for entry in gathered]
+    outputs = [torch.empty(1, dtype=torch.int64) for _ in range(4)]
+    dist.all_gather(outputs, torch.tensor([rank]))
+    seen["old ranks"] = [int(t) for t in outputs]
+    return seen
+
+
+def roots(rank: int) -> dict[str, Any]:
+    """Rank 0 dies instead of handing something out, and rank 1 does it; then the new rank 2 dies likewise."""
+    seen: dict[str, Any] = {}
+    tensor = torch.full((3,), rank)
+    if rank == 0:
+        die()
+    dist.broadcast(tensor, 0)
+    seen["broadcast"] = tensor.tolist()
+    tensor = torch.full((3,), rank)
+    if rank == 3:
+        die()
+    try:
+        dist.broadcast(tensor, 2)
+    except ViewChangedError as error:
+        seen["error"] = str(error)
+    dist.all_reduce(tensor)
+    seen["sum"] = tensor.tolist()
+    return seen
+
+
+def messages(rank: int) -> dict[str, Any]:
+    """Rank 0 dies while rank 1 waits for a message of it; the others exchange messages all the same."""
+    seen: dict[str, Any] = {}
+    tensor = torch.zeros(1)
+    if rank == 0:
+        die()
+    if rank == 1:
+        try:
+            dist.recv(tensor, 0)
+        except GroupBrokenError as error:
+            seen["error"] = str(error)
+    dist.barrier()
+    seen["now"] = [dist.get_rank(), dist.get_world_size()]
+    if rank == 1:
+        seen["source"] = dist.recv(tensor)
+        seen["received"] = tensor.item()
+    if rank == 3:
+        dist.send(torch.full((1,), 7.0), 0)  # which was rank 1
+    dist.barrier()
+    return seen
+
+
+def group_of_some(rank: int) -> dict[str, Any]:
+    """Rank 2 dies, which is in a group with ranks 0 and 1."""
+    seen: dict[str, Any] = {}
+    group = dist.new_group([0, 1, 2])
+    tensor = torch.ones(1)
+    if rank < 3:
+        dist.all_reduce(tensor, group=group)
+    seen["before"] = tensor.item()
+    if rank == 2:
+        die()
+    errors = []
+    for _ in range(2 if rank < 3 else 0):
+        try:
+            dist.all_reduce(tensor, group=group)
+        except GroupBrokenError as error:
+            errors.append(str(error))
+    seen["errors"] = errors
+    tensor = torch.ones(1)
+    dist.all_reduce(tensor)
+    seen["after"] = tensor.item()
+    return seen
+
+
+def _train_sharded(rank: int, deaths: dict[int, int]) -> dict[str, Any]:
+    """Four ranks are two nodes of two. ``deaths``: who dies in which step. Against the same steps without sharding."""
+    torch.manual_seed(1)
+    model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)))
+    model.register_comm_hook(chaos_mpi.torch.ElasticState(model), chaos_mpi.torch.elastic_hook)
+    nodes = {member: place // 2 for place, member in enumerate(chaos_mpi.current_session().members)}
+    optimizer = chaos_mpi.torch.ShardedOptimizer(
+        model.parameters(), torch.optim.AdamW, node_of=lambda member: str(nodes[member]), lr=0.1
+    )
+    plain = [nn.Parameter(param.detach().clone()) for param in model.parameters()]
+    reference = torch.optim.AdamW(plain, lr=0.1)
+    seen: dict[str, Any] = {"error": ""}
+    for step in range(8):
+        if deaths.get(rank) == step:
+            die()
+        optimizer.zero_grad()
+        model(torch.full((3, 4), float(rank + step))).pow(2).sum().backward()
+        for copy, param in zip(plain, model.parameters(), strict=True):
+            copy.grad = param.grad.clone()  # type: ignore[union-attr]
+        try:
+            optimizer.step()
+        except chaos_mpi.RecoveryError as error:
+            seen["error"] = str(error)
+            break
+        reference.step()
+    seen["equal"] = all(torch.equal(a, b) for a, b in zip(plain, model.parameters(), strict=True))
+    seen["parameters"] = [param.flatten().tolist() for param in model.parameters()]
+    seen["kept"] = list(optimizer.kept)
+    return seen
+
+
+def sharded_optimizer(rank: int) -> dict[str, Any]:
+    """One rank of each node dies, one after the other, and not the same."""
+    return _train_sharded(rank, {1: 2, 2: 5})
+
+
+def sharded_optimizer_without_replica(rank: int) -> dict[str, Any]:
+    """A whole node dies, and then one rank of the other."""
+    return _train_sharded(rank, {0: 2, 1: 2, 3: 5})
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "by_environment":
+        rank, size = int(os.environ["OMPI_COMM_WORLD_RANK"]), int(os.environ["OMPI_COMM_WORLD_SIZE"])
+        wrong = int(os.environ.get("WRONG", "0"))
+        os.environ.update(RANK=str((rank + wrong) % size), WORLD_SIZE=str(size))
+    if sys.argv[1] == "initialising":
+        session = chaos_mpi.init()
+        if session.rank == 0:
+            die()
+    dist.init_process_group("chaos", timeout=timedelta(seconds=20))
+    program: Callable[[int], Any] = globals()[sys.argv[1]]
+    own = dist.get_rank()
+    result = program(own)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    (Path(sys.argv[2]) / f"saw-{own}.json").write_text(json.dumps(result))

@@ -1,0 +1,154 @@
+"""What cannot be used is refused with a message that says what to do."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.timeout(400)
+
+
+def run(script: str) -> subprocess.CompletedProcess[str]:
+    """Run a script in a process of its own, which MPI needs."""
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=360, check=False)
+
+
+@pytest.mark.without_horovod
+def test_the_package_loads_without_horovod_and_torch() -> None:
+    done = run("import sys, chaos_mpi.horovod; assert not {'torch', 'horovod', 'mpi4py.MPI'} & set(sys.modules)")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.without_horovod
+def test_without_horovod_it_says_what_to_run() -> None:
+    done = run("import sys; sys.modules['horovod'] = None; import chaos_mpi.horovod as c; c.init()")
+    assert done.returncode != 0
+    assert "launch/install_horovod.sh" in done.stderr
+
+
+@pytest.mark.without_horovod
+@pytest.mark.parametrize(
+    ("name", "extra"), [("ChaosLightningCallback", "lightning"), ("ChaosTrainerCallback", "transformers")]
+)
+def test_without_the_trainer_it_says_what_to_install(name: str, extra: str) -> None:
+    done = run(f"import sys; sys.modules['{extra}'] = None; import chaos_mpi.horovod as c; c.{name}")
+    assert done.returncode != 0
+    assert f"ImportError: {name} needs" in done.stderr
+    assert f"pip install 'chaos-mpi[{extra}]'" in done.stderr
+
+
+STEPS = """
+import torch, chaos_mpi.horovod as c
+model = torch.nn.Linear(2, 2)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+"""
+REFUSED = {
+    "a script that starts Horovod itself": ("import horovod.torch as h; h.init(); c.init()", "leave that to"),
+    "horovodrun": ("import os; os.environ['HOROVOD_GLOO_RENDEZVOUS_ADDR'] = 'x'; c.init()", "chaosrun"),
+    "Gloo": ("import os; os.environ['HOROVOD_CONTROLLER'] = 'gloo'; c.init()", "'mpi'"),
+    "Adasum": ("import horovod.torch as h; c.ChaosCallback(model, optimizer, op=h.Adasum)", "Adasum"),
+    "a wrapped optimizer": ("optimizer.skip_synchronize = None; c.ChaosCallback(model, optimizer)", "the plain one"),
+    "parameters that nobody steps": (
+        "c.ChaosCallback(torch.nn.Sequential(model, torch.nn.Linear(2, 2)), optimizer)", "leaves out '1.weight'"
+    ),
+    "sparse gradients": (
+        "m = torch.nn.Embedding(3, 3, sparse=True); c.ChaosCallback(m, torch.optim.SGD(m.parameters(), 0.1))", "sparse"
+    ),
+    "zero_grad between backward and step": (
+        "o = c.ChaosCallback(model, optimizer).optimizer; model(torch.ones(1, 2)).sum().backward(); o.zero_grad()",
+        "call it after step()",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.replace(" ", "-"))
+def test_refused(case: str) -> None:
+    refuses(STEPS, *REFUSED[case])
+
+
+LIGHTNING = """
+import torch, chaos_mpi.horovod as c
+from lightning.pytorch import LightningModule, Trainer
+
+class Module(LightningModule):
+    def __init__(self, optimizers=1, **options):
+        super().__init__()
+        self.net, self.optimizers_wanted, self.options = torch.nn.Linear(2, 2), optimizers, options
+    def training_step(self, batch, batch_idx):
+        return self.net(batch).sum()
+    def configure_optimizers(self):
+        made = [torch.optim.SGD(self.parameters(), lr=0.1) for _ in range(self.optimizers_wanted)]
+        if not self.options:
+            return made
+        return made, [{"scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau(made[0]), "monitor": "loss"}]
+
+chaos = c.ChaosLightningCallback()
+loader = chaos.loader(torch.ones(8, 2), batch_size=2)
+def fit(module, data=loader, **options):
+    options = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, **options}
+    Trainer(logger=False, enable_checkpointing=False, callbacks=[chaos], **options).fit(module, data)
+"""
+REFUSED_BY_LIGHTNINGS = {
+    "accumulation": ("fit(Module(), accumulate_grad_batches=2)", "accumulate_grad_batches=2): leave it out"),
+    "a part of an epoch": ("fit(Module(), limit_train_batches=1)", "limit_train_batches=1"),
+    "another strategy": ("fit(Module(), strategy='ddp', devices=1)", "strategy='auto'"),
+    "another loader": (
+        "fit(Module(), torch.utils.data.DataLoader(torch.ones(8, 2)))", "that ChaosLightningCallback.loader() made"
+    ),
+    "manual optimization": (
+        "m = Module(2); m.automatic_optimization = False; fit(m)", "manual optimization: use chaos_mpi.horovod"
+    ),
+    "ReduceLROnPlateau": ("fit(Module(plateau=True))", "ReduceLROnPlateau"),
+    "a second fit": ("fit(Module()); fit(Module())", "fit() can be called once"),
+}  # fmt: skip
+
+TRANSFORMERS = """
+import tempfile, torch, chaos_mpi.horovod as c
+from transformers import Trainer, TrainingArguments
+
+class Module(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(2, 2)
+    def forward(self, x):
+        return {"loss": self.net(x).sum()}
+
+def train(data=[{"x": torch.ones(2)}] * 8, **options):
+    arguments = TrainingArguments(tempfile.mkdtemp(), report_to=[], save_strategy="no", **{"max_steps": 2, **options})
+    trainer = Trainer(Module(), arguments, train_dataset=data)
+    chaos = c.ChaosTrainerCallback(trainer)
+    trainer.train()
+    assert chaos.result.steps == 2
+    return trainer
+"""
+REFUSED_BY_TRANSFORMERS = {
+    "epochs": ("train(max_steps=-1, num_train_epochs=2)", "set max_steps"),
+    "accumulation": ("train(gradient_accumulation_steps=2)", "gradient_accumulation_steps=2): leave it out"),
+    "a strategy by epochs": ("train(logging_strategy='epoch')", "logging_strategy='epoch'): use 'steps'"),
+    "a stream": (
+        "class S(torch.utils.data.IterableDataset):\n    def __iter__(self): return iter([])\ntrain(S())", "no length"
+    ),
+    "training twice": ("train().train()", "train() can be called once"),
+}  # fmt: skip
+
+
+def refuses(preparation: str, script: str, word: str) -> None:
+    done = run(preparation + script)
+    assert done.returncode != 0
+    assert word in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lightning") is None, reason="lightning is not installed")
+@pytest.mark.parametrize("case", REFUSED_BY_LIGHTNINGS, ids=lambda case: case.replace(" ", "-"))
+def test_refused_by_lightnings_callback(case: str) -> None:
+    refuses(LIGHTNING, *REFUSED_BY_LIGHTNINGS[case])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
+@pytest.mark.parametrize("case", REFUSED_BY_TRANSFORMERS, ids=lambda case: case.replace(" ", "-"))
+def test_refused_by_the_trainers_callback(case: str) -> None:
+    refuses(TRANSFORMERS, *REFUSED_BY_TRANSFORMERS[case])

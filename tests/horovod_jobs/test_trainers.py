@@ -1,0 +1,142 @@
+"""Jobs of PyTorch Lightning and of the Hugging Face Trainer, on real Horovod, in which ranks die, join and leave."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checks import check_history, check_survival
+from fault_points import Rule
+from jobs import Job, clean_environment, start_training
+from problem import Problem, as_trained, read_traces
+from test_horovod_jobs import NEWCOMER, die, rule
+
+pytestmark = [pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(400, method="signal")]
+
+LIMIT_S = 360.0
+#: Loading Lightning or transformers takes long where the machine has much else to do.
+TIMEOUT_S = 180.0
+
+
+def trainer_of(name: str) -> Any:
+    """The name as a parameter of tests that need it."""
+    reason = f"{name} is not installed: pip install 'chaos-mpi[{name}]'"
+    return pytest.param(name, marks=pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=reason))
+
+
+TRAINERS = pytest.mark.parametrize("trainer", [trainer_of("lightning"), trainer_of("transformers")])
+
+
+def start(folder: Path, trainer: str, problem: Problem, rules: list[Rule], **how: Any) -> Job:
+    """A job of this trainer with these rules."""
+    script = f"../horovod_jobs/train_{trainer}.py"
+    return start_training(folder, problem, rules, script=script, limit_s=LIMIT_S, timeout_s=TIMEOUT_S, **how)
+
+
+#: Rules, and who dies. An epoch has eight steps.
+KILLS: dict[str, tuple[list[Rule], set[int]]] = {
+    "in the very first forward": ([die(1, "forward", step=0)], {1}),
+    "rank 0 while Horovod reduces": ([die(0, "horovod")], {0}),
+    "between step and step": ([die(1, "boundary")], {1}),
+    "in the last step of an epoch": ([die(1, "between buckets", step=7)], {1}),
+    "down to one rank": ([die(0, "forward", step=2), die(2, "between buckets", step=5)], {0, 2}),
+}
+
+
+@TRAINERS
+@pytest.mark.parametrize("case", KILLS, ids=lambda case: case.replace(" ", "-"))
+def test_training_survives_a_kill(trainer: str, case: str, tmp_path: Path) -> None:
+    rules, dead = KILLS[case]
+    problem = Problem(ranks=3)
+    with start(tmp_path, trainer, problem, rules) as job:
+        check_survival(job.finish(), problem, dead)
+
+
+@TRAINERS
+def test_clipping_workers_and_a_set_that_leaves_a_rank_nothing_at_the_end(trainer: str, tmp_path: Path) -> None:
+    problem = Problem(ranks=3, clip=0.5, workers=1, samples=50, policy="none")
+    with start(tmp_path, trainer, problem, [die(1, "between buckets")]) as job:
+        check_survival(job.finish(), problem, {1})
+
+
+JOIN = [
+    rule(1, "boundary", "join"),
+    rule(NEWCOMER, "newcomer:register", step=None),
+    # The others train through before it is ready, otherwise.
+    rule(0, "boundary", None, f"newcomer:register.{NEWCOMER}", step=8) | {"limit_s": TIMEOUT_S},
+]
+#: Rules, who dies, who leaves, who joins, and the policy for joins.
+CHANGES: dict[str, tuple[list[Rule], Collection[int], Collection[int], Collection[int], str]] = {
+    "rank 0 leaves": ([rule(0, "boundary", "leave")], [], [0], [], "auto"),
+    "one joins while the others train on": (JOIN, [], [], [NEWCOMER], "overlap"),
+    "one joins and dies in its first step": (
+        [*JOIN, die(NEWCOMER, "forward", step=None)], [NEWCOMER], [], [NEWCOMER], "blocking",
+    ),
+}  # fmt: skip
+
+
+@TRAINERS
+@pytest.mark.parametrize("case", CHANGES, ids=lambda case: case.replace(" ", "-"))
+def test_ranks_join_and_leave(trainer: str, case: str, tmp_path: Path) -> None:
+    rules, dead, left, joined, policy = CHANGES[case]
+    problem = Problem(ranks=3, epochs=40 if joined else 2)
+    with start(tmp_path, trainer, problem, rules, environment={"CHAOS_JOIN_POLICY": policy}) as job:
+        finished = job.finish()
+    ranks = [*range(problem.ranks), *joined]
+    steps = check_history(finished, problem, {finished.member(r) for r in ranks if r not in {*dead, *left}})
+    for label in joined:
+        assert any(finished.member(label) in contributors for contributors in steps.values()) or label in dead
+    assert bool(finished.events("failure_detected")) == bool(dead), "a leave is no failure"
+
+
+@TRAINERS
+def test_kill_9_and_chaosctl_add(trainer: str, tmp_path: Path) -> None:
+    problem = Problem(ranks=3, epochs=1_000_000, pause_s=0.02)
+    temporary = tmp_path / "t"  # its own, so that chaosctl finds no other job
+    temporary.mkdir()
+    runtime = {"TMPDIR": str(temporary)}
+    options = {"until_told": True}
+    with start(tmp_path, trainer, problem, [], environment=runtime, options_of_script=options) as job:
+        job.wait_until(lambda: job.steps_finished() >= 5, "five steps were finished")
+        job.kill(job.pid(1))
+        before = job.steps_finished()
+        job.wait_until(lambda: job.steps_finished() > before + 5, "the others trained on")
+        added = subprocess.run(
+            [sys.executable, "-m", "chaos_mpi.cli.chaosctl", "add"], env={**clean_environment(), **runtime},
+            capture_output=True, text=True, timeout=LIMIT_S, check=False,
+        )  # fmt: skip
+        assert added.returncode == 0, added.stdout + added.stderr
+        (tmp_path / "stop").touch()
+        finished = job.finish()
+    ranks = [0, 2, NEWCOMER]
+    assert os.uname().nodename in added.stdout
+    steps = check_history(finished, as_trained(problem, tmp_path), {finished.member(rank) for rank in ranks})
+    assert finished.member(NEWCOMER) in steps[len(steps)], "the newcomer is not in the last step"
+    assert finished.member(1) not in steps[len(steps)]
+
+
+@TRAINERS
+def test_a_job_is_resumed(trainer: str, tmp_path: Path) -> None:
+    problem = Problem(ranks=2, samples=64)  # two epochs of eight steps
+    options = ["--checkpoint-dir", str(tmp_path / "checkpoints"), "--checkpoint-every", "2"]
+    wait = [rule(0, "boundary", None, "never.0", step=11) | {"limit_s": TIMEOUT_S}]
+    with start(tmp_path / "1", trainer, problem, wait, options=options) as job:
+        job.wait_until((tmp_path / "checkpoints" / "step-000000010.safetensors").exists, "step 10 was saved")
+        job.kill_all()
+    with start(tmp_path / "2", trainer, problem, [], options=[*options, "--resume"]) as job:
+        finished = job.finish()
+    assert finished.status == 0
+    assert len(finished.results()) == 2
+    for result in finished.results().values():
+        assert result["identical"]
+    traces = read_traces(tmp_path / "2").values()
+    for trace in traces:
+        assert min(trace.steps) == 11
+        assert {batch["epoch"] for batch in trace.batches.values()} == {1}
+        assert max(trace.steps) == 16
