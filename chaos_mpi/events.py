@@ -13,7 +13,7 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +67,14 @@ class RecentEvents:
     def __init__(self) -> None:
         self.stalled_s: dict[str, float] = {}
         self._lines: deque[str] = deque(maxlen=RECENT)
+        self._followers: list[queue.SimpleQueue[str | None]] = []
+        self._ended = False
 
     def add(self, record: dict[str, Any], line: str) -> None:
         """Keep an event, given also as its line of the log."""
         self._lines.append(line)
+        for follower in tuple(self._followers):
+            follower.put(line)
         if record["event"] == "stalled":
             cause = str(record.get("cause", ""))
             self.stalled_s[cause] = self.stalled_s.get(cause, 0.0) + float(record.get("seconds", 0.0))
@@ -78,6 +82,24 @@ class RecentEvents:
     def events(self) -> list[dict[str, Any]]:
         """At most the last :data:`RECENT` events, oldest first."""
         return [json.loads(line) for line in list(self._lines)]
+
+    def follow(self) -> Iterator[str]:
+        """The last events, and then each as it happens, as lines of the log, until :meth:`end`. One may come twice."""
+        lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        # Without a lock, which a signal handler could find taken: rather one event twice than one left out.
+        self._followers.append(lines)
+        try:
+            yield from list(self._lines)
+            while not (self._ended and lines.empty()) and (line := lines.get()) is not None:
+                yield line
+        finally:
+            self._followers.remove(lines)
+
+    def end(self) -> None:
+        """Nothing comes any more."""
+        self._ended = True
+        for follower in tuple(self._followers):
+            follower.put(None)
 
 
 class EventLog:

@@ -140,6 +140,17 @@ def ask_all(job: Path, request: dict[str, Any], limit_s: float) -> list[dict[str
         return [answer for answer in answers if answer is not None]
 
 
+def follow(path: Path) -> Iterator[dict[str, Any]]:
+    """The last events of the member behind a control socket, then those to come, until it ends or is gone."""
+    if (connection := _reach(path)) is None:
+        return
+    with contextlib.suppress(OSError, ValueError), connection, contextlib.closing(_Member(connection)) as member:
+        member.ask({"do": "follow"}, None)
+        for line in member.stream:
+            if "event" in (answer := json.loads(line)):
+                yield answer["event"]
+
+
 def _ask_one(path: Path, request: dict[str, Any], limit_s: float) -> dict[str, Any] | None:
     """The last answer of a member; None if it is gone, hangs, or does not understand."""
     if (connection := _reach(path, limit_s)) is None:
@@ -184,8 +195,8 @@ class _Member:
         if not self.stream.readline():
             raise ConnectionError("it hung up")
 
-    def ask(self, request: dict[str, Any], limit_s: float) -> None:
-        """Send a request; the answers are lines of :attr:`stream`, each within ``limit_s`` seconds."""
+    def ask(self, request: dict[str, Any], limit_s: float | None) -> None:
+        """Send a request; the answers are lines of :attr:`stream`, each within ``limit_s`` seconds if that is given."""
         self._connection.settimeout(limit_s)
         self.stream.write(json.dumps(request).encode() + b"\n")
         self.stream.flush()

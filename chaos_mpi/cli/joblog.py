@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import queue
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
 
+from chaos_mpi.cli.control import follow
 from chaos_mpi.cli.status import NOBODY, Job, look
 from chaos_mpi.cli.timeline import Event, Line, story
 
-#: Time between two looks, seconds.
-PERIOD_S = 1.0
+#: How often a log that is followed goes on, seconds.
+PERIOD_S = 0.25
 #: What happened more recently than that may not have been told by all members, seconds.
 SETTLE_S = 0.5
-#: A job of which nobody has answered for so many looks has ended.
-SILENT_LOOKS = 3
+#: A job of which nobody has answered for so long has ended or hangs, seconds.
+SILENT_S = 3.0
 
 
 def told(events: Sequence[Event]) -> list[Line]:
@@ -61,6 +65,40 @@ def as_text(line: Line) -> str:
     return f"{time.strftime('%H:%M:%S', time.localtime(line.t))}  step {line.step:6d}  {line.text}"
 
 
+class Listeners:
+    """Take down what the members on this machine tell of, each in a thread; newcomers are found by :meth:`look`.
+
+    Args:
+        directory: the job's private directory.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._told: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._threads: dict[Path, threading.Thread] = {}
+
+    def look(self) -> bool:
+        """Listen to whoever is not listened to yet; whether anybody has been since the last look."""
+        heard = any(thread.is_alive() for thread in self._threads.values())
+        for path in self._directory.glob("control-*.sock"):
+            if path not in self._threads or not self._threads[path].is_alive():
+                self._threads[path] = threading.Thread(target=self._listen, args=(path,), daemon=True)
+                self._threads[path].start()
+        return heard
+
+    def _listen(self, path: Path) -> None:
+        for event in follow(path):
+            self._told.put(event)
+
+    def events(self) -> list[Event]:
+        """What has been told since the last call."""
+        found = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                found.append(self._told.get_nowait())
+        return found
+
+
 class Following:
     """Tells each thing once, when all members have had time to tell of it."""
 
@@ -99,19 +137,24 @@ def show(directory: Path, member: str | None, last: int | None, following: bool)
     if (job := look(directory)) is None:
         raise click.ClickException(NOBODY)
     chosen = member_id(job, member) if member is not None else None
-    seen, silent = Following(), 0
-    lines = seen.feed(_events(job, chosen), time.time() - SETTLE_S if following else math.inf)
+    seen = Following()
+    lines = seen.feed(_of(chosen, job["events"]), time.time() - SETTLE_S if following else math.inf)
     yield from map(as_text, lines if last is None else lines[max(0, len(lines) - last) :])
-    while following and silent < SILENT_LOOKS:
-        time.sleep(PERIOD_S)
-        job = look(directory)
-        silent = 0 if job is not None else silent + 1
-        yield from map(as_text, seen.feed(_events(job, chosen), time.time() - SETTLE_S))
     if following:
-        yield from map(as_text, seen.feed([], math.inf))
-        yield "nobody answers any more: the job has ended, or hangs"
+        yield from _follow(directory, chosen, seen)
 
 
-def _events(job: Job | None, member: str | None) -> list[Event]:
-    events: list[Event] = job["events"] if job is not None else []
+def _follow(directory: Path, member: str | None, seen: Following) -> Iterator[str]:
+    listeners, heard_at = Listeners(directory), time.monotonic()
+    while directory.is_dir() and time.monotonic() < heard_at + SILENT_S:
+        if listeners.look():
+            heard_at = time.monotonic()
+        time.sleep(PERIOD_S)
+        yield from map(as_text, seen.feed(_of(member, listeners.events()), time.time() - SETTLE_S))
+    ended = not directory.is_dir()
+    yield from map(as_text, seen.feed(_of(member, listeners.events()), math.inf))
+    yield "the job has ended" if ended else "nobody answers any more: the job has ended, or hangs"
+
+
+def _of(member: str | None, events: Sequence[Event]) -> list[Event]:
     return [event for event in events if member in (None, event["member"])]

@@ -108,7 +108,8 @@ def story(events: list[Event]) -> list[Line]:
     told += _told_by_all(events, "detour_failed", ("a", "b", "reason"), _no_detour)
     told += _told_by_all(events, "witness_changed", ("witness", "state"), _witness)
     ended = [e for e in events if e["event"] == "session_ended" and e["outcome"] != "left"]
-    if ended:
+    going_on = (before or set()) - {e["member"] for e in ended}
+    if ended and not (going_on and all(e["outcome"] == "crashed" for e in ended)):
         told.append(_line(ended[-1], _ending(ended)))
     return sorted(told, key=lambda line: (line.t, line.step, line.text))
 
@@ -164,6 +165,8 @@ def _ending(ended: list[Event]) -> str:
     digests = {e["params_digest"] for e in finished}
     if digests == {""}:
         return f"finished; the {len(finished)} replicas were not compared, as the script has no TrainingState"
+    if len(finished) == 1:
+        return f"finished with one replica (digest {digests.pop()})"
     if len(digests) == 1:
         return f"finished; all {len(finished)} replicas are bitwise identical (digest {digests.pop()})"
     return f"finished; the {len(finished)} replicas DIFFER"

@@ -49,7 +49,8 @@ _FINAL = frozenset({"active", "left", "moved", "refused"})
 class ControlSocket:
     """Answers ``chaosctl``, in a thread.
 
-    Requests: ``{"do": "status"}``, answered by :meth:`chaos_mpi.elastic.status.MemberStatus.answer`;
+    Requests: ``{"do": "status"}``, answered by :meth:`chaos_mpi.elastic.status.MemberStatus.answer`; ``{"do":
+    "follow"}``, answered by one ``{"event": {...}}`` for each event, up to the end of the session;
     ``{"do": "add", "n": 1, "host": ""}``; ``{"do": "remove", "member": id}``; ``{"do": "link", "a": host, "b": host,
     "down": true}``; ``{"do": "end", "signal": "SIGTERM"}``, which is for this member alone, as SIGTERM is, and names
     the signal that its launcher got; ``{"do": "relaunch"}``, what another launcher has to know to start the job anew;
@@ -70,7 +71,8 @@ class ControlSocket:
         threading.Thread(target=self._serve, name="chaos_mpi-control", daemon=True).start()
 
     def close(self) -> None:
-        """Take no more requests; what has become of those that were made is still said."""
+        """Take no more requests; what has become of those that were made is still said, and what has happened."""
+        self._session.recent.end()
         limit = time.monotonic() + _LAST_ANSWERS_S
         for thread in list(self._answered):
             thread.join(max(0.0, limit - time.monotonic()))
@@ -103,6 +105,10 @@ class ControlSocket:
             except (ChaosError, ValueError, KeyError, TypeError) as error:
                 stream.write(json.dumps({"error": str(error), "last": True}).encode() + b"\n")
 
+    def _await(self, thread: threading.Thread) -> None:
+        """A thread whose last answers have to be written before the member ends."""
+        self._answered = [other for other in self._answered if other.is_alive()] + [thread]
+
     def _order_link(self, request: dict[str, Any]) -> str:
         agent = self._session.agent
         if agent is None:
@@ -112,16 +118,21 @@ class ControlSocket:
 
     def _answers(self, request: dict[str, Any]) -> Any:
         session, told = self._session, queue.SimpleQueue[dict[str, Any]]()
-
         thread = threading.current_thread()
 
         def answer(what: str, fields: dict[str, Any]) -> None:
             if what in _FINAL:
-                self._answered = [other for other in self._answered if other.is_alive()] + [thread]
+                self._await(thread)
             told.put({"what": what, **fields, "last": what in _FINAL})
 
         if request["do"] == "status":
             yield {**self._status.answer(), "last": True}
+            return
+        if request["do"] == "follow":
+            self._await(thread)
+            for line in session.recent.follow():
+                yield {"event": json.loads(line)}
+            yield {"last": True}
             return
         if request["do"] == "relaunch":
             facts = relaunch.facts(os.environ, launching.arguments(), START_DIRECTORY)

@@ -80,9 +80,9 @@ class EndingSession(ChangingSession):
 
     def _end(self, outcome: str, message: str, digest: str) -> None:
         self._ended = True
+        self.emit("session_ended", outcome=outcome, params_digest=digest, message=message)
         if self._control is not None:
             self._control.close()
-        self.emit("session_ended", outcome=outcome, params_digest=digest, message=message)
         self._events.close(5.0)
         self._record(outcome, message, digest)
 

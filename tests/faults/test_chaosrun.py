@@ -19,7 +19,8 @@ from problem import Problem
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(100, method="signal")]
 
-LONG = Problem(ranks=3, epochs=400)
+#: Until it is killed.
+ENDLESS = Problem(ranks=3, epochs=10**6)
 
 
 def tool(name: str, *arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -34,7 +35,7 @@ def started(folder: Path, rules: Sequence[Rule] = (), options: Sequence[str] = (
     """A long job whose temporary files are its own, so that chaosctl finds no other."""
     temporary = folder / "t"
     temporary.mkdir()
-    return start_training(folder, LONG, rules, options=options, environment={"TMPDIR": str(temporary)})
+    return start_training(folder, ENDLESS, rules, options=options, environment={"TMPDIR": str(temporary)})
 
 
 def ctl(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

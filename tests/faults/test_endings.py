@@ -234,7 +234,7 @@ def test_too_few_ranks_of_a_job_that_was_resumed_with_more(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("machine", [False, True], ids=["the ranks", "the whole machine"])
 def test_all_are_told_to_end_and_resumed(machine: bool, tmp_path: Path) -> None:
-    problem = Problem(ranks=3, epochs=15)
+    problem = Problem(ranks=3, epochs=10, pause_s=0.02)
     options = ["--checkpoint-dir", str(tmp_path / "saved"), "--resume"]
     with start_training(tmp_path / "a", problem, options=options) as job:
         job.wait_until(lambda: job.steps_finished() > 2, "the first steps")
@@ -257,7 +257,7 @@ def test_all_are_told_to_end_and_resumed(machine: bool, tmp_path: Path) -> None:
 
 
 def test_a_closed_terminal_stops_the_job_with_its_state_saved(tmp_path: Path) -> None:
-    problem, close, saved = Problem(ranks=3, epochs=400), tmp_path / "close", tmp_path / "saved"
+    problem, close, saved = Problem(ranks=3, epochs=10**6), tmp_path / "close", tmp_path / "saved"
     terminal = [sys.executable, str(HERE / "terminal.py"), str(close)]
     with start_training(tmp_path / "a", problem, options=["--checkpoint-dir", str(saved)], before=terminal) as job:
         job.wait_until(lambda: job.steps_finished() > 2, "the first steps")
@@ -270,7 +270,7 @@ def test_a_closed_terminal_stops_the_job_with_its_state_saved(tmp_path: Path) ->
 
 
 def test_a_hang_up_is_named_and_is_nothing_to_nohup(tmp_path: Path) -> None:
-    problem = Problem(ranks=2, epochs=400)
+    problem = Problem(ranks=2, epochs=10**6)
     with start_training(tmp_path / "a", problem) as job:
         job.wait_until(lambda: job.steps_finished() > 2, "the first steps")
         for _ in range(2):  # as a shell and then the kernel do
@@ -290,7 +290,7 @@ def test_a_hang_up_is_named_and_is_nothing_to_nohup(tmp_path: Path) -> None:
 
 
 def test_all_are_told_to_end_where_several_may_not_leave(tmp_path: Path) -> None:
-    problem, saved = Problem(ranks=3, epochs=400), tmp_path / "saved"
+    problem, saved = Problem(ranks=3, epochs=10**6), tmp_path / "saved"
     options = ["--checkpoint-dir", str(saved), "--min-ranks", "2"]
     with start_training(tmp_path / "a", problem, options=options) as job:
         job.wait_until(lambda: job.steps_finished() > 2, "the first steps")
@@ -307,7 +307,7 @@ def test_all_are_told_to_end_where_several_may_not_leave(tmp_path: Path) -> None
 
 
 def test_all_are_told_to_end_and_nothing_is_saved_where_nobody_asked(tmp_path: Path) -> None:
-    with start_training(tmp_path, Problem(ranks=2, epochs=400)) as job:
+    with start_training(tmp_path, Problem(ranks=2, epochs=10**6)) as job:
         job.wait_until(lambda: job.steps_finished() > 2, "the first steps")
         for rank in range(2):
             os.kill(job.pid(rank), signal.SIGTERM)

@@ -14,19 +14,19 @@ from typing import Any, cast
 import click
 import pytest
 
-from chaos_mpi.cli.control import ask, ask_all, end_ranks, find_job
+from chaos_mpi.cli.control import ask, ask_all, end_ranks, find_job, follow
 from chaos_mpi.cli.status import combine, lines
 from chaos_mpi.elastic.control import ControlSocket
 from chaos_mpi.elastic.negotiator import Answer
 from chaos_mpi.elastic.session import Session
 from chaos_mpi.elastic.status import MemberStatus
-from chaos_mpi.events import RecentEvents
+from chaos_mpi.events import EventLog, RecentEvents
 from chaos_mpi.membership import Changes
 
 
 def session(**attributes: Any) -> Session:
     """As much of a session as the socket asks for."""
-    return cast("Session", SimpleNamespace(member="me", step=0, **attributes))
+    return cast("Session", SimpleNamespace(**{"member": "me", "step": 0, "recent": RecentEvents(), **attributes}))
 
 
 @pytest.mark.parametrize("length", [1, 200])
@@ -63,7 +63,7 @@ def looked_at(run_dir: Path) -> Session:
     return session(
         host="h", rank=1, members=("h:1", "me"), epoch=3, phase="compute", samplers=(SimpleNamespace(epoch=4),),
         settings=SimpleNamespace(min_ranks=1, max_ranks=None, run_dir=run_dir), pending_joins=list,
-        changes=Changes(deaths=1), recent=RecentEvents(), agent=None,
+        changes=Changes(deaths=1), agent=None,
     )  # fmt: skip
 
 
@@ -111,6 +111,47 @@ def test_a_member_that_leaves_still_says_so(_: int, tmp_path: Path) -> None:
     answers = list(ask(tmp_path, {"do": "remove", "member": "me"}, limit_s=10))
     leaving.join()
     assert [answer["what"] for answer in answers] == ["left"]
+
+
+@pytest.mark.parametrize("_", range(20))
+def test_who_follows_a_member_hears_of_everything_up_to_its_end(_: int, tmp_path: Path) -> None:
+    log = EventLog(None, "me", "h")
+
+    def happens(step: int) -> None:
+        log.emit("stalled", rank=0, size=1, epoch=0, step=step, seconds=0.0, cause="join")
+
+    happens(1)
+    control = ControlSocket(session(recent=log.recent), tmp_path / "control-1.sock")
+    told = follow(tmp_path / "control-1.sock")
+    assert next(told)["step"] == 1
+    happens(2)
+    assert next(told)["step"] == 2
+
+    def ends() -> None:
+        for step in range(3, 100):
+            happens(step)
+        control.close()
+
+    ending = threading.Thread(target=ends)
+    ending.start()
+    assert [event["step"] for event in told] == list(range(3, 100))
+    ending.join()
+    assert list(follow(tmp_path / "control-1.sock")) == [], "nobody is there any more"
+
+
+def test_who_follows_and_does_not_read_keeps_no_member_from_ending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chaos_mpi.elastic.control._LAST_ANSWERS_S", 0.1)
+    log = EventLog(None, "me", "h")
+    control = ControlSocket(session(recent=log.recent), tmp_path / "control-1.sock")
+    told = follow(tmp_path / "control-1.sock")
+    log.emit("join_requested", rank=0, size=1, epoch=0, step=0, id="j", host="")
+    next(told)
+    for step in range(1000):
+        log.emit("join_requested", rank=0, size=1, epoch=0, step=step, id="j" * 1000, host="")
+    control.close()
+    told.close()
 
 
 def test_a_member_is_told_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,14 @@ def test_each_view_is_told_once_however_many_members_saw_it() -> None:
     assert texts([*STARTED, *LOST, *second])[1:] == ["h:2 died; 2 ranks are left", "h:0, h:1 died; 1 rank is left"]
 
 
+def test_a_job_has_not_ended_while_a_rank_of_it_goes_on() -> None:
+    started = [event("session_started", 0.0, rank=rank, pid=rank, host="h", members=["h:0", "h:1"]) for rank in (0, 1)]
+    crash = ended(2.0, 1, "crashed")
+    assert texts([*started, crash])[1:] == []
+    assert texts([*started, crash, ended(3.0, 0, "crashed")])[1:] == ["ended: crashed"]
+    assert texts([*started, crash, ended(3.0, 0)])[1:] == ["finished with one replica (digest abc)"]
+
+
 def test_rows_are_in_order_of_time() -> None:
     story = rows([ended(9, 0), recovered(2.1, 0, 1), *LOST, *STARTED])
     assert [t for t, _, _ in story] == sorted(t for t, _, _ in story)
@@ -102,7 +110,7 @@ def test_replicas_that_differ_are_named() -> None:
 
 def test_an_end_before_the_end() -> None:
     assert texts([*STARTED, ended(4, 0, "stopped")])[-1] == "ended: stopped"
-    assert texts([*STARTED, ended(3, 1, "crashed"), ended(4, 0)])[-1].startswith("finished; all 1 replicas")
+    assert texts([*STARTED, ended(3, 1, "crashed"), ended(4, 0)])[-1].startswith("finished with one replica")
 
 
 def test_a_log_that_breaks_off() -> None:
