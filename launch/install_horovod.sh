@@ -127,7 +127,7 @@ progress() {
 }
 progress &
 reporter=$!
-trap 'kill "$reporter" 2>/dev/null; rm -rf "$work"' EXIT
+trap 'kill "$reporter" 2>/dev/null || true; rm -rf "$work"' EXIT
 if ! CMAKE_POLICY_VERSION_MINIMUM=3.5 HOROVOD_WITH_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1 \
     HOROVOD_WITH_GLOO=1 HOROVOD_WITH_MPI=1 HOROVOD_LOCAL_VERSION="$LOCAL_VERSION" \
     MAKEFLAGS="${MAKEFLAGS:--j$jobs}" TMPDIR="$work" \
@@ -136,7 +136,7 @@ if ! CMAKE_POLICY_VERSION_MINIMUM=3.5 HOROVOD_WITH_PYTORCH=1 HOROVOD_WITHOUT_TEN
     grep -E "error|Error" "$log" | tail -n 20 >&2 || tail -n 20 "$log" >&2
     fail "the build failed or took longer than $LIMIT_S s; all of its output is in $log" 3
 fi
-kill "$reporter"
+kill "$reporter" 2>/dev/null || true
 say "built in $((SECONDS - began)) s"
 mv -f "$work"/built/horovod-*.whl "$cache"/
 built=("$cache"/horovod-*.whl)
