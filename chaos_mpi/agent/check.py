@@ -1,7 +1,8 @@
 """What a host has, as one line of JSON; its source is sent to ``python -`` on the host before a job is started there.
 
 So it runs where this package is not installed, and with versions of Python that the package does not support.
-Arguments are paths, of which it says whether they exist, or, after a ``+``, whether files can be made in it.
+Arguments are paths, of which it says whether they exist, or, after a ``+``, whether files can be made in it; and after
+an ``@`` the network in which the host is to have an address.
 """
 
 import importlib.util
@@ -51,8 +52,23 @@ def writable(directory: str) -> bool:
     return os.path.isdir(directory) and os.access(directory, os.W_OK | os.X_OK)
 
 
-def report(paths: "list[str]") -> "dict[str, object]":
+def network_problem(network: str) -> "str | None":
+    """Why no address of this host is in a network, as far as the package can tell that is installed here."""
+    try:
+        from chaos_mpi.agent.contacts import own_interfaces, select
+    except (ImportError, SyntaxError):
+        return None
+    try:
+        select(own_interfaces(), network)
+    except Exception as error:  # those of the package, whichever version it is
+        return str(error)
+    return None
+
+
+def report(wanted: "list[str]") -> "dict[str, object]":
     """All that is found out."""
+    networks = [one[1:] for one in wanted if one[:1] == "@"]
+    paths = [one for one in wanted if one[:1] != "@"]
     loaded, problem = library()
     return {
         "hostname": socket.gethostname(),
@@ -64,6 +80,7 @@ def report(paths: "list[str]") -> "dict[str, object]":
         "library": loaded,
         "library_problem": problem,
         "missing": [path for path in paths if path[:1] != "+" and not os.path.exists(path)],
+        "network_problems": [problem for problem in map(network_problem, networks) if problem is not None],
         "unwritable": [path[1:] for path in paths if path[:1] == "+" and not writable(path[1:])],
     }
 

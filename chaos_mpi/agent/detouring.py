@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from chaos_mpi.agent import tasks
 from chaos_mpi.agent.contacts import Contact, Interface, nearest
+from chaos_mpi.agent.machine import Machine, plausible
 from chaos_mpi.agent.network import Network, boot_clock_s
 from chaos_mpi.agent.routes import (
     Forwarding,
@@ -71,6 +72,9 @@ class Detouring:
         timing: limits.
         allowed: whether routes may be set and packets forwarded; else it is only said which links are cut.
         on_change: is called with the links that are otherwise than before.
+
+    Attributes:
+        learnt_s: when the bandwidth to another host was last measured, by host.
     """
 
     def __init__(
@@ -90,6 +94,8 @@ class Detouring:
         self._forwarding = Forwarding()
         self._sight: Sight | None = None
         self._has_measured = False  # bandwidths, since the last table
+        self._machine, self._machines = Machine(), dict[str, dict[str, Any]]()  # this host's, and by host those of all
+        self.learnt_s: dict[str, float] = {}
         self._set: dict[str, tuple[Way, list[Route]]] = {}  # by the other host
         self._connect_s: dict[str, float] = {}  # by the other host, when to connect anew if it is not heard
         self._complained: set[str] = set()
@@ -117,6 +123,8 @@ class Detouring:
         """
         if fields["kind"] == TABLE:
             orders = self._table.receive(sender, fields)
+            if "machine" in fields:
+                self._machines[host_of(sender)] = plausible(fields["machine"])
             self._links.bytes_per_s = self._table.bytes_per_s
             self._heed_orders(orders)
         else:
@@ -127,9 +135,29 @@ class Detouring:
         self._table.measured(self._watch.rtt_s())
         return self._table.rows(self._hosts(), self._links.links)
 
+    def machines(self) -> dict[str, dict[str, Any]]:
+        """What is known of each host, by name; see :meth:`chaos_mpi.agent.machine.Machine.look`."""
+        known = {**self._machines, self._links.host: self._machine.look()}
+        return {host: machine for host, machine in sorted(known.items()) if host in self._hosts()}
+
+    @property
+    def speakers(self) -> Mapping[str, str]:
+        """For each host the member that speaks for it."""
+        return self._sight.speakers if self._sight is not None else {}
+
+    def bytes_per_s(self, host: str) -> float | None:
+        """How fast data goes from here to another host, if that is known."""
+        return self._table.bytes_per_s_to(host)
+
+    def rtt_s(self, host: str) -> float | None:
+        """The round-trip time to another host, if that is known."""
+        self._table.measured(self._watch.rtt_s())
+        return self._table.rtt_s.get(ends_of(self._links.host, host))
+
     def sent(self, bytes_per_s: Mapping[str, float]) -> None:
-        """How fast the rank's data went to other hosts. The others are told with the next table."""
+        """How fast data went to other hosts. The others are told with the next table."""
         self._table.sent(bytes_per_s)
+        self.learnt_s |= dict.fromkeys(bytes_per_s, boot_clock_s())
         self._links.bytes_per_s = self._table.bytes_per_s
         self._has_measured |= bool(bytes_per_s)
 
@@ -165,6 +193,8 @@ class Detouring:
         if self._sight is not None:
             self._table.measured(self._watch.rtt_s())
             message = self._table.message(self._links.orders)
+            if self._sight.speakers.get(self._links.host) == self._links.me:
+                message["machine"] = self._machine.look()
             for member in self._sight.members:
                 self._network.send(member, message)
 

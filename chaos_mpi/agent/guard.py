@@ -17,12 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chaos_mpi.agent import probing
 from chaos_mpi.agent.contacts import Contact, Interface, own_interfaces, select
 from chaos_mpi.agent.detouring import KINDS, Detouring
 from chaos_mpi.agent.frames import Frame, Kind, encode_json
 from chaos_mpi.agent.link_server import LinkServer
 from chaos_mpi.agent.losses import Removal
 from chaos_mpi.agent.ordering import Ordering
+from chaos_mpi.agent.probing import Probing
 from chaos_mpi.agent.talk import DISOWNED
 from chaos_mpi.agent.voice import Voice
 from chaos_mpi.agent.watch import Watch
@@ -117,6 +119,7 @@ class Guard:
         self._watch: Watch | None = None
         self._detouring: Detouring | None = None
         self._ordering: Ordering | None = None
+        self._probing: Probing | None = None
         self._voice: Voice | None = None
         self._own: tuple[Interface, ...] = ()
         self._begun = self._alone = self._rank_over = False
@@ -154,6 +157,8 @@ class Guard:
         )
         self._ordering = Ordering(name, self._link, self._detouring, self._watch.addresses)
         self._spawn(self._ordering.run())
+        self._probing = Probing(name, mesh, self._detouring)
+        self._spawn(self._probing.run())
         self._voice = Voice(self._watch, timing, self._link.tell_witness)
         self._link.name(name)
         self._write(encode_json(Kind.CONTACT, me.to_json()))
@@ -231,6 +236,8 @@ class Guard:
     def _receive(self, sender: str, message: dict[str, Any]) -> None:
         if self._detouring is not None and message.get("kind") in KINDS:
             self._detouring.receive(sender, message)
+        elif self._probing is not None and message.get("kind") in probing.KINDS:
+            self._probing.receive(sender, message)
         elif message.get("kind") == DISOWNED:
             self._disowned()
         elif self._watch is not None:
@@ -249,7 +256,7 @@ class Guard:
         if "order" in request:
             one, other, down = request["order"]
             return {"reason": self._detouring.order(str(one), str(other), down=down is True)}
-        return {"table": self._detouring.table()}
+        return {"table": self._detouring.table(), "machines": self._detouring.machines()}
 
     def _heed_traffic(self, told: dict[str, Any]) -> None:
         assert self._ordering is not None  # as above

@@ -9,9 +9,9 @@ which the members would do better. It asks ``{"traffic": true}``, and the rank s
 :mod:`chaos_mpi.agent.ordering`. The rank asks
 ``{"may_go_on_without": [names], "id": n}`` and gets ``{"id": n, "reason": ""}``, where an empty reason is a yes;
 ``{"may_go_on_with": [names], "id": n}``, and gets the same; ``{"links": true, "id": n}``, and gets
-``{"id": n, "table": [...]}``; and ``{"links": true, "order": [host, host, down], "id": n}``, and gets a reason why
-not, or an empty one. Here is the rank's side; the agent's is :mod:`chaos_mpi.agent.link_server`. Without torch and
-without MPI.
+``{"id": n, "table": [...], "machines": {...}}``; and ``{"links": true, "order": [host, host, down], "id": n}``, and
+gets a reason why not, or an empty one. Here is the rank's side; the agent's is :mod:`chaos_mpi.agent.link_server`.
+Without torch and without MPI.
 """
 
 from __future__ import annotations
@@ -131,14 +131,14 @@ class AgentLink:
         what = f"whether all but {', '.join(wanted)} are out"
         return str(self._ask({"may_go_on_with": wanted}, what, limit_s)["reason"])
 
-    def link_table(self, limit_s: float) -> list[dict[str, Any]]:
-        """All links between the hosts of the job; empty where the agent does not say.
+    def about_hosts(self, limit_s: float) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+        """All links between the hosts of the job, and these hosts by name; empty where the agent does not say.
 
         Returns:
-            See :meth:`chaos_mpi.monitor.linktable.LinkTable.rows`.
+            See :meth:`chaos_mpi.monitor.linktable.LinkTable.rows`, and :meth:`chaos_mpi.agent.machine.Machine.look`.
         """
-        table: list[dict[str, Any]] = self._ask({"links": True}, "which links there are", limit_s).get("table", [])
-        return table
+        answer = self._ask({"links": True}, "which links there are", limit_s)
+        return answer.get("table", []), answer.get("machines", {})
 
     def order_link(self, one: str, other: str, *, down: bool, limit_s: float) -> str:
         """Have the link between two hosts not be used any more, or used again.

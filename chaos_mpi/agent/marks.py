@@ -40,6 +40,11 @@ def may_live(path: Path) -> bool:
     return is_running(int(number), began) if isinstance(began, int) else start_time(int(number)) != 0
 
 
+def has_owner(directory: Path) -> bool:
+    """Whether the launcher, or a supervisor, of a job's directory may still run; it is, or was, here."""
+    return any(may_live(path) for kind in OWNERS for path in directory.glob(f"{kind}-*.json"))
+
+
 def is_left_over(directory: Path) -> bool:
     """Whether all processes of a job's directory were here, and are gone. False if it is not certain."""
     owners = [path for kind in OWNERS for path in directory.glob(f"{kind}-*.json")]

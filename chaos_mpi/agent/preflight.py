@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from chaos_mpi.errors import ChaosError
 
 #: Longest time for one host.
 LIMIT_S = 30.0
+#: Hosts that have not answered are spoken of so often, seconds.
+PATIENCE_S = 5.0
 #: So many hosts are asked at once.
 AT_ONCE = 32
 #: What a shell ends with when a command is missing or may not be run (POSIX), and ssh when it cannot connect.
@@ -50,7 +52,12 @@ class Problem:
 
 
 def ask(
-    hosts: Sequence[str], python: str, ssh: Sequence[str], paths: Sequence[str] = (), limit_s: float = LIMIT_S
+    hosts: Sequence[str],
+    python: str,
+    ssh: Sequence[str],
+    wanted: Sequence[str] = (),
+    limit_s: float = LIMIT_S,
+    on_wait: Callable[[list[str]], None] | None = None,
 ) -> dict[str, Answer]:
     """Ask all hosts at once.
 
@@ -58,30 +65,37 @@ def ask(
         hosts: their names for ssh, each once.
         python: the Python to use there.
         ssh: command that runs another one on a host.
-        paths: files and directories that are to exist there; after a ``+``, a directory for new files.
+        wanted: files and directories that are to exist there; after a ``+``, a directory for new files; after an ``@``,
+            a network or interface that is to be there.
         limit_s: time for each host.
+        on_wait: is called every few seconds with the hosts that have not answered yet.
     """
     source = Path(check.__file__).read_text()
 
     def one(host: str) -> Answer:
-        return _run(remote_command(ssh, host, [python, "-", *paths]), source, limit_s)
+        return _run(remote_command(ssh, host, [python, "-", *wanted]), source, limit_s)
 
     with ThreadPoolExecutor(max_workers=min(AT_ONCE, max(1, len(hosts)))) as pool:
-        return dict(zip(hosts, pool.map(one, hosts), strict=True))
+        answers = {host: pool.submit(one, host) for host in hosts}
+        while left := wait(answers.values(), PATIENCE_S).not_done:
+            if on_wait is not None:
+                on_wait([host for host, answer in answers.items() if answer in left])
+        return {host: answer.result() for host, answer in answers.items()}
 
 
-def ask_here(paths: Sequence[str] = (), limit_s: float = LIMIT_S) -> Answer:
+def ask_here(wanted: Sequence[str] = (), limit_s: float = LIMIT_S) -> Answer:
     """The same for this host, for the others to be compared with."""
-    return _run([sys.executable, "-", *paths], Path(check.__file__).read_text(), limit_s)
+    return _run([sys.executable, "-", *wanted], Path(check.__file__).read_text(), limit_s)
 
 
-def judge(answers: Mapping[str, Answer], here: Answer, python: str) -> list[Problem]:
+def judge(answers: Mapping[str, Answer], here: Answer, python: str, *, here_takes_part: bool = False) -> list[Problem]:
     """What is wrong, host by host; nothing if the job can start. Pure.
 
     Args:
         answers: of the hosts.
         here: of this host, with which the others are compared.
         python: the Python that was to be used.
+        here_takes_part: whether this host is to have what the others are to have.
 
     Raises:
         ChaosError: this host itself did not answer as it should.
@@ -89,7 +103,7 @@ def judge(answers: Mapping[str, Answer], here: Answer, python: str) -> list[Prob
     reference = _report(here)
     if reference is None:
         raise ChaosError(f"this host cannot be checked: {_failure(here, sys.executable)}")
-    problems = []
+    problems = [Problem("this host", text) for text in _lacking(reference)] if here_takes_part else []
     for host, answer in answers.items():
         report = _report(answer)
         texts = [_failure(answer, python)] if report is None else _differences(report, reference)
@@ -151,6 +165,12 @@ def _differences(report: Mapping[str, Any], reference: Mapping[str, Any]) -> lis
         found.append(f"MPI cannot be loaded: {report['library_problem']}")
     elif report["library"] is not None and report["library"] != reference["library"]:
         found.append(f"the MPI library is {report['library']}, here it is {reference['library']}")
+    return found + _lacking(report)
+
+
+def _lacking(report: Mapping[str, Any]) -> list[str]:
+    """What a host does not have of that which is wanted on all, in words."""
+    found: list[str] = list(report["network_problems"])
     found += [f"there is no {path}" for path in report["missing"]]
     found += [f"no file can be made in {path}, where output is to go (--log-dir)" for path in report["unwritable"]]
     return found

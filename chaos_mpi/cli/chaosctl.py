@@ -78,9 +78,11 @@ def timeline(events: str, plot: Path | None) -> None:
 @click.option("--json", "as_json", is_flag=True, help="For programs to read; says more.")
 def status(job: Path | None, as_json: bool) -> None:
     """Who takes part in a running job, how far it is, and what it takes of the machine."""
-    if (state := look(find_job(job))) is None:
+    directory = find_job(job)
+    if (state := look(directory)) is None:
         raise click.ClickException(NOBODY)
-    for line in [json.dumps(state)] if as_json else lines(state):
+    state["directory"] = str(directory)
+    for line in [json.dumps(state)] if as_json else (*lines(state), f"  job: {directory}"):
         click.echo(line)
 
 

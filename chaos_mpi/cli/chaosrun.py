@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from chaos_mpi.cli.hosts import initial_ranks, slots_here
 from chaos_mpi.cli.options import Seconds
 from chaos_mpi.cli.outcome import EXIT_GOES_ON, EXIT_STOPPED, EXIT_USAGE, judge, read_records
 from chaos_mpi.cli.process import LauncherLostError, MpirunJob
+from chaos_mpi.cli.starting import StartProgress
 from chaos_mpi.cli.terminal import say
 from chaos_mpi.config import BATCH_POLICIES, JOIN_POLICIES, LOG_LEVELS, SCALE_POLICIES
 from chaos_mpi.errors import ChaosError, ConfigError
@@ -232,6 +234,12 @@ class _Start:
         settings = None if self.hosts is None else self.hosts.witness_settings()
         return contextlib.nullcontext() if settings is None else witness.running(run_dir, settings)
 
+    def progress(self, run_dir: Path) -> Callable[[float], None]:
+        """What says how far the start is, when it is called with the time."""
+        if self.hosts is None:
+            return lambda _: None
+        return StartProgress(run_dir, self.hosts.hosts, time.monotonic(), say).look
+
     def job(self, run_dir: Path, environment: dict[str, str], witness_name: str | None) -> MpirunJob:
         """Start it."""
         return MpirunJob(
@@ -256,7 +264,7 @@ def _run(start: _Start, metrics: tuple[str, int] | None) -> int:
             job = start.job(run_dir, environment, witness_name)
             try:
                 with serving():  # not before: there are to be no threads while mpirun is started
-                    status = job.wait()
+                    status = job.wait(start.progress(run_dir))
             except LauncherLostError as error:
                 say(str(error))
                 return EXIT_GOES_ON

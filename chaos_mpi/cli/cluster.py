@@ -20,6 +20,8 @@ from chaos_mpi.agent.proxy import is_here
 from chaos_mpi.agent.spawning import proxy_command, variables
 from chaos_mpi.agent.ssh import ssh_command
 from chaos_mpi.cli.options import Seconds
+from chaos_mpi.cli.starting import names
+from chaos_mpi.cli.terminal import say
 from chaos_mpi.errors import ConfigError
 from chaos_mpi.monitor.cluster import EVEN_SPLITS, Timing
 from chaos_mpi.mpi.launch import MCA_DEFAULTS
@@ -92,13 +94,20 @@ class Cluster:
         return [host for host in dict.fromkeys(self.hosts) if not is_here(host)]
 
     def check(self) -> list[str]:
-        """What keeps the hosts from being used, a line for each problem."""
-        return check(self.remote, self.python, self.ssh, self._needed)
+        """What keeps the hosts from being used, a line for each problem. This one has at least a witness.
+
+        Raises:
+            ChaosError: nothing can be checked from here.
+        """
+        answers = ask(self.remote, self.python, self.ssh, self._needed, on_wait=lambda hosts: say(_slow(hosts)))
+        return [str(problem) for problem in judge(answers, ask_here(self._needed), self.python, here_takes_part=True)]
 
     @property
     def _needed(self) -> tuple[str, ...]:
         """What is to be on every host, as for :func:`chaos_mpi.agent.preflight.ask`."""
-        return (*self.paths, *([f"+{self.log_dir}"] if self.log_dir is not None else []))
+        log_dir = [f"+{self.log_dir}"] if self.log_dir is not None else []
+        network = [f"@{self.network}"] if self.network is not None else []
+        return (*self.paths, *log_dir, *network)
 
     def proxy(self, run_dir: Path) -> list[str]:
         """The beginning of a proxy's command line."""
@@ -142,7 +151,7 @@ class Cluster:
 
     def note(self, run_dir: Path) -> None:
         """Leave what is needed to check further hosts in the job's directory."""
-        fields = {"python": self.python, "ssh": self.ssh, "paths": self._needed}
+        fields = {"python": self.python, "ssh": self.ssh, "wanted": self._needed}
         (run_dir / HOSTS_FILE).write_text(json.dumps(fields), encoding="utf-8")
 
 
@@ -186,24 +195,15 @@ def cluster_of(
     )  # fmt: skip
 
 
-def check(hosts: Sequence[str], python: str, ssh: Sequence[str], paths: Sequence[str]) -> list[str]:
-    """Ask hosts whether they can be used; a line for each problem.
-
-    Raises:
-        ChaosError: this host itself cannot be.
-    """
-    if not hosts:
-        return []
-    answers = ask(hosts, python, ssh, paths)
-    return [str(problem) for problem in judge(answers, ask_here(paths), python)]
-
-
 def check_further(job: Path, host: str) -> list[str]:
     """What keeps a host from being added to a running job, as far as that can be told from here.
 
     Args:
         job: its private directory on this machine.
         host: its name for ssh.
+
+    Raises:
+        ChaosError: nothing can be checked from here.
     """
     try:
         fields = json.loads((job / HOSTS_FILE).read_text(encoding="utf-8"))
@@ -211,7 +211,14 @@ def check_further(job: Path, host: str) -> list[str]:
         return []  # a job on one machine, or not the machine that it was started on
     if is_here(host):
         return []
-    return check([host], fields["python"], fields["ssh"], fields["paths"])
+    answers = ask(
+        [host], fields["python"], fields["ssh"], fields["wanted"], on_wait=lambda hosts: click.echo(_slow(hosts))
+    )
+    return [str(problem) for problem in judge(answers, ask_here(), fields["python"])]
+
+
+def _slow(hosts: list[str]) -> str:
+    return f"no answer yet from {names(hosts)}"
 
 
 def _read(hostfile: Path | None) -> tuple[Host, ...]:

@@ -17,7 +17,7 @@ import click
 
 from chaos_mpi.agent import sockets
 from chaos_mpi.agent.home import refuse_foreign
-from chaos_mpi.agent.marks import is_left_over
+from chaos_mpi.agent.marks import has_owner, is_left_over
 from chaos_mpi.errors import EngineError
 
 #: A member that does not take a connection, or does not greet, within this time is passed over.
@@ -28,15 +28,18 @@ LAUNCHER = "launcher"
 MEMORY_FILE = "memory"
 
 
-def running_jobs() -> list[Path]:
-    """A private directory of each of this user's jobs that have a member to talk to."""
-    running: dict[str, Path] = {}
+def living_jobs() -> dict[Path, bool]:
+    """A private directory of each of this user's jobs that live, and whether it has a member to talk to."""
+    answering: dict[str, Path] = {}
+    living: dict[str, Path] = {}
     for directory in own_directories():
         job = _job_of(directory)
-        if job not in running and (member := _first_member(directory)) is not None:
+        if job not in answering and (member := _first_member(directory)) is not None:
             member.close()
-            running[job] = directory
-    return list(running.values())
+            answering[job] = directory
+        elif has_owner(directory):
+            living[job] = directory
+    return {directory: job in answering for job, directory in {**living, **answering}.items()}
 
 
 def own_directories() -> list[Path]:
@@ -85,21 +88,25 @@ def _job_of(directory: Path) -> str:
 
 
 def find_job(job: Path | None) -> Path:
-    """The job that is meant: the one given, else the only one that runs.
+    """The job that is meant: the one given, else the only one that there is.
 
     Raises:
-        click.ClickException: there is none, or more than one.
+        click.ClickException: there is none, or more than one, or it cannot be talked to.
     """
     if job is not None:
         if not any(job.glob("control-*.sock")):
             raise click.ClickException(f"no job runs in {job}")
         return job
-    jobs = running_jobs()
+    jobs = living_jobs()
     if not jobs:
         raise click.ClickException("no job of yours is running on this machine (it has to be started with chaosrun)")
     if len(jobs) > 1:
-        raise click.ClickException(f"several jobs are running; choose one with --job: {', '.join(map(str, jobs))}")
-    return jobs[0]
+        named = (f"{path}{'' if answers else ' (starting, or about to end)'}" for path, answers in jobs.items())
+        raise click.ClickException(f"several jobs are running; choose one with --job: {', '.join(named)}")
+    ((directory, answers),) = jobs.items()
+    if not answers:
+        raise click.ClickException(f"the job in {directory} is starting, or about to end: none of its ranks answers")
+    return directory
 
 
 class RefusedError(click.ClickException):

@@ -109,8 +109,11 @@ class MpirunJob:
         self._forward_early_signal()
         self._start = _StartWatch(self._process.pid, ranks)
 
-    def wait(self) -> int:
+    def wait(self, meanwhile: Callable[[float], None] = lambda _: None) -> int:
         """Wait for the end, end what does not end by itself, and return ``mpirun``'s exit status.
+
+        Args:
+            meanwhile: is called several times a second with the time.
 
         Raises:
             LauncherLostError: it was killed by something else, and the ranks train on.
@@ -119,6 +122,7 @@ class MpirunJob:
         over_at: float | None = None
         while self._process.poll() is None:
             now = time.monotonic()
+            meanwhile(now)
             if self._deadline is not None and now > self._deadline:
                 self._kill_everything()
             if (loss := self._start.loss(read_records(self._run_dir), now)) is not None:

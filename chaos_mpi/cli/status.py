@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def combine(answers: Sequence[Answer], started_at: float | None, now: float) -> 
         **{name: furthest[name] for name in _COMMON},
         "steps_per_s": sorted(rates)[len(rates) // 2] if rates else None,
         "ranks": [_rank(rank, member, by_member.get(member), here) for rank, member in enumerate(furthest["members"])],
-        "machines": {answer["host"]: answer["machine"] for answer in answers},
+        "machines": _machines(furthest, answers),
         "transfers": list({t["member"]: t for answer in answers for t in answer["transfers"]}.values()),
         "links": furthest["links"],
         "witness": min(filter(None, (answer["witness"] for answer in answers)), key=_worst_first, default=None),
@@ -82,6 +83,15 @@ def merged(answers: Sequence[Answer]) -> list[dict[str, Any]]:
     """The events of all members, each of them once, in order of time."""
     events = {json.dumps(event, sort_keys=True): event for answer in answers for event in answer["events"]}
     return sorted(events.values(), key=lambda event: float(event["t"]))
+
+
+def _machines(furthest: Answer, answers: Sequence[Answer]) -> dict[str, Any]:
+    """What is known of each host: from its own members, or of others from what the agents have told each other."""
+    known = {**furthest["machines"], **{answer["host"]: answer["machine"] for answer in answers}}
+    since: dict[str, float] = {}
+    for host, machine in [*furthest["machines"].items(), *((a["host"], a["machine"]) for a in answers)]:
+        since[host] = min(machine["joined_at"], since.get(host, machine["joined_at"]))
+    return {host: {**machine, "joined_at": since[host]} for host, machine in known.items()}
 
 
 def _rank(rank: int, member: str, answer: Answer | None, here: Collection[str]) -> dict[str, Any]:
@@ -104,7 +114,7 @@ def lines(job: Job) -> Iterator[str]:
     for rank in job["ranks"]:
         yield "  " + "  ".join(text.rjust(w) if w > 0 else text.ljust(-w) for text, w in _columns(rank)).rstrip()
     for host, machine in sorted(job["machines"].items()):
-        yield f"  {host}: {describe_machine(machine)}"
+        yield f"  {host}: {describe_machine(machine, job['at'])}"
     for link in job["links"]:
         if link["state"] != UP:
             yield f"  link {link['a']} - {link['b']}: {describe_link(link)}"
@@ -135,14 +145,17 @@ def rank_cells(rank: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def describe_machine(machine: dict[str, Any]) -> str:
-    """Load and memory of a machine."""
+def describe_machine(machine: dict[str, Any], now: float) -> str:
+    """Load and memory of a machine, its accelerators, and how long it has been part of the job."""
     load = " ".join(f"{value:.2f}" for value in machine["load"])
     used = machine["memory_total_bytes"] - machine["memory_available_bytes"]
     cpu = "" if machine["cpu_percent"] is None else f", CPU {percent(machine['cpu_percent'])}"
+    models = Counter(machine["accelerators"])
+    accelerators = "".join(f", {model}" if n == 1 else f", {n} x {model}" for model, n in models.items())
     return (
         f"load {load} on {machine['cores']} cores{cpu}, "
-        f"memory {nbytes(used)} of {nbytes(machine['memory_total_bytes'])}"
+        f"memory {nbytes(used)} of {nbytes(machine['memory_total_bytes'])}{accelerators}, "
+        f"for {duration(now - machine['joined_at'])}"
     )
 
 

@@ -83,7 +83,7 @@ def _ranks(job: Job) -> Table:
 def _machines(job: Job) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
     for host, machine in sorted(job["machines"].items()):
-        table.add_row(host, describe_machine(machine))
+        table.add_row(host, describe_machine(machine, job["at"]))
     return table
 
 

@@ -6,6 +6,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
+from chaos_mpi.agent.machine import Machine
 from chaos_mpi.elastic.transfer import transfers
 from chaos_mpi.elastic.usage import StepRate, Usage
 
@@ -27,6 +28,7 @@ class MemberStatus:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._rate = StepRate()
+        self._machine = Machine()
         self._usage: Usage | None = None
 
     def look(self) -> None:
@@ -49,12 +51,14 @@ class MemberStatus:
           if there was none;
         * ``stalled_s``: seconds that this member has stood still, by cause;
         * ``events``: its last events, as in the event log, steps left out;
-        * ``process``, ``machine``: see :class:`chaos_mpi.elastic.usage.Usage`.
+        * ``process``: see :class:`chaos_mpi.elastic.usage.Usage`; ``machine``: see
+          :meth:`chaos_mpi.agent.machine.Machine.look`; ``machines``: by host, what the agents say of theirs.
         """
         session = self._session
         if self._usage is None:
             self._usage = Usage()
         self.look()
+        links, machines = session.agent.about_hosts(_AGENT_LIMIT_S) if session.agent is not None else ([], {})
         return {
             "member": session.member,
             "rank": session.rank,
@@ -71,10 +75,11 @@ class MemberStatus:
             "joins": session.pending_joins(),
             "transfers": transfers(session.settings.run_dir, session.members, time.time()),
             "changes": session.changes.to_json(),
-            "links": session.agent.link_table(_AGENT_LIMIT_S) if session.agent is not None else [],
+            "links": links,
             "witness": session.agent.witness if session.agent is not None else None,
             "stalled_s": dict(session.recent.stalled_s),
             "events": session.recent.events(),
             "process": self._usage.process(),
-            "machine": self._usage.machine(),
+            "machine": self._machine.look(),
+            "machines": machines,
         }

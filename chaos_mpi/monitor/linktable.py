@@ -43,6 +43,10 @@ class LinkTable:
         """How fast data went from this host to others, by host."""
         self._bytes_per_s.setdefault(self._host, {}).update(bytes_per_s)
 
+    def bytes_per_s_to(self, host: str) -> float | None:
+        """How fast data went from this host to another one, if that is known."""
+        return self._bytes_per_s.get(self._host, {}).get(host)
+
     @property
     def bytes_per_s(self) -> dict[Ends, float]:
         """Bandwidths, where they are known; of the slower direction."""

@@ -22,6 +22,7 @@ REPORT: dict[str, Any] = {
     "library": "Open MPI v5.0.11",
     "library_problem": None,
     "missing": [],
+    "network_problems": [],
     "unwritable": [],
 }
 
@@ -49,6 +50,7 @@ def test_nothing_is_wrong() -> None:
         (answer(library=None, library_problem="no libmpi.so"), ["MPI cannot be loaded: no libmpi.so"]),
         (answer(missing=["/data"]), ["there is no /data"]),
         (answer(unwritable=["/logs"]), ["no file can be made in /logs, where output is to go (--log-dir)"]),
+        (answer(network_problems=["no address of b is in it"]), ["no address of b is in it"]),
         (Answer(255, "", "Permission denied (publickey).\n"), ["ssh cannot connect: Permission denied (publickey)."]),
         (Answer(127, "", "sh: python: not found\n"), ["there is no python", "--remote-python"]),
         (Answer(1, "", "Traceback\nValueError: x\n"), ["ended with status 1: ValueError: x"]),
@@ -71,6 +73,13 @@ def test_a_host_that_cannot_be_checked_from() -> None:
         judge({"a": answer()}, Answer(1), "python")
 
 
+def test_what_this_host_lacks_counts_if_it_takes_part() -> None:
+    here = answer(missing=["/data"])
+    assert judge({"a": answer()}, here, "python") == []
+    [problem] = judge({"a": answer()}, here, "python", here_takes_part=True)
+    assert str(problem) == "this host: there is no /data"
+
+
 @pytest.fixture
 def ssh(tmp_path: Path) -> tuple[str, ...]:
     """Runs the command here, after the greeting of a login shell; the host "slow" does not answer."""
@@ -85,6 +94,22 @@ def test_hosts_are_asked_at_once(ssh: tuple[str, ...], tmp_path: Path) -> None:
     assert list(answers) == ["a", "b"]
     found = judge(answers, ask_here(), sys.executable)
     assert [str(problem) for problem in found] == ["a: there is no /no/such", "b: there is no /no/such"]
+
+
+def test_hosts_that_take_their_time_are_named(ssh: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "PATIENCE_S", 0.05)
+    waited: list[list[str]] = []
+    ask(["slow"], sys.executable, ssh, limit_s=0.5, on_wait=waited.append)
+    assert waited
+    assert waited[-1] == ["slow"]
+
+
+def test_a_network_that_is_not_there(ssh: tuple[str, ...]) -> None:
+    wanted = ["@lo", "@127.0.0.0/8", "@203.0.113.0/24", "@10.0.0/99"]
+    texts = [problem.text for problem in judge(ask(["a"], sys.executable, ssh, wanted), ask_here(), sys.executable)]
+    assert len(texts) == 2
+    assert "is in the network '203.0.113.0/24'; it has lo 127.0.0.1/8" in texts[0]
+    assert "'10.0.0/99' is not a network" in texts[1]
 
 
 def test_hosts_that_do_not_answer(ssh: tuple[str, ...]) -> None:

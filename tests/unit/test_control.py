@@ -14,7 +14,9 @@ from typing import Any, cast
 import click
 import pytest
 
-from chaos_mpi.cli.control import ask, ask_all, end_ranks, find_job, follow
+from chaos_mpi.agent.home import note_down
+from chaos_mpi.agent.marks import here
+from chaos_mpi.cli.control import LAUNCHER, ask, ask_all, end_ranks, find_job, follow
 from chaos_mpi.cli.status import combine, lines
 from chaos_mpi.elastic.control import ControlSocket
 from chaos_mpi.elastic.negotiator import Answer
@@ -111,6 +113,28 @@ def test_a_member_that_leaves_still_says_so(_: int, tmp_path: Path) -> None:
     answers = list(ask(tmp_path, {"do": "remove", "member": "me"}, limit_s=10))
     leaving.join()
     assert [answer["what"] for answer in answers] == ["left"]
+
+
+def test_the_job_that_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(click.ClickException, match="no job of yours is running"):
+        find_job(None)
+    starting, running, memory = (tmp_path / f"chaosrun-{name}" for name in ("starting", "running", "memory"))
+    for directory in (starting, running, memory):
+        directory.mkdir(mode=0o700)
+    note_down(starting, LAUNCHER, here())
+    with pytest.raises(click.ClickException, match=f"the job in {starting} is starting, or about to end"):
+        find_job(None)
+    control = ControlSocket(session(), running / "control-1.sock")
+    try:
+        with pytest.raises(click.ClickException, match="several jobs are running") as error:
+            find_job(None)
+        assert f"{starting} (starting, or about to end)" in str(error.value) and str(memory) not in str(error.value)
+        assert find_job(running) == running
+        (starting / f"{LAUNCHER}-{os.getpid()}.json").unlink()
+        assert find_job(None) == running
+    finally:
+        control.close()
 
 
 @pytest.mark.parametrize("_", range(20))

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 import pytest
-from job_answers import JOIN, MEMBERS, NOW, TRANSFER, answer, event
+from job_answers import JOIN, MACHINE, MEMBERS, NOW, TRANSFER, answer, event
 from rich.console import Console
 
 from chaos_mpi.cli.joblog import Following, as_text, member_id, told
@@ -76,6 +76,15 @@ def test_a_member_that_does_not_answer_is_silent() -> None:
     assert [rank["state"] for rank in combined(answer("a:1"))["ranks"]] == ["compute", "silent", "elsewhere"]
 
 
+def test_machines_elsewhere_are_known_from_what_the_agents_say() -> None:
+    told = {"a": {**MACHINE, "joined_at": NOW - 70}, "b": {**MACHINE, "accelerators": ["X1", "X1", "Y"]}}
+    job = combined(answer("a:1", machines=told))
+    assert job["machines"]["a"] == {**MACHINE, "joined_at": NOW - 70}, "another rank of it was there before"
+    text = [line for line in lines(job) if "load" in line]
+    assert text[0].endswith("memory 4.0 GB of 16.0 GB, for 1 min 10 s")
+    assert text[1].endswith("memory 4.0 GB of 16.0 GB, 2 x X1, Y, for 10 s")
+
+
 def test_the_speed_is_the_middle_one_of_those_that_are_known() -> None:
     speeds = [None, 1.0, 10.0, 11.0]
     members = ("a:1", "a:2", "a:3", "a:4")
@@ -96,8 +105,8 @@ def test_the_text_of_a_job() -> None:
         "  rank   0  a:1                       compute           step 100      CPU 99 %     400 MB",
         "  rank   1  a:2                       silent            step -        CPU -             -",
         "  rank   2  b:3                       all_reduce        step 100      CPU 99 %     400 MB",
-        "  a: load 1.00 2.00 3.00 on 4 cores, CPU 50 %, memory 4.0 GB of 16.0 GB",
-        "  b: load 1.00 2.00 3.00 on 4 cores, CPU 50 %, memory 4.0 GB of 16.0 GB",
+        "  a: load 1.00 2.00 3.00 on 4 cores, CPU 50 %, memory 4.0 GB of 16.0 GB, for 10 s",
+        "  b: load 1.00 2.00 3.00 on 4 cores, CPU 50 %, memory 4.0 GB of 16.0 GB, for 10 s",
         "  on its way: join-a:1-1 (b:9), catching up, started by a:2, attempt 2, asked for 10 s ago",
         "  b:9 fetches the state: 30.0 MB of 120 MB, 4 s left (a:1 12.0 MB/s, a:2 8.0 MB/s)",
     ]

@@ -1,38 +1,16 @@
-"""Links, probes, and what gossip spreads."""
+"""Round-trip times, probes, and what gossip spreads."""
 
 from __future__ import annotations
 
-import math
+import itertools
 import random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chaos_mpi.monitor.cluster import Node
 from chaos_mpi.monitor.gossip import Gossip, Record
-from chaos_mpi.monitor.topology import LinkEstimate, ProbePlan, next_probe
-
-A, B = Node("a"), Node("b")
-
-
-def test_bandwidth_follows_real_transfers() -> None:
-    link = LinkEstimate().with_transfer(10_000_000, 0.1, 1.0)
-    assert link.bytes_per_s == 1e8
-    for second in range(2, 60):
-        link = link.with_transfer(1_000_000, 0.1, float(second))
-    assert link.bytes_per_s == pytest.approx(1e7, rel=0.05)
-
-
-def test_one_probe_moves_a_measured_bandwidth_little() -> None:
-    link = LinkEstimate().with_transfer(10_000_000, 0.1, 1.0).with_transfer(32_768, 0.01, 500.0, probe=True)
-    assert link.bytes_per_s is not None
-    assert link.bytes_per_s > 0.75e8
-
-
-def test_short_transfers_are_use_and_no_measurement() -> None:
-    link = LinkEstimate().with_transfer(500, 0.001, 3.0)
-    assert (link.bytes_per_s, link.used_s) == (None, 3.0)
+from chaos_mpi.monitor.topology import LinkEstimate, ProbePlan, Probes
 
 
 @given(st.lists(st.floats(0, 10), min_size=1))
@@ -49,34 +27,45 @@ def test_a_round_trip_that_cannot_be_is_refused() -> None:
         LinkEstimate().with_rtt(-1.0)
 
 
-@given(
-    st.integers(1, 1_000_000), st.floats(100, 10_000), st.floats(0, 60), st.lists(st.floats(0, 20), max_size=60),
-    st.booleans(),
-)  # fmt: skip
-@settings(deadline=None)
-def test_probes_stay_under_their_rate(
-    nbytes: int, rate: float, every_s: float, waits_s: list[float], answered: bool
-) -> None:
-    plan = ProbePlan(nbytes, rate, every_s, idle_s=0.0)
-    link, probed_s, now_s, probes = LinkEstimate(), -math.inf, 0.0, []
+@given(st.lists(st.floats(0, 20), max_size=60), st.none() | st.floats(1.0, 1e10))
+def test_probes_are_few_and_short(waits_s: list[float], bytes_per_s: float | None) -> None:
+    plan = ProbePlan()
+    nbytes, probes, now_s = plan.nbytes(bytes_per_s), [0.0], 0.0
+    assert plan.least_bytes <= nbytes <= plan.most_bytes
+    assert bytes_per_s is None or nbytes <= max(plan.least_bytes, plan.aim_s * bytes_per_s + 1)
     for wait_s in waits_s:
         now_s += wait_s
-        if next_probe(plan, [(B, link, probed_s)], now_s) == B:
+        if plan.next([("b", probes[-1])], now_s) == "b":
             probes.append(now_s)
-            probed_s = now_s
-            link = link.with_transfer(nbytes, 0.01, now_s, probe=True) if answered else link
-    if len(probes) > 1:
-        assert (len(probes) - 1) * nbytes <= rate * (probes[-1] - probes[0]) * (1 + 1e-9)
+    assert all(later - earlier >= plan.every_s for earlier, later in itertools.pairwise(probes))
 
 
-def test_only_idle_links_of_which_nothing_is_new_are_probed() -> None:
-    plan = ProbePlan(every_s=30.0, idle_s=1.0)
-    busy = LinkEstimate().with_transfer(100, 0.1, 99.5)
-    fresh = LinkEstimate().with_transfer(1_000_000, 0.1, 90.0)
-    stale = LinkEstimate().with_transfer(1_000_000, 0.1, 60.0)
-    assert next_probe(plan, [(A, busy, -math.inf), (B, fresh, -math.inf)], 100.0) is None
-    assert next_probe(plan, [(A, fresh, -math.inf), (B, stale, -math.inf)], 100.0) == B
-    assert next_probe(plan, [(A, busy, -math.inf), (B, stale, -math.inf)], 101.0) == A
+def test_the_link_of_which_nothing_was_learnt_for_longest_is_probed() -> None:
+    plan = ProbePlan(every_s=30.0)
+    assert plan.next([("a", 10.0), ("b", 20.0)], 39.0) is None
+    assert plan.next([("a", 10.0), ("b", 20.0)], 40.0) == "a"
+    assert plan.next([("a", 21.0), ("b", 20.0)], 60.0) == "b"
+
+
+def test_a_probe_shows_that_a_slow_link_has_recovered() -> None:
+    probes = Probes()
+    assert probes.answered(16_000, 0.0085, 0.0005, bytes_per_s=1e5) == pytest.approx(2e6)
+
+
+@given(st.integers(1, 10**6), st.floats(0, 10), st.floats(0, 1), st.floats(1, 1e10))
+def test_no_probe_makes_a_link_slower_than_transfers_have_shown_it(
+    nbytes: int, seconds: float, rtt_s: float, bytes_per_s: float
+) -> None:
+    rate = Probes().answered(nbytes, seconds, rtt_s, bytes_per_s)
+    assert rate is not None
+    assert rate >= bytes_per_s
+
+
+def test_an_unused_link_is_slow_when_probes_say_so_again_and_again() -> None:
+    probes = Probes()
+    assert [probes.answered(2000, seconds, 0.001, None) for seconds in (0.021, 0.026, 0.041)] == [None, None, 1e5]
+    assert probes.answered(2000, 0.001, 0.001, None) is None, "it was the hosts that were slow"
+    assert probes.answered(2000, 0.021, 0.001, None) is None
 
 
 @given(st.permutations(range(6)))

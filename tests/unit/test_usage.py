@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chaos_mpi.elastic.usage import LEAST_S, LOOKS, CpuShare, StepRate, Usage
+from chaos_mpi.agent.machine import LEAST_S, CpuShare
+from chaos_mpi.elastic.usage import LOOKS, StepRate, Usage
 from chaos_mpi.membership import Changes
 
 
@@ -71,13 +70,9 @@ def test_the_share_since_the_machine_was_started_is_not_told() -> None:
 
 
 def test_what_this_process_takes() -> None:
-    usage = Usage()
-    process, machine = usage.process(), usage.machine()
+    process = Usage().process()
     assert process["rss_bytes"] > 1e6
     assert process["cpu_s"] > 0.0
-    assert machine["cores"] == os.cpu_count()
-    assert machine["memory_total_bytes"] >= machine["memory_available_bytes"] > 0
-    assert len(machine["load"]) == 3
 
 
 # -- changes of the view ------------------------------------------------------------------------------
