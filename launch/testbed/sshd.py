@@ -5,19 +5,27 @@
 
 Keys are made for the occasion and accepted by these servers only. Each host has a shared memory of its own, and
 nothing but the environment that ssh gives.
+
+On the command line, ``python -m launch.testbed.sshd`` starts servers in all hosts of a bed that run until that is
+removed, and says how ``chaosrun`` gets there.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import shlex
 import shutil
 import socket
 import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from launch.testbed.testbed import TestBed, TestBedError
+from launch.testbed.testbed import TestBed, TestBedError, only_bed
 
 #: Where sshd may be that is not on the path of a user.
 _PLACES = "/usr/sbin:/usr/local/sbin:/sbin"
@@ -49,13 +57,8 @@ class SshServers:
     def __enter__(self) -> SshServers:
         if (reason := why_not()) is not None:
             raise TestBedError(reason)
-        for name in ("host_key", "user_key"):
-            subprocess.run(
-                ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self._directory / name)], check=True
-            )
-        shutil.copy(self._directory / "user_key.pub", self._directory / "authorized_keys")
+        self._make_keys()
         self._configure()
-        Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # where sshd confines itself before it knows the user
         with contextlib.ExitStack() as starting:
             for host in self._bed.hosts:
                 starting.callback(self._stop, self._start(host))
@@ -69,6 +72,22 @@ class SshServers:
     ) -> None:
         self._stack.close()
 
+    def leave_running(self, hosts: Sequence[str]) -> None:
+        """Start servers, with the keys that are there, and have them run on.
+
+        Raises:
+            TestBedError: ssh is missing, or one does not start.
+        """
+        if (reason := why_not()) is not None:
+            raise TestBedError(reason)
+        if not (self._directory / "authorized_keys").exists():
+            self._make_keys()
+        self._configure()
+        for host in hosts:
+            self._start(host)
+        for host in hosts:
+            self._wait_for(host)
+
     def restart(self, host: str) -> None:
         """Start the server of a host again that was powered off and is powered on.
 
@@ -78,7 +97,15 @@ class SshServers:
         self._stack.callback(self._stop, self._start(host))
         self._wait_for(host)
 
+    def _make_keys(self) -> None:
+        for name in ("host_key", "user_key"):
+            subprocess.run(
+                ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self._directory / name)], check=True
+            )
+        shutil.copy(self._directory / "user_key.pub", self._directory / "authorized_keys")
+
     def _configure(self) -> None:
+        Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # where sshd confines itself before it knows the user
         place = self._directory
         hosts = "\n".join(f"Host {host}\n  HostName {self._bed.address(host)}" for host in self._bed.hosts)
         (place / "ssh_config").write_text(
@@ -97,8 +124,9 @@ class SshServers:
         log = (self._directory / f"{host}.log").open("wb")
         with log:
             return subprocess.Popen(
-                self._bed.command(host, ["sh", "-c", f'{mounts}exec "$@"', "sh", *server]), stdout=log, stderr=log
-            )
+                self._bed.command(host, ["sh", "-c", f'{mounts}exec "$@"', "sh", *server]),
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
 
     @staticmethod
     def _stop(server: subprocess.Popen[bytes]) -> None:
@@ -133,3 +161,38 @@ def _sshd() -> str:
     found = shutil.which("sshd") or shutil.which("sshd", path=_PLACES)
     assert found is not None
     return found
+
+
+def _listens(bed: TestBed, host: str) -> bool:
+    try:
+        socket.create_connection((bed.address(host), 22), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+def main() -> int:
+    """Start what does not run yet; exit status 1 with one line of explanation when something is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.testbed.sshd", description="Starts ssh servers in hosts of a test bed."
+    )
+    parser.add_argument("--bed", metavar="NAME", help="which bed; needed when there are several")
+    parser.add_argument("--keys", type=Path, metavar="DIR", help="for keys and settings; default: NAME-ssh in /tmp")
+    parser.add_argument("hosts", nargs="*", metavar="HOST", help="default: all; those that run already are left alone")
+    options = parser.parse_args()
+    try:
+        bed = only_bed(options.bed)
+        directory = (options.keys or Path(tempfile.gettempdir(), f"{bed.prefix}-ssh")).absolute()
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        servers = SshServers(bed, directory)
+        servers.leave_running([host for host in options.hosts or bed.hosts if not _listens(bed, host)])
+    except (TestBedError, OSError) as error:
+        print(f"sshd: {error}", file=sys.stderr)
+        return 1
+    arguments = shlex.quote(shlex.join(servers.command[1:]))
+    print(f"chaosrun --hosts {','.join(bed.hosts)} --network {bed.subnet} --ssh-args {arguments}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

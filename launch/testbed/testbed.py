@@ -674,7 +674,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _only_bed(name: str | None) -> TestBed:
+def only_bed(name: str | None) -> TestBed:
+    """The bed of that name, or the only one that there is.
+
+    Raises:
+        TestBedError: there is none, or more than one.
+    """
     names = [state.prefix for state in beds()] if name is None else [name]
     if len(names) != 1:
         raise TestBedError("there is no bed: see 'up'" if not names else f"which bed? --bed {'|'.join(names)}")
@@ -712,7 +717,7 @@ def _act(options: argparse.Namespace) -> None:
             if options.all or is_stale(state):
                 TestBed.attach(state.prefix).remove()
         return
-    bed = _only_bed(options.bed)
+    bed = only_bed(options.bed)
     if options.action == "down":
         bed.remove()
     elif options.action == "exec":

@@ -128,7 +128,9 @@ def test_one_end_is_given_up_where_routes_may_not_be_set(ssh_bed: Bed, launched:
     check_survivors(job, "edge1", "edge3")
     reasons = [event["reason"] for event in events(job, "detour_failed")["edge3"]]
     assert reasons and set(reasons) <= {"edge3 cannot pass it on", "edge1 may not set routes"}, reasons
-    assert "edge3 cannot pass on what others send round a cut link" in (job.folder / "output.txt").read_text()
+    # Which host finds out first that it has no rights is a matter of milliseconds.
+    lines = ("edge3 cannot pass on what others send round a cut link", "edge1 cannot go round the cut link to edge2")
+    assert any(line in job.output() for line in lines), job.output()
     assert "edge2: the others went on without" in logs(job)
 
 
