@@ -21,7 +21,7 @@ from chaos_mpi.agent.marks import here, may_live, started
 from chaos_mpi.errors import EngineError
 
 #: What a rank writes down, in the order in which it does.
-RECORDS = ("starting", "member", "ready", "outcome")
+RECORDS = ("starting", "connected", "member", "ready", "outcome")
 #: What its agent writes down when it has crashed.
 CRASH = "crash"
 

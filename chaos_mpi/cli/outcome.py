@@ -24,6 +24,8 @@ EXIT_GOES_ON = 4
 _SIGNALLED = 128
 
 Record = Mapping[str, Any]
+#: In the order of the attributes of :class:`Records`.
+_KINDS = ("starting", "member", "outcome", "ended", CRASH, "connected")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,7 @@ class Records:
         outcomes: ranks that came to an end they could still write down.
         ended: proxies of newcomers on other hosts, at their end, however that came about.
         crashes: ranks that crashed, as the agents beside them saw it, also where these could not write anything down.
+        connected: ranks that have started MPI; they may have to find out first who of the others is alive.
     """
 
     starting: Mapping[int, Record]
@@ -43,6 +46,7 @@ class Records:
     outcomes: Mapping[int, Record]
     ended: Mapping[int, Record] = field(default_factory=dict)
     crashes: Mapping[int, Record] = field(default_factory=dict)
+    connected: Mapping[int, Record] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,7 @@ class Verdict:
 
 def read_records(run_dir: Path) -> Records:
     """All records in a job's private directory; what cannot be read is left out."""
-    found: dict[str, dict[int, Record]] = {kind: {} for kind in ("starting", "member", "outcome", "ended", CRASH)}
+    found: dict[str, dict[int, Record]] = {kind: {} for kind in _KINDS}
     for path in sorted(run_dir.glob("*-*.json")):
         kind, _, pid = path.stem.rpartition("-")
         if kind not in found or not pid.isdigit():
@@ -66,7 +70,7 @@ def read_records(run_dir: Path) -> Records:
             continue
         if isinstance(record, dict):
             found[kind][int(pid)] = record
-    return Records(found["starting"], found["member"], found["outcome"], found["ended"], found[CRASH])
+    return Records(*(found[kind] for kind in _KINDS))
 
 
 def judge(records: Records, mpirun_status: int) -> Verdict:

@@ -237,7 +237,7 @@ class _StartWatch:
 
     def loss(self, records: Records, now: float) -> str | None:
         """What happened, in words, once it is certain that the job cannot start; else None."""
-        if records.members:
+        if records.members or records.connected:
             return None  # the ranks have met: from now on they deal with deaths themselves
         try:
             children = psutil.Process(self._mpirun_pid).children()

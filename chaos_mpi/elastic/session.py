@@ -101,6 +101,7 @@ class Session(EndingSession):
         refuse_orphan()
         self._agent = open_link(self.member)
         world = runtime.start(settings.timeout_s)
+        write_record(settings.run_dir, "connected", {})
         runtime.bound_threads()
         self.initial_size = self.started_with = world.size
         self._bridge = bridge_to_sponsor()

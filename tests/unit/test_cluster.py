@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shlex
 import socket
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,8 @@ from chaos_mpi.agent.spawning import JOIN_OPTION, VARIABLE, join_of, proxy_comma
 from chaos_mpi.cli.chaosctl import main as chaosctl
 from chaos_mpi.cli.chaosrun import main
 from chaos_mpi.cli.cluster import Cluster, check_further, cluster_of
-from chaos_mpi.cli.process import MpirunJob
+from chaos_mpi.cli.outcome import Records
+from chaos_mpi.cli.process import MpirunJob, _StartWatch
 from chaos_mpi.errors import ConfigError, EngineError
 
 
@@ -190,3 +193,13 @@ def test_hosts_and_ranks_have_to_fit(tmp_path: Path) -> None:
     refused = CliRunner().invoke(main, ["--hosts", "a,b", "-n", "3", str(script)])
     assert refused.exit_code == 2
     assert "3 ranks need as many slots" in refused.output
+
+
+def test_ranks_that_have_started_mpi_see_to_deaths_themselves() -> None:
+    with subprocess.Popen(["sleep", "60"]) as launcher:  # has no children: all ranks are gone
+        starting = Records(starting={1: {}, 2: {}}, members={}, outcomes={})
+        watch = _StartWatch(launcher.pid, 2)
+        assert watch.loss(starting, 0.0) is None
+        assert "2 of the 2 ranks died before MPI was up" in (watch.loss(starting, 100.0) or "")
+        assert watch.loss(replace(starting, connected={1: {}}), 100.0) is None
+        launcher.kill()
