@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -17,7 +17,7 @@ import torch
 
 from chaos_mpi.errors import PeerFailedError, WaitTimeoutError
 from chaos_mpi.mpi.channel import Channel
-from chaos_mpi.replication.layout import Layout, dense
+from chaos_mpi.replication.layout import Layout, OnHost, dense
 from chaos_mpi.replication.source import StateSource
 
 if TYPE_CHECKING:
@@ -48,12 +48,12 @@ class LiveState:
     """The training state between two steps, and where the samplers are, as newcomers are to get it.
 
     Attributes:
-        layout, tensors: of the state; the tensors are the live ones.
+        layout, tensors: of the state; the tensors are the live ones, or those of a GPU copied from there.
         skeleton: see :class:`~chaos_mpi.replication.tree.Packed`.
     """
 
     layout: Layout
-    tensors: dict[str, torch.Tensor]
+    tensors: Mapping[str, torch.Tensor]
     skeleton: str
 
     @classmethod
@@ -61,7 +61,7 @@ class LiveState:
         """That of this member."""
         packed = session.pack_for_newcomers()
         tensors = {name: dense(tensor) for name, tensor in packed.tensors.items()}
-        return cls(Layout.of(tensors), tensors, packed.skeleton)
+        return cls(Layout.of(tensors), OnHost(tensors), packed.skeleton)
 
 
 def replicate(session: Session, operation: Admit, joins: Sequence[Join], state: LiveState, begun: float) -> bool:

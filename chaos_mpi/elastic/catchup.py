@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -96,11 +96,16 @@ def planned(total_bytes: int, names: dict[int, str], rates: dict[int, float]) ->
 
 
 def not_repeated(
-    layout: Layout, tensors: dict[str, torch.Tensor], optimizers: Sequence[torch.optim.Optimizer]
+    layout: Layout, live: Mapping[str, torch.Tensor], optimizers: Sequence[torch.optim.Optimizer]
 ) -> tuple[list[Range], list[Range]]:
     """The byte ranges of a state that are to be fetched anyway, and those that may be there already.
 
     What optimizer steps bring about is there, and what is large may not have changed since the cut.
+
+    Args:
+        layout: of the members' state.
+        live: this process's own, by name.
+        optimizers: of it.
     """
     memory = set()
     for optimizer in optimizers:
@@ -109,7 +114,8 @@ def not_repeated(
                 memory.add(parameter.data_ptr())
                 kept = optimizer.state.get(parameter, {})
                 memory.update(value.data_ptr() for value in kept.values() if isinstance(value, torch.Tensor))
-    there = [e.nbytes > FETCHED_ANYWAY_BYTES or tensors[e.name].data_ptr() in memory for e in layout.entries]
+    repeated = {name for name, tensor in live.items() if tensor.data_ptr() in memory}
+    there = [e.nbytes > FETCHED_ANYWAY_BYTES or (e.name in repeated and e.fits(live[e.name])) for e in layout.entries]
     return layout.ranges([not t for t in there]), layout.ranges(there)
 
 

@@ -42,17 +42,17 @@ class CollectiveCalls(ABC):
         """Run one collective operation to its end, whatever happens to other members."""
 
     def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
-        """Reduce a CPU tensor over all members, in place, and return it.
+        """Reduce a tensor over all members, in place, and return it.
 
-        Half precisions are summed in float32, small integers in int64; a sum of truth values is true if any is.
-        A member that dies meanwhile is left out.
+        One on a GPU goes through the memory of the host. Half precisions are summed in float32, small integers in
+        int64; a sum of truth values is true if any is. A member that dies meanwhile is left out.
 
         Args:
             op: ``sum``, ``max`` or ``min``.
 
         Raises:
-            ConfigError: unknown ``op``, or the tensor is not on the CPU, not dense, or of a dtype that has no sum here
-                (complex, quantised, 8-bit floating point, unsigned of more than 8 bits).
+            ConfigError: unknown ``op``, or the tensor is not dense, or of a dtype that has no sum here (complex,
+                quantised, 8-bit floating point, unsigned of more than 8 bits).
         """
         if op not in ("sum", "max", "min"):
             raise ConfigError(f"all_reduce knows sum, max and min, not {op!r}")
@@ -89,10 +89,10 @@ class CollectiveCalls(ABC):
     def share(self, label: str, tensors: Sequence[torch.Tensor], root: str | None = None) -> None:
         """Give every member the bits that the member ``root`` (else rank 0) has in ``tensors``.
 
-        Any dtype, on the CPU, in place.
+        Any dtype, in place.
 
         Raises:
-            ConfigError: a tensor is not on the CPU or not dense.
+            ConfigError: a tensor is not dense.
             RecoveryError: ``root`` was named and died meanwhile.
         """
         for tensor in tensors:
@@ -120,7 +120,7 @@ class CollectiveCalls(ABC):
             fn: takes the item indices of this member (a ``range``, possibly empty) and returns a 1-D tensor.
 
         Returns:
-            The sum, float64, shape as returned by ``fn``; the same bits at every member.
+            The sum, float64, on the CPU, shape as returned by ``fn``; the same bits at every member.
 
         Raises:
             ConfigError: ``fn`` returned something that has no sum here, as complex numbers.
@@ -133,7 +133,7 @@ class CollectiveCalls(ABC):
                 raise ConfigError(
                     f"evaluate cannot sum a tensor of {counted.dtype}; return its real and imaginary parts"
                 )
-            part = counted.to(torch.float64).reshape(-1)
+            part = counted.to("cpu", torch.float64).reshape(-1)
             # A member may learn of a death one call later than another. Only if all used the same view, and all of
             # that view are in the sum, was every item counted once. All see the same sums, so all decide alike.
             tags = torch.tensor([1.0, epoch, epoch**2, size], dtype=torch.float64)
@@ -144,10 +144,8 @@ class CollectiveCalls(ABC):
 
 
 def refuse_unusable(what: str, tensor: torch.Tensor) -> None:
-    """Raise ConfigError for a tensor that is not dense and on the CPU."""
+    """Raise ConfigError for a tensor that is not dense."""
     if tensor.is_quantized or tensor.layout != torch.strided:
         raise ConfigError(
             f"{what} cannot take a tensor of {tensor.dtype} and layout {tensor.layout}; make it dense first"
         )
-    if tensor.device.type != "cpu":
-        raise ConfigError(f"{what} takes CPU tensors; this one, of {tensor.dtype}, is on {tensor.device}")

@@ -116,11 +116,12 @@ def _pull(
     names = dict(zip(invitation["sources"], invitation["members"], strict=True))
     serving = neighbours(names, caught_up.rates if caught_up is not None else {})
     layout = Layout.from_json(invitation["layout"])
-    tensors = layout.allocate(pack({"state": state.capture()}, clone=False).tensors)
+    live = pack({"state": state.capture()}, clone=False).tensors
+    tensors = layout.allocate(live)
     puller = StatePuller(channel, serving, layout, tensors, session.settings.timeout_s, show_progress(session, names))
     lacking = [(0, layout.total_bytes)] if layout.total_bytes else []
     if caught_up is not None and caught_up.repeated:
-        lacking, there = not_repeated(layout, tensors, state.optimizers())
+        lacking, there = not_repeated(layout, live, state.optimizers())
         if other := puller.differing(there):
             log.warning(
                 "%.1f MB of the state have changed in other ways than by optimizer steps; the members wait for them",

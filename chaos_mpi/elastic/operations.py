@@ -130,7 +130,7 @@ class Reduce(Operation):
 
     def __init__(self, label: str, tensor: torch.Tensor, op: str) -> None:
         super().__init__(f"{label}[{op}, {str(tensor.dtype).removeprefix('torch.')}, {tuple(tensor.shape)}]")
-        self._input = tensor.detach().to(transport_dtype(tensor.dtype)).contiguous()
+        self._input = tensor.detach().to("cpu", transport_dtype(tensor.dtype)).contiguous()
         self._op = op
         self._buffer = torch.empty_like(self._input)
 

@@ -62,6 +62,12 @@ class Entry:
     offset: int
     nbytes: int
 
+    def fits(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor has this dtype and geometry."""
+        return (str(tensor.dtype), tuple(tensor.shape), tensor.stride()) == (
+            f"torch.{self.dtype}", self.shape, self.stride
+        )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -71,7 +77,7 @@ class Layout:
 
     @classmethod
     def of(cls, tensors: Mapping[str, torch.Tensor]) -> Self:
-        """The layout of dense CPU tensors; see :func:`dense`."""
+        """The layout of dense tensors; see :func:`dense`."""
         entries, offset = [], 0
         for name in sorted(tensors):
             tensor = tensors[name]
@@ -99,15 +105,16 @@ class Layout:
         return cls(tuple(Entry(n, d, tuple(sh), tuple(st), off, size) for n, d, sh, st, off, size in rows))
 
     def allocate(self, live: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Memory for every tensor: the one in ``live`` where name, dtype and geometry are the same, else a new one."""
+        """Host memory for every tensor: that of ``live`` where name, dtype and geometry are the same, else new memory.
+
+        Of a live tensor on a GPU it is a copy.
+        """
         tensors = {}
         for entry in self.entries:
-            dtype = getattr(torch, entry.dtype)
             tensor = live.get(entry.name)
-            geometry = (dtype, entry.shape, entry.stride)
-            if tensor is None or (tensor.dtype, tuple(tensor.shape), tensor.stride()) != geometry:
-                tensor = torch.empty_strided(entry.shape, entry.stride, dtype=dtype)
-            tensors[entry.name] = tensor
+            if tensor is None or not entry.fits(tensor):
+                tensor = torch.empty_strided(entry.shape, entry.stride, dtype=getattr(torch, entry.dtype))
+            tensors[entry.name] = tensor.to("cpu")
         return tensors
 
     def pieces(self, tensors: Mapping[str, torch.Tensor], start: int, stop: int) -> list[Piece]:
@@ -145,8 +152,32 @@ class Layout:
                 yield entry, low, high
 
 
+class OnHost(Mapping[str, torch.Tensor]):
+    """Tensors by name, in the memory of the host. Those of a GPU are copied there when they are first asked for.
+
+    Args:
+        tensors: which must not change until then.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = dict(tensors)
+        for device in {tensor.device for tensor in tensors.values()}:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # who asks may be another thread, and so on another stream
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        self._tensors[name] = self._tensors[name].to("cpu")
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
 def dense(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself where it fills its memory without gaps, else a copy that does; detached, on the CPU."""
+    """The tensor itself where it fills its memory without gaps, else a copy that does; detached."""
     tensor = tensor.detach()
     if tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last):
         return tensor

@@ -250,7 +250,7 @@ class Follower:
         if len(parameters) != len(meta["mask"]):
             raise FollowError(f"the optimizer has {len(meta['mask'])} parameters there and {len(parameters)} here")
         gradients = {
-            gradient_name(i): torch.empty_like(parameter)
+            gradient_name(i): torch.empty_like(parameter, device="cpu")
             for i, (parameter, used) in enumerate(zip(parameters, meta["mask"], strict=True))
             if used
         }
@@ -281,7 +281,8 @@ class Follower:
     def _apply(self, meta: Mapping[str, Any], gradients: Mapping[str, torch.Tensor]) -> None:
         optimizer = self._optimizers[meta["optimizer"]]
         for i, parameter in enumerate(parameters_of(optimizer)):
-            parameter.grad = gradients.get(gradient_name(i))
+            gradient = gradients.get(gradient_name(i))
+            parameter.grad = gradient.to(parameter.device) if gradient is not None else None
         for group, hyper in zip(optimizer.param_groups, unpack(Packed(meta["hyper"], {})), strict=True):
             group.update(hyper)
         optimizer.step()

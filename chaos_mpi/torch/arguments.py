@@ -46,6 +46,8 @@ def usable(call: str, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The tensors, which must be dense and on the CPU."""
     for tensor in tensors:
         refuse_unusable(call, tensor)
+        if tensor.device.type != "cpu":
+            raise ConfigError(f"{call} takes CPU tensors; this one, of {tensor.dtype}, is on {tensor.device}")
     return list(tensors)
 
 

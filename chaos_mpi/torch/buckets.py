@@ -2,7 +2,7 @@
 
 The memory of one gradient step is: ``param.grad`` (the local gradient until the step is finished, the average
 from then on), and two sets of buckets that take turns, because the sum of the last step is kept for a survivor
-that could not finish it.
+that could not finish it. Parameters that are on a GPU have their buckets there as well.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from chaos_mpi.elastic.operations import Operation, pack_bytes, unpack_bytes
 from chaos_mpi.errors import ConfigError, PeerFailedError
 from chaos_mpi.membership import View
 from chaos_mpi.mpi.world import Pending, World
+from chaos_mpi.torch.staging import Staged, host_memory
 
 _TRANSPORT = {
     torch.float16: torch.float32,
@@ -40,48 +41,53 @@ class Bucket:
         offsets: first element of each in the flat buffer.
         numel: elements of all of them.
         dtype: of the flat buffer: the gradients' own, or float32 for half precisions, which are summed in float32.
+        device: of the parameters.
     """
 
     params: tuple[int, ...]
     offsets: tuple[int, ...]
     numel: int
     dtype: torch.dtype
+    device: torch.device
 
 
 def make_buckets(params: Sequence[torch.nn.Parameter], cap_bytes: int) -> list[Bucket]:
     """Split the parameters into buckets, in the reverse of their order, which is about the order of backward.
 
     Raises:
-        ConfigError: a parameter has a dtype or a device whose gradients cannot be summed.
+        ConfigError: a parameter has a dtype whose gradients cannot be summed.
     """
     for param in params:
         if param.dtype not in _TRANSPORT:
             known = ", ".join(map(str, _TRANSPORT))
             raise ConfigError(f"gradients of dtype {param.dtype} are not supported; use one of {known}")
     buckets: list[Bucket] = []
-    open_buckets: dict[torch.dtype, list[int]] = {}
+    open_buckets: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for index in reversed(range(len(params))):
         dtype = _TRANSPORT[params[index].dtype]
-        chosen = open_buckets.setdefault(dtype, [])
+        kind = dtype, params[index].device
+        chosen = open_buckets.setdefault(kind, [])
         chosen.append(index)
         cap = cap_bytes if buckets else min(FIRST_BUCKET_BYTES, cap_bytes)
         if sum(params[i].numel() for i in chosen) * dtype.itemsize >= cap:
-            buckets.append(_bucket(params, open_buckets.pop(dtype), dtype))
-    for dtype, chosen in open_buckets.items():
-        buckets.append(_bucket(params, chosen, dtype))
+            buckets.append(_bucket(params, open_buckets.pop(kind), *kind))
+    for kind, chosen in open_buckets.items():
+        buckets.append(_bucket(params, chosen, *kind))
     return buckets
 
 
-def _bucket(params: Sequence[torch.nn.Parameter], chosen: list[int], dtype: torch.dtype) -> Bucket:
+def _bucket(
+    params: Sequence[torch.nn.Parameter], chosen: list[int], dtype: torch.dtype, device: torch.device
+) -> Bucket:
     offsets, end = [], 0
     for index in chosen:
         offsets.append(end)
         end += params[index].numel()
-    return Bucket(tuple(chosen), tuple(offsets), end, dtype)
+    return Bucket(tuple(chosen), tuple(offsets), end, dtype, device)
 
 
 class BufferSet:
-    """Transport memory of one gradient step: a flat tensor for each bucket, and one for the module's buffers.
+    """Transport memory of one gradient step: a flat host tensor for each bucket, and one for the module's buffers.
 
     The last bucket has a tail: how many members contribute, how many have something to propose, which model they
     train, and how many of the contributors used each parameter. It rides along so that a step costs no collective of
@@ -91,13 +97,29 @@ class BufferSet:
     def __init__(self, buckets: Sequence[Bucket], params: Sequence[torch.nn.Parameter], shared_bytes: int) -> None:
         tail = _CONTROL_HEADER + len(params)
         last = len(buckets) - 1
-        self.flats = [torch.zeros(b.numel + (tail if i == last else 0), dtype=b.dtype) for i, b in enumerate(buckets)]
+        self.flats = [
+            host_memory(b.numel + (tail if i == last else 0), b.dtype, b.device) for i, b in enumerate(buckets)
+        ]
         self.control = self.flats[-1][-tail:]
         self.shared = torch.empty(shared_bytes, dtype=torch.uint8)
         self.views = [
             [flat[o : o + params[i].numel()].view(params[i].shape) for i, o in zip(b.params, b.offsets, strict=True)]
             for b, flat in zip(buckets, self.flats, strict=True)
         ]
+        streams = {b.device: torch.cuda.Stream(b.device) for b in buckets if b.device.type == "cuda"}  # type: ignore[no-untyped-call]
+        self.staged = [
+            Staged(flat[: b.numel], [params[i].shape for i in b.params], b.device, streams.get(b.device))
+            if b.device.type != "cpu"
+            else None
+            for b, flat in zip(buckets, self.flats, strict=True)
+        ]
+
+    def sums(self) -> Iterator[list[torch.Tensor]]:
+        """The sums of each bucket's gradients, where the parameters are."""
+        for views, staged in zip(self.views, self.staged, strict=True):
+            if staged is not None:
+                staged.bring_back()
+            yield views if staged is None else staged.views
 
 
 class GradientStep(Operation):
@@ -134,7 +156,7 @@ class GradientStep(Operation):
         self._proposes = proposes
         self._world: World | None = None
         self._awaited = [len(b.params) for b in buckets]
-        self._next = 0
+        self._next = self._staged = 0
 
     def begin(self, world: World) -> None:
         """Start in the middle of backward: module buffers are final already, buckets follow as they fill."""
@@ -148,27 +170,44 @@ class GradientStep(Operation):
         self._awaited[bucket] -= 1
         if self.failure is not None or self._pending is None:
             return
-        last = len(self._buckets) - 1
         with self._failure_kept():
-            # In order, so that every member starts the same collectives in the same order. The last one waits
-            # for the end of backward: only then it is known which parameters were used.
-            while self._next < last and self._awaited[self._next] <= 0:
-                self._start_bucket(self._pending, self._next)
-                self._next += 1
-            self._pending.test()
+            self._start_ready(self._pending)
 
     def start_rest(self) -> None:
         """Backward is over: start what is left."""
         if self.failure is not None or self._pending is None:
             return
         with self._failure_kept():
-            for index in range(self._next, len(self._buckets)):
-                self._start_bucket(self._pending, index)
+            self._start_all(self._pending)
 
     def start(self, pending: Pending, view: View, rank: int) -> None:
         self._start_buffers(pending, rank)
-        for index in range(len(self._buckets)):
-            self._start_bucket(pending, index)
+        self._staged = self._next = 0
+        self._start_all(pending)
+
+    def _start_ready(self, pending: Pending) -> None:
+        """Start every bucket that is full and whose turn has come.
+
+        In order, so that every member starts the same collectives in the same order. The last one waits for the end of
+        backward: only then it is known which parameters were used.
+        """
+        while self._staged < len(self._buckets) - 1 and self._awaited[self._staged] <= 0:
+            self._stage(self._staged)
+            self._staged += 1
+        while self._next < self._staged and self._is_on_host(self._next):
+            pending.reduce(self.memory.flats[self._next], "sum")
+            self._next += 1
+        pending.test()
+
+    def _start_all(self, pending: Pending) -> None:
+        """Start what has not been started; all gradients are there."""
+        for index in range(self._staged, len(self._buckets)):
+            self._stage(index)
+        for index in range(self._next, len(self._buckets)):
+            if (staged := self.memory.staged[index]) is not None:
+                staged.wait()
+            pending.reduce(self.memory.flats[index], "sum")
+        self._staged = self._next = len(self._buckets)
 
     def wait(self, what: Callable[[], str], limit_s: float) -> None:
         super().wait(what, limit_s)
@@ -190,7 +229,7 @@ class GradientStep(Operation):
         """
         control = self.memory.control.tolist()
         count = max(control[0], 1.0)
-        for bucket, views in zip(self._buckets, self.memory.views, strict=True):
+        for bucket, views in zip(self._buckets, self.memory.sums(), strict=True):
             for index, view in zip(bucket.params, views, strict=True):
                 if control[_CONTROL_HEADER + index] == 0.0:
                     continue
@@ -240,10 +279,18 @@ class GradientStep(Operation):
             self.memory.shared.zero_()
         pending.reduce(self.memory.shared, "bor")
 
-    def _start_bucket(self, pending: Pending, index: int) -> None:
+    def _is_on_host(self, index: int) -> bool:
+        staged = self.memory.staged[index]
+        return staged is None or staged.is_on_host()
+
+    def _stage(self, index: int) -> None:
+        """Bring the gradients of a bucket to where they are summed, or begin to."""
         bucket, views = self._buckets[index], self.memory.views[index]
         if index == len(self._buckets) - 1:
             self._fill_control()
+        if (staged := self.memory.staged[index]) is not None:
+            staged.take([self._given(self._params[param]) for param in bucket.params])
+            return
         targets, sources = [], []
         for param, view in zip(bucket.params, views, strict=True):
             gradient = self._given(self._params[param])
@@ -254,7 +301,6 @@ class GradientStep(Operation):
                 sources.append(gradient)
         if targets:
             torch._foreach_copy_(targets, sources)
-        pending.reduce(self.memory.flats[index], "sum")
 
     def _given(self, param: torch.nn.Parameter) -> torch.Tensor | None:
         """What this member adds to the sum of a parameter's gradients."""

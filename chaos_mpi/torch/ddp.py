@@ -29,9 +29,10 @@ class DistributedDataParallel(torch.nn.Module):
     statistics, for one) are those of rank 0, unless ``broadcast_buffers`` is false.
 
     Args:
-        module: its parameters are on the CPU, of dtype float16, bfloat16, float32 or float64. Half-precision
-            gradients are summed in float32 and rounded once.
-        device_ids, output_device, dim: as in torch; for CPU modules None (or 0 for ``dim``).
+        module: its parameters are of dtype float16, bfloat16, float32 or float64. Half-precision
+            gradients are summed in float32 and rounded once. Those of a GPU are summed in the memory of the host.
+        device_ids, output_device: None, or the device of a module that is on one.
+        dim: as in torch.
         broadcast_buffers: keep module buffers equal to rank 0's.
         init_sync: give all ranks rank 0's parameters and buffers now.
         process_group: must be None: the session is the group.
@@ -50,8 +51,8 @@ class DistributedDataParallel(torch.nn.Module):
     def __init__(
         self,
         module: torch.nn.Module,
-        device_ids: list[int] | None = None,
-        output_device: int | None = None,
+        device_ids: list[int | torch.device] | None = None,
+        output_device: int | torch.device | None = None,
         dim: int = 0,
         broadcast_buffers: bool = True,
         init_sync: bool = True,
@@ -192,17 +193,27 @@ def _words(entry: list[Any] | None) -> str:
     return f"'{name}' of shape {tuple(shape)}, {dtype.removeprefix('torch.')}{'' if requires_grad else ', not trained'}"
 
 
+def _is_that(chosen: int | str | torch.device, device: torch.device) -> bool:
+    """Whether somebody means this device."""
+    if isinstance(chosen, int):
+        return device.type != "cpu" and device.index == chosen
+    return torch.device(chosen) == device
+
+
 def _refuse_unusable(
     module: torch.nn.Module,
-    device_ids: list[int] | None,
-    output_device: int | None,
+    device_ids: list[int | torch.device] | None,
+    output_device: int | torch.device | None,
     process_group: object,
     bucket_cap_mb: float | None,
 ) -> None:
     if process_group is not None:
         raise ConfigError("process_group must be None: all members of the session take part")
-    if device_ids or output_device is not None:
-        raise ConfigError("device_ids and output_device must be None: only CPU modules are supported")
+    devices = {tensor.device for tensor in [*module.parameters(), *module.buffers()]}
+    for name, chosen in [*(("device_ids", each) for each in device_ids or ()), ("output_device", output_device)]:
+        if chosen is not None and not all(_is_that(chosen, device) for device in devices):
+            there = ", ".join(sorted(map(str, devices)))
+            raise ConfigError(f"{name} names {chosen}, but the module is on {there}; leave {name} out")
     if bucket_cap_mb is not None and bucket_cap_mb <= 0:
         raise ConfigError(f"bucket_cap_mb is {bucket_cap_mb}; it must be positive")
     if not any(p.requires_grad for p in module.parameters()):

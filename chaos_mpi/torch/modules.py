@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from chaos_mpi.elastic.operations import pack_bytes, unpack_bytes
 from chaos_mpi.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,30 +31,30 @@ class StableBuffers:
     def __init__(self, session: Session, buffers: Iterable[torch.Tensor]) -> None:
         self.live = [buffer.detach() for buffer in buffers]
         self.nbytes = sum(buffer.nbytes for buffer in self.live)
-        self._kept = torch.empty(self.nbytes, dtype=torch.uint8)
-        self.keep()
+        self._kept = [buffer.clone() for buffer in self.live]
         session.on_rollback(self._restore)
         session.on_restore(self.keep)
 
     def keep(self) -> None:
         """A step is finished: these are the ones to go back to."""
-        if self.live:
-            pack_bytes(self.live, self._kept)
+        _copy(self._kept, self.live)
 
     def _restore(self) -> None:
-        if self.live:
-            unpack_bytes(self._kept, self.live)
+        _copy(self.live, self._kept)
+
+
+def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    if targets:
+        with torch.no_grad():
+            torch._foreach_copy_(targets, sources)
 
 
 def refuse_unusable_module(module: torch.nn.Module) -> None:
     """Refuse what gradients cannot be reduced of.
 
     Raises:
-        ConfigError: a parameter or buffer is not on the CPU, or a part of the module has sparse gradients.
+        ConfigError: a part of it has sparse gradients.
     """
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if tensor.device.type != "cpu":
-            raise ConfigError(f"'{name}' is on {tensor.device}; only CPU modules are supported")
     for name, part in module.named_modules():
         if getattr(part, "sparse", False):
             raise ConfigError(f"'{name}' produces sparse gradients, which are not supported; set sparse=False")

@@ -233,7 +233,7 @@ def _keepers(kept: Mapping[str, Iterable[int]]) -> dict[int, list[str]]:
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return tensor.to("cpu").contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _host_of(member: str) -> str:

@@ -37,6 +37,7 @@ class Problem:
     ballast_bytes: int = 0  # more training state, so that moving it takes a while
     pause_s: float = 0.0  # in every step, as if there was more to compute
     wrapper: str = "chaos"  # or torch's DistributedDataParallel with the "hook"
+    device: str = "cpu"
 
 
 class Samples(Dataset[tuple[int, torch.Tensor, torch.Tensor]]):

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import hostlike
 import quick_start  # noqa: F401
 import torch
 from fault_points import FaultPoints
@@ -46,7 +47,9 @@ def main() -> None:
     faults.reach("start")
     session = chaos_mpi.init()
     faults.reach("opened")
-    module = build_model()
+    if problem.device == hostlike.NAME:
+        hostlike.register()
+    module = build_model().to(problem.device)
     faults.attach(session, module)
     model = wrap(module, problem.wrapper)
     optimizer, scheduler = build_optimizer(model, problem.optimizer)
@@ -63,7 +66,7 @@ def main() -> None:
                 log_batch(trace, session, state.epoch, indices, sampler)
                 time.sleep(problem.pause_s)
                 optimizer.zero_grad()
-                loss = nn.functional.mse_loss(model(inputs), targets)
+                loss = (model(inputs.to(problem.device)) - targets.to(problem.device)).square().mean()
                 loss.backward()
                 faults.reach("before optimizer")
                 if problem.clip is not None:
@@ -83,7 +86,9 @@ def main() -> None:
             assert total == [EVALUATED, EVALUATED * (EVALUATED - 1) / 2], total
             if stops:
                 break
-    torch.save(module.state_dict(), folder / f"final-{session.member}.pt")
+    torch.save(
+        {name: value.cpu() for name, value in module.state_dict().items()}, folder / f"final-{session.member}.pt"
+    )
     faults.enter("close")
     faults.reach("close")
     result = chaos_mpi.finalize()

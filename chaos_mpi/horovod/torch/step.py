@@ -74,11 +74,7 @@ class AnnouncedStep(GradientStep):
             if self._pending is None and not self._agreed():
                 return
             assert self._pending is not None
-            last = len(self._buckets) - 1
-            while self._next < last and self._awaited[self._next] <= 0:
-                self._start_bucket(self._pending, self._next)
-                self._next += 1
-            self._pending.test()
+            self._start_ready(self._pending)
 
     def wait(self, what: Callable[[], str], limit_s: float) -> None:
         """Wait until the sums are there.
@@ -101,9 +97,7 @@ class AnnouncedStep(GradientStep):
                 )
             self._refuse_mismatch(what, limit_s)
         assert self._pending is not None
-        for index in range(self._next, len(self._buckets)):
-            self._start_bucket(self._pending, index)
-        self._next = len(self._buckets)
+        self._start_all(self._pending)
         self._pending.wait(what, limit_s)
         self._pending = self._announced = None
         self._complete = True
@@ -116,7 +110,7 @@ class AnnouncedStep(GradientStep):
         if self._pending is not None:
             self.renew_buffers()
         self._announced = self._pending = self.failure = None
-        self._next = 0
+        self._staged = self._next = 0
 
     def renew_buffers(self) -> None:
         """Replace the transport buffers, for all steps to come as well."""
@@ -134,7 +128,8 @@ class AnnouncedStep(GradientStep):
             raise MismatchError(f"ranks make different collective calls; this rank: {self.call}")
 
     def _announce(self, world: World) -> None:
-        self._world, self._next, self._pending = world, 0, None
+        self._world, self._pending = world, None
+        self._staged = self._next = 0
         self._announced = world.pending()
         self._comparison.start(self._announced)
 
@@ -279,7 +274,7 @@ class Steps:
 
     def _deliver(self, step: AnnouncedStep, _: Group) -> None:
         count = len(step.contributors) if self._averages else 1
-        for bucket, views in zip(self.buckets, step.memory.views, strict=True):
+        for bucket, views in zip(self.buckets, step.memory.sums(), strict=True):
             for index, view in zip(bucket.params, views, strict=True):
                 self._put(self.params[index], view, count)
 
