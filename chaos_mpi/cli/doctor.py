@@ -275,7 +275,7 @@ def examine(ranks: int) -> Iterator[Finding]:
     # numpy first: torch cannot be used either when it is broken.
     numpy = judge_package("numpy", _python("-c", _COMPUTE.format("numpy"), limit_s=_COMMAND_LIMIT_S))
     yield numpy
-    torch = judge_package("torch", _python("-c", _COMPUTE.format("torch"), limit_s=_IMPORT_LIMIT_S))
+    torch = judge_package("torch", _python("-c", _COMPUTE.format("torch") + _CUDA, limit_s=_IMPORT_LIMIT_S))
     yield torch
     launcher = None
     try:
@@ -300,7 +300,15 @@ def examine(ranks: int) -> Iterator[Finding]:
     yield judge_shared_memory(ranks, shared_memory_free(), shared_memory_suffices(ranks))
 
 
-_COMPUTE = "import {0} as p; assert p.ones(8).sum().item() == 8; print(p.__version__ + ', computes')"
+_COMPUTE = "import {0} as p; assert p.ones(8).sum().item() == 8; print(p.__version__ + ', computes', end='')"
+_CUDA = """
+n = p.cuda.device_count()
+if n:
+    assert p.ones(8, pin_memory=True).to("cuda", non_blocking=True).sum().item() == 8
+    print(f" on the CPU and on {n} x {p.cuda.get_device_name()}; what ranks send goes through the memory of the host")
+else:
+    print(" on the CPU; there is no CUDA device")
+"""
 
 
 def _probe(needed: list[Finding]) -> Finding:

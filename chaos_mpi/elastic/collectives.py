@@ -92,7 +92,7 @@ class CollectiveCalls(ABC):
         Any dtype, in place.
 
         Raises:
-            ConfigError: a tensor is not dense.
+            ConfigError: a tensor is not dense, or has no values.
             RecoveryError: ``root`` was named and died meanwhile.
         """
         for tensor in tensors:
@@ -144,7 +144,9 @@ class CollectiveCalls(ABC):
 
 
 def refuse_unusable(what: str, tensor: torch.Tensor) -> None:
-    """Raise ConfigError for a tensor that is not dense."""
+    """Raise ConfigError for a tensor that is not dense, or has no values."""
+    if tensor.is_meta:
+        raise ConfigError(f"{what} takes tensors that have values; this one, of {tensor.dtype}, is on meta")
     if tensor.is_quantized or tensor.layout != torch.strided:
         raise ConfigError(
             f"{what} cannot take a tensor of {tensor.dtype} and layout {tensor.layout}; make it dense first"

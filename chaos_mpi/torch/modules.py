@@ -53,8 +53,11 @@ def refuse_unusable_module(module: torch.nn.Module) -> None:
     """Refuse what gradients cannot be reduced of.
 
     Raises:
-        ConfigError: a part of it has sparse gradients.
+        ConfigError: a part of it has no values, or sparse gradients.
     """
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if tensor.is_meta:
+            raise ConfigError(f"'{name}' is on meta and has no values; materialise the module first")
     for name, part in module.named_modules():
         if getattr(part, "sparse", False):
             raise ConfigError(f"'{name}' produces sparse gradients, which are not supported; set sparse=False")
