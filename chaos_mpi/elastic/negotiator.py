@@ -297,12 +297,14 @@ class Negotiator:
             self._session.emit("join_failed", id=join.id, host=join.host, reason=reason)
             self._answer(join.id, "refused", {"reason": reason})
         for join in again:
+            self._answer(join.id, "starting", {"sponsor": join.sponsor, "attempt": join.attempt})
             self._sponsor(join)
 
     def _sponsor(self, join: Join) -> None:
         session = self._session
         if session.rank == 0:
-            log.warning("step %d: a rank is being started by %s (%s)", session.step, join.sponsor, join.id)
+            attempt = f", attempt {join.attempt}" if join.attempt > 1 else ""
+            log.warning("step %d: a rank is being started by %s (%s%s)", session.step, join.sponsor, join.id, attempt)
         if join.sponsor != session.member:
             return
         session.emit("join_spawned", id=join.id, host=join.host, attempt=join.attempt)

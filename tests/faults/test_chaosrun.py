@@ -207,11 +207,15 @@ def test_a_killed_rank_is_no_failure(tmp_path: Path) -> None:
 
 
 def test_ranks_are_added_and_removed(tmp_path: Path) -> None:
-    with started(tmp_path) as job:
+    first_newcomer = 100  # see fault_points.own_label
+    with started(tmp_path, [{"rank": first_newcomer, "at": "start", "do": "die"}]) as job:
         job.wait_until(lambda: job.steps_finished() > 2, "the first steps")
         added = ctl(tmp_path, "add")
         assert added.returncode == 0, added.stderr
-        assert added.stdout.splitlines()[-1].endswith("takes part")
+        begun, again, takes_part = added.stdout.splitlines()
+        assert begun.endswith("starts a rank")
+        assert "starts a rank (attempt 2; the job's output says why the one before did not come in)" in again
+        assert takes_part.endswith("takes part")
         state = json.loads(ctl(tmp_path, "status", "--json").stdout)
         assert len(state["members"]) == 4
         removed = ctl(tmp_path, "remove", state["members"][1])

@@ -28,15 +28,13 @@ def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.mark.parametrize("at", ["forward", "boundary"])
-def test_a_rank_dies(device: str, at: str, tmp_path: Path) -> None:
+def test_a_rank_dies(device: str, tmp_path: Path) -> None:
     problem = Problem(device=device)
-    with start_training(tmp_path, problem, [rule(1, at, "die", step=3)]) as job:
+    with start_training(tmp_path, problem, [rule(1, "between buckets", "die", step=3)]) as job:
         check_survival(job.finish(), problem, {1})
 
 
-@pytest.mark.parametrize("policy", ["blocking", "overlap"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize(("policy", "optimizer"), [("blocking", "sgd"), ("overlap", "adamw")])
 def test_a_rank_joins_and_another_dies(device: str, policy: str, optimizer: str, tmp_path: Path) -> None:
     problem = dataclasses.replace(LONG, device=device, optimizer=optimizer, pause_s=0.02)
     rules = [rule(1, "boundary", "join", step=3), *until_ready(), rule(2, "forward", "die", step=120)]

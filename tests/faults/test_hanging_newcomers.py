@@ -38,7 +38,7 @@ def test_a_newcomer(case: str, tmp_path: Path) -> None:
     policy, rules, lost, joined = CASES[case]
     rules = [JOIN, *rules]
     # Long enough for a process to start on a busy machine, and for one to wait for others that start.
-    limit_s = 60 if case == "hangs while it waits for its turn" else 20
+    limit_s = 60 if case == "hangs while it waits for its turn" else 15
     environment = {"CHAOS_JOIN_POLICY": policy, "CHAOS_JOIN_TIMEOUT_S": str(limit_s)}
     with start_training(tmp_path, ENDLESS, rules, environment=environment, limit_s=120) as job:
 
