@@ -147,7 +147,7 @@ def init(
 
 def current_session() -> Session:
     """The open session; NoSessionError when there is none."""
-    from chaos_mpi.elastic.session import current_session as current
+    from chaos_mpi.elastic.current import current_session as current
 
     return current()
 

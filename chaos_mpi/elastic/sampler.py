@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 
+from chaos_mpi.elastic.current import current_session
 from chaos_mpi.elastic.handover import change_from_tree, change_to_tree, plan_from_tree, plan_to_tree
 from chaos_mpi.elastic.partition import Change, EpochPlan
 from chaos_mpi.elastic.rounds import Rounds, SamplerSession, Taken, warn
@@ -63,8 +64,6 @@ class ElasticSampler(Sampler[list[int]]):
                 f"length {length}, seed {seed}, batch_size {batch_size}"
             )
         if session is None:
-            from chaos_mpi.elastic.session import current_session  # late, since the session knows samplers
-
             session = current_session()
         self.batch_size = batch_size
         self.shuffle = shuffle

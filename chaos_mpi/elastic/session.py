@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from chaos_mpi.agent.assembly import UP_LIMIT_S
+from chaos_mpi.elastic import current
 from chaos_mpi.elastic.agent_link import fate_of, follow, open_link
 from chaos_mpi.elastic.attached import AttachedSamplers
 from chaos_mpi.elastic.changes import Companion
@@ -26,7 +27,7 @@ from chaos_mpi.elastic.operations import Operation
 from chaos_mpi.elastic.persistence import Persistence
 from chaos_mpi.elastic.sequence import OperationSequence
 from chaos_mpi.elastic.submission import BackgroundCalls
-from chaos_mpi.errors import ChaosError, ConfigError, CutOffError, NoSessionError
+from chaos_mpi.errors import ChaosError, ConfigError, CutOffError
 from chaos_mpi.events import EventLog
 from chaos_mpi.membership import View
 from chaos_mpi.mpi import runtime
@@ -204,7 +205,7 @@ class Session(EndingSession):
         self._guard.release_finished(self._failed_afterwards)
         self._end_companions()
         self._sequence.free()
-        _forget(self)
+        current.forget(self)
         runtime.stop()
         return self._result
 
@@ -392,9 +393,6 @@ class Session(EndingSession):
         return True
 
 
-_current: Session | None = None
-
-
 def open_session(settings: Settings) -> Session:
     """Open this process's session.
 
@@ -402,30 +400,8 @@ def open_session(settings: Settings) -> Session:
         ChaosError: one is open already.
         EngineError, ConfigError, WaitTimeoutError: see :func:`chaos_mpi.init`.
     """
-    global _current
-    if _current is not None:
+    if current.current_session_or_none() is not None:
         raise ChaosError("a session is open already; chaos_mpi.init() is called once per process")
-    _current = Session(settings)
-    return _current
-
-
-def current_session() -> Session:
-    """The open session.
-
-    Raises:
-        NoSessionError: :func:`chaos_mpi.init` has not been called, or the session was closed.
-    """
-    if _current is None:
-        raise NoSessionError("no session is open: call chaos_mpi.init() first")
-    return _current
-
-
-def current_session_or_none() -> Session | None:
-    """The open session, or None."""
-    return _current
-
-
-def _forget(session: Session) -> None:
-    global _current
-    if _current is session:
-        _current = None
+    session = Session(settings)
+    current.remember(session)
+    return session

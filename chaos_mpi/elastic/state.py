@@ -7,12 +7,12 @@ disk) is done with the plain tree that :meth:`TrainingState.capture` returns.
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
 
+from chaos_mpi.elastic.current import current_session_or_none
 from chaos_mpi.elastic.digest import params_digest
 from chaos_mpi.elastic.restoring import (
     check_module,
@@ -109,7 +109,7 @@ class TrainingState:
                 values[name] = _storable(name, value)
         # Past __setattr__, which is for the extras.
         self.__dict__.update(_given=given, _objects=objects, _values=values, _keeps_rng=rng)
-        session = session if session is not None else _current_session()
+        session = session if session is not None else current_session_or_none()
         if session is not None:
             session.attach_state(self)
 
@@ -281,13 +281,6 @@ class TrainingState:
                 raise CheckpointError(
                     f"the state to restore does not fit: extras.{name} is a {here} here and a {found} there"
                 )
-
-
-def _current_session() -> AttachesState | None:
-    # A session can only be open if its module is loaded; loading it would start MPI where none is wanted.
-    module = sys.modules.get("chaos_mpi.elastic.session")
-    session: AttachesState | None = module.current_session_or_none() if module is not None else None
-    return session
 
 
 def _places(part: str, given: Any) -> Iterator[tuple[Place, Any]]:

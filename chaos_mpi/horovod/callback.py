@@ -10,8 +10,9 @@ from torch.autograd import Variable
 from torch.utils._pytree import tree_leaves
 
 import chaos_mpi
+from chaos_mpi.elastic.current import current_session_or_none
 from chaos_mpi.elastic.lifecycle import tidy_uncaught
-from chaos_mpi.elastic.session import Session, SessionResult, current_session_or_none
+from chaos_mpi.elastic.session import Session, SessionResult
 from chaos_mpi.elastic.state import Stateful, TrainingState
 from chaos_mpi.errors import ConfigError
 from chaos_mpi.horovod.optimizer import make_optimizer

@@ -89,7 +89,7 @@ def _open_session(timeout: timedelta | None) -> Session:
     """The user's session, else one that is opened now, with the settings of the launcher."""
     global _owned
     import chaos_mpi
-    from chaos_mpi.elastic.session import current_session_or_none
+    from chaos_mpi.elastic.current import current_session_or_none
 
     session = current_session_or_none()
     if session is None:

@@ -10,7 +10,8 @@ import torch
 from torch.autograd import Variable
 from torch.utils._pytree import tree_leaves
 
-from chaos_mpi.elastic.session import Session, current_session
+from chaos_mpi.elastic.current import current_session
+from chaos_mpi.elastic.session import Session
 from chaos_mpi.errors import ConfigError, MismatchError
 from chaos_mpi.torch.buckets import BufferSet, GradientStep, make_buckets
 from chaos_mpi.torch.modules import StableBuffers, refuse_unusable_module

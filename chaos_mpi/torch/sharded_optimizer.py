@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from chaos_mpi.elastic.current import current_session
 from chaos_mpi.elastic.exchanges import AllGather
-from chaos_mpi.elastic.session import Session, current_session
+from chaos_mpi.elastic.session import Session
 from chaos_mpi.errors import ConfigError, RecoveryError
 
 

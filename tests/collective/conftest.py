@@ -22,7 +22,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 def pytest_unconfigure() -> None:
     """Close it when pytest-mpi has printed what it says about MPI."""
-    from chaos_mpi.elastic.session import current_session_or_none
+    from chaos_mpi.elastic.current import current_session_or_none
 
     if current_session_or_none() is not None:
         chaos_mpi.finalize()

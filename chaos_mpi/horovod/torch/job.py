@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from chaos_mpi.elastic.current import current_session_or_none
 from chaos_mpi.elastic.exchanges import AllReduce, Barrier
-from chaos_mpi.elastic.session import current_session_or_none
 from chaos_mpi.errors import NoSessionError
 from chaos_mpi.horovod.common.exceptions import HorovodInternalError
 from chaos_mpi.horovod.torch.calls import CallQueue, Request, Waiting
