@@ -339,7 +339,7 @@ class Negotiator:
             if id_ in hosts:
                 self._session.emit("join_failed", id=id_, host=hosts[id_], reason=reason)
             if self._session.rank == 0:
-                log.warning("%s is refused: %s", id_, reason)
+                log.warning("the wish to %s (%s) is refused: %s", id_.partition("-")[0], id_, reason)
             self._answer(id_, "refused", {"reason": reason})
         for join in outcome.start:
             self._answer(join.id, "starting", {"sponsor": join.sponsor, "attempt": join.attempt})
