@@ -83,14 +83,23 @@ class RecentEvents:
         """At most the last :data:`RECENT` events, oldest first."""
         return [json.loads(line) for line in list(self._lines)]
 
-    def follow(self) -> Iterator[str]:
-        """The last events, and then each as it happens, as lines of the log, until :meth:`end`. One may come twice."""
+    def follow(self, pause_s: float) -> Iterator[str]:
+        """The last events, and then each as it happens, as lines of the log, until :meth:`end`. One may come twice.
+
+        Where nothing happens for ``pause_s`` seconds an empty line comes, so that who follows can be looked after.
+        """
         lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         # Without a lock, which a signal handler could find taken: rather one event twice than one left out.
         self._followers.append(lines)
         try:
             yield from list(self._lines)
-            while not (self._ended and lines.empty()) and (line := lines.get()) is not None:
+            while not (self._ended and lines.empty()):
+                try:
+                    line = lines.get(timeout=pause_s)
+                except queue.Empty:
+                    line = ""
+                if line is None:
+                    return
                 yield line
         finally:
             self._followers.remove(lines)

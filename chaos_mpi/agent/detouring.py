@@ -123,10 +123,10 @@ class Detouring:
         """
         if fields["kind"] == TABLE:
             orders = self._table.receive(sender, fields)
-            if "machine" in fields:
-                self._machines[host_of(sender)] = plausible(fields["machine"])
             self._links.bytes_per_s = self._table.bytes_per_s
             self._heed_orders(orders)
+            if "machine" in fields:
+                self._machines[host_of(sender)] = plausible(fields["machine"])
         else:
             self._do(self._links.receive(sender, fields, boot_clock_s()))
 
@@ -142,8 +142,9 @@ class Detouring:
 
     @property
     def speakers(self) -> Mapping[str, str]:
-        """For each host the member that speaks for it."""
-        return self._sight.speakers if self._sight is not None else {}
+        """For each host with ranks the member that speaks for it."""
+        speakers = self._sight.speakers if self._sight is not None else {}
+        return {host: member for host, member in speakers.items() if host in self._hosts()}
 
     def bytes_per_s(self, host: str) -> float | None:
         """How fast data goes from here to another host, if that is known."""

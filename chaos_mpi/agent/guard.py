@@ -268,7 +268,12 @@ class Guard:
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a part of the watch over the other hosts has ended: %r", error)
 
     async def _tell_that_it_is_up(self, watch: Watch) -> None:
         await self._link.connected.wait()

@@ -6,10 +6,13 @@ import math
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
+
+T = TypeVar("T")
 
 #: Looks closer to each other than this say little, seconds: the kernel counts in hundredths of a second.
 LEAST_S = 0.5
@@ -53,21 +56,36 @@ class Machine:
         Returns:
             ``cores``; ``cpu_percent`` of all cores together, since the look before, None at first; ``load`` (1, 5 and
             15 minutes); ``memory_total_bytes`` and ``memory_available_bytes``; ``accelerators``: their models;
-            ``joined_at``: since when it has been part of the job, Unix seconds by its own clock.
+            ``joined_at``: since when it has been part of the job, Unix seconds by its own clock. What the kernel does
+            not tell is None.
         """
         with self._lock:
-            times, memory, cores = psutil.cpu_times(), psutil.virtual_memory(), os.cpu_count() or 1
-            busy_s = sum(times[:7]) - times.idle - getattr(times, "iowait", 0.0)
-            percent = self._share.look(time.monotonic(), busy_s)
+            cores = os.cpu_count() or 1
+            percent = _told(self._busy_percent)
+            memory = _told(psutil.virtual_memory)
+            load = _told(os.getloadavg)
             return {
                 "cores": cores,
                 "cpu_percent": None if percent is None else round(min(100.0, percent / cores), 1),
-                "load": [round(value, 2) for value in os.getloadavg()],
-                "memory_total_bytes": memory.total,
-                "memory_available_bytes": memory.available,
+                "load": None if load is None else [round(value, 2) for value in load],
+                "memory_total_bytes": None if memory is None else memory.total,
+                "memory_available_bytes": None if memory is None else memory.available,
                 "accelerators": self._accelerators,
                 "joined_at": self._joined_at,
             }
+
+    def _busy_percent(self) -> float | None:
+        times = psutil.cpu_times()
+        busy_s = sum(times[:7]) - times.idle - getattr(times, "iowait", 0.0)
+        return self._share.look(time.monotonic(), busy_s)
+
+
+def _told(ask: Callable[[], T]) -> T | None:
+    """What the kernel says; None if it does not: in some containers /proc is not whole."""
+    try:
+        return ask()
+    except (OSError, ValueError, RuntimeError, psutil.Error):
+        return None
 
 
 def accelerators(directory: Path = _NVIDIA) -> list[str]:
@@ -90,18 +108,30 @@ def plausible(machine: Any) -> dict[str, Any]:
         ValueError: it cannot be that.
     """
     try:
-        percent = machine["cpu_percent"]
-        load = [float(value) for value in machine["load"]]
-        if len(load) != 3 or not all(map(math.isfinite, load)):
-            raise ValueError("the load is three numbers")
+        load = machine["load"]
+        if load is not None:
+            load = [_number(value) for value in load]
+            if len(load) != 3:
+                raise ValueError("the load is three numbers")
         return {
-            "cores": int(machine["cores"]),
-            "cpu_percent": None if percent is None else float(percent),
+            "cores": int(_number(machine["cores"])),
+            "cpu_percent": _number_or_none(machine["cpu_percent"]),
             "load": load,
-            "memory_total_bytes": int(machine["memory_total_bytes"]),
-            "memory_available_bytes": int(machine["memory_available_bytes"]),
+            "memory_total_bytes": _number_or_none(machine["memory_total_bytes"]),
+            "memory_available_bytes": _number_or_none(machine["memory_available_bytes"]),
             "accelerators": [str(model) for model in machine["accelerators"]],
-            "joined_at": float(machine["joined_at"]),
+            "joined_at": _number(machine["joined_at"]),
         }
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"what it says of its machine cannot be read: {error!r}") from error
+
+
+def _number(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is no number")
+    return number
+
+
+def _number_or_none(value: Any) -> float | None:
+    return None if value is None else _number(value)

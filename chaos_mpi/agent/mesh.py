@@ -228,7 +228,7 @@ class Mesh:
             if len(frames) != 1 or not isinstance(message, dict):
                 raise ValueError("it is not one JSON object")
             self._receive(member, message)
-        except ValueError as error:
+        except (ValueError, OverflowError, RecursionError) as error:
             self._complain(member, f"a message of {member} is ignored: {error}")
 
     def _complain(self, member: str, text: str) -> None:

@@ -70,16 +70,17 @@ def ask(
         limit_s: time for each host.
         on_wait: is called every few seconds with the hosts that have not answered yet.
     """
-    source = Path(check.__file__).read_text()
+    source, asked = Path(check.__file__).read_text(), set[str]()
 
     def one(host: str) -> Answer:
+        asked.add(host)
         return _run(remote_command(ssh, host, [python, "-", *wanted]), source, limit_s)
 
     with ThreadPoolExecutor(max_workers=min(AT_ONCE, max(1, len(hosts)))) as pool:
         answers = {host: pool.submit(one, host) for host in hosts}
         while left := wait(answers.values(), PATIENCE_S).not_done:
             if on_wait is not None:
-                on_wait([host for host, answer in answers.items() if answer in left])
+                on_wait([host for host, answer in answers.items() if answer in left and host in asked])
         return {host: answer.result() for host, answer in answers.items()}
 
 

@@ -62,6 +62,7 @@ class Probing:
         if speakers.get(host) != self._me:
             return
         self._sent = {other: sent for other, sent in self._sent.items() if other in speakers}
+        self._probes = {other: probes for other, probes in self._probes.items() if other in speakers}
         other = self._plan.next([(each, self._last_s(each)) for each in speakers if each != host], now_s)
         if other is not None:
             nbytes = self._plan.nbytes(self._links.bytes_per_s(other))

@@ -94,13 +94,14 @@ class Cluster:
         return [host for host in dict.fromkeys(self.hosts) if not is_here(host)]
 
     def check(self) -> list[str]:
-        """What keeps the hosts from being used, a line for each problem. This one has at least a witness.
+        """What keeps the hosts from being used, a line for each problem; this one as well, if ranks are to run here.
 
         Raises:
             ChaosError: nothing can be checked from here.
         """
         answers = ask(self.remote, self.python, self.ssh, self._needed, on_wait=lambda hosts: say(_slow(hosts)))
-        return [str(problem) for problem in judge(answers, ask_here(self._needed), self.python, here_takes_part=True)]
+        here = any(map(is_here, self.hosts))
+        return [str(problem) for problem in judge(answers, ask_here(self._needed), self.python, here_takes_part=here)]
 
     @property
     def _needed(self) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from chaos_mpi.errors import EngineError
 
 #: A member that does not take a connection, or does not greet, within this time is passed over.
 CONNECT_LIMIT_S = 2.0
+_SPEECHLESS = "the job in {} is starting, or about to end, or hangs: none of its ranks answers"
 #: The kind of the file in a job's private directory that the launcher writes when it begins.
 LAUNCHER = "launcher"
 #: Holds the path of the job's other private directory, which is in shared memory, if it has one.
@@ -94,9 +95,9 @@ def find_job(job: Path | None) -> Path:
         click.ClickException: there is none, or more than one, or it cannot be talked to.
     """
     if job is not None:
-        if not any(job.glob("control-*.sock")):
-            raise click.ClickException(f"no job runs in {job}")
-        return job
+        if any(job.glob("control-*.sock")):
+            return job
+        raise click.ClickException(_SPEECHLESS.format(job) if has_owner(job) else f"no job runs in {job}")
     jobs = living_jobs()
     if not jobs:
         raise click.ClickException("no job of yours is running on this machine (it has to be started with chaosrun)")
@@ -105,7 +106,7 @@ def find_job(job: Path | None) -> Path:
         raise click.ClickException(f"several jobs are running; choose one with --job: {', '.join(named)}")
     ((directory, answers),) = jobs.items()
     if not answers:
-        raise click.ClickException(f"the job in {directory} is starting, or about to end: none of its ranks answers")
+        raise click.ClickException(_SPEECHLESS.format(directory))
     return directory
 
 
@@ -147,15 +148,25 @@ def ask_all(job: Path, request: dict[str, Any], limit_s: float) -> list[dict[str
         return [answer for answer in answers if answer is not None]
 
 
-def follow(path: Path) -> Iterator[dict[str, Any]]:
-    """The last events of the member behind a control socket, then those to come, until it ends or is gone."""
+def follow(path: Path, limit_s: float) -> Iterator[dict[str, Any] | None]:
+    """The last events of the member behind a control socket, then those to come, until it ends or is gone.
+
+    The first is None, once the member has said that it is there; so are others, when nothing has happened for a while.
+
+    Args:
+        path: of the socket.
+        limit_s: a member that says nothing for so long hangs.
+    """
     if (connection := _reach(path)) is None:
         return
     with contextlib.suppress(OSError, ValueError), connection, contextlib.closing(_Member(connection)) as member:
-        member.ask({"do": "follow"}, None)
+        member.ask({"do": "follow"}, limit_s)
+        yield None
         for line in member.stream:
-            if "event" in (answer := json.loads(line)):
-                yield answer["event"]
+            answer = json.loads(line)
+            if answer.get("last"):
+                return
+            yield answer.get("event")
 
 
 def _ask_one(path: Path, request: dict[str, Any], limit_s: float) -> dict[str, Any] | None:
@@ -202,8 +213,8 @@ class _Member:
         if not self.stream.readline():
             raise ConnectionError("it hung up")
 
-    def ask(self, request: dict[str, Any], limit_s: float | None) -> None:
-        """Send a request; the answers are lines of :attr:`stream`, each within ``limit_s`` seconds if that is given."""
+    def ask(self, request: dict[str, Any], limit_s: float) -> None:
+        """Send a request; the answers are lines of :attr:`stream`, each within ``limit_s`` seconds."""
         self._connection.settimeout(limit_s)
         self.stream.write(json.dumps(request).encode() + b"\n")
         self.stream.flush()

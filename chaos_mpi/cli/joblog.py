@@ -22,6 +22,10 @@ PERIOD_S = 0.25
 SETTLE_S = 0.5
 #: A job of which nobody has answered for so long has ended or hangs, seconds.
 SILENT_S = 3.0
+#: A member that is listened to, and says nothing for so long, hangs, seconds: when all is well it says so more often.
+HANGS_S = 10.0
+#: What a member that has reached the end of its job says of it. Others may go on without it.
+_ENDINGS = ("finished", "stopped", "failed")
 
 
 def told(events: Sequence[Event]) -> list[Line]:
@@ -76,19 +80,22 @@ class Listeners:
         self._directory = directory
         self._told: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._threads: dict[Path, threading.Thread] = {}
+        self._heard: set[Path] = set()
 
     def look(self) -> bool:
-        """Listen to whoever is not listened to yet; whether anybody has been since the last look."""
-        heard = any(thread.is_alive() for thread in self._threads.values())
+        """Listen to whoever is not listened to yet; whether anybody is, and speaks."""
         for path in self._directory.glob("control-*.sock"):
             if path not in self._threads or not self._threads[path].is_alive():
                 self._threads[path] = threading.Thread(target=self._listen, args=(path,), daemon=True)
                 self._threads[path].start()
-        return heard
+        return bool(self._heard)
 
     def _listen(self, path: Path) -> None:
-        for event in follow(path):
-            self._told.put(event)
+        for event in follow(path, HANGS_S):
+            self._heard.add(path)
+            if event is not None:
+                self._told.put(event)
+        self._heard.discard(path)
 
     def events(self) -> list[Event]:
         """What has been told since the last call."""
@@ -105,12 +112,22 @@ class Following:
     def __init__(self) -> None:
         self._events: dict[tuple[str, float, str], Event] = {}
         self._told: set[tuple[str, ...]] = set()
+        self._waits = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether a member has told of the end of the job."""
+        return any(e["event"] == "session_ended" and e["outcome"] in _ENDINGS for e in self._events.values())
 
     def feed(self, events: Sequence[Event], until: float) -> list[Line]:
         """The lines that are new, up to the time ``until`` (Unix seconds)."""
+        if not events and not self._waits:
+            return []
         for event in events:
             self._events.setdefault((event["member"], event["mono"], event["event"]), event)
-        new = [line for line in told(list(self._events.values())) if line.t <= until and line.key not in self._told]
+        lines = [line for line in told(list(self._events.values())) if line.key not in self._told]
+        new = [line for line in lines if line.t <= until]
+        self._waits = len(new) < len(lines)
         self._told.update(line.key for line in new)
         return new
 
@@ -151,9 +168,13 @@ def _follow(directory: Path, member: str | None, seen: Following) -> Iterator[st
             heard_at = time.monotonic()
         time.sleep(PERIOD_S)
         yield from map(as_text, seen.feed(_of(member, listeners.events()), time.time() - SETTLE_S))
-    ended = not directory.is_dir()
     yield from map(as_text, seen.feed(_of(member, listeners.events()), math.inf))
-    yield "the job has ended" if ended else "nobody answers any more: the job has ended, or hangs"
+    if seen.ended:
+        yield "the job has ended"
+    elif not directory.is_dir():
+        yield "nothing of the job is left on this machine; it may go on elsewhere"
+    else:
+        yield "nobody answers any more: the job has ended, or hangs"
 
 
 def _of(member: str | None, events: Sequence[Event]) -> list[Event]:

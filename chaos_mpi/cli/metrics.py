@@ -100,9 +100,13 @@ def _of_hosts(job: Job) -> Iterator[Metric]:
     free = GaugeMetricFamily("chaos_mpi_host_memory_available_bytes", "Memory that can be had", labels=["host"])
     total = GaugeMetricFamily("chaos_mpi_host_memory_total_bytes", "Memory of the machine", labels=["host"])
     for host, machine in sorted(job["machines"].items()):
-        load.add_metric([host], machine["load"][0])
-        free.add_metric([host], machine["memory_available_bytes"])
-        total.add_metric([host], machine["memory_total_bytes"])
+        for family, value in (
+            (load, machine["load"] and machine["load"][0]),
+            (free, machine["memory_available_bytes"]),
+            (total, machine["memory_total_bytes"]),
+        ):
+            if value is not None:
+                family.add_metric([host], value)
     yield from (load, free, total)
 
 

@@ -192,7 +192,9 @@ class MpirunJob:
         """
         records = read_records(self._run_dir)
         alive = [pid for pid in records.members if psutil.pid_exists(pid)]
-        if records.members and not alive:
+        # Ranks that have started MPI may end before they are members: of too small a job, for one.
+        up = {*records.starting, *records.connected} if records.connected and not records.members else ()
+        if (records.members and not alive) or (up and not any(map(psutil.pid_exists, up))):
             return LEFT_ALONE_S
         failed = any(record.get("outcome") == "failed" for record in records.outcomes.values())
         ended = bool(records.members) and all(pid in records.outcomes for pid in alive)

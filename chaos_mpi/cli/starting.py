@@ -27,7 +27,7 @@ class StartProgress:
 
     def __init__(self, run_dir: Path, hosts: Sequence[str], now: float, say: Callable[[str], None]) -> None:
         self._run_dir, self._say = run_dir, say
-        self._wanted = Counter("" if is_here(host) else host for host in hosts)
+        self._wanted = Counter(map(_local, hosts))
         self._next_s = now + PATIENCE_S
 
     def look(self, now: float) -> None:
@@ -35,13 +35,19 @@ class StartProgress:
         if now < self._next_s:
             return
         self._next_s = now + PATIENCE_S
-        started = Counter(entry.contact.host for entry in posted(self._run_dir) if entry.first_size is not None)
+        entries = (entry for entry in posted(self._run_dir) if entry.first_size is not None)
+        started = Counter(_local(entry.contact.host) for entry in entries)
         if missing := self._wanted - started:
             ranks = self._wanted.total()
             where = sorted(host or "this host" for host in missing)
             self._say(f"{ranks - missing.total()} of {ranks} ranks have started; waiting for {names(where)}")
         else:
             self._next_s = float("inf")
+
+
+def _local(host: str) -> str:
+    """One name for this machine, which has several."""
+    return "" if is_here(host) else host
 
 
 def names(hosts: Sequence[str]) -> str:

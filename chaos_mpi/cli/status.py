@@ -86,10 +86,10 @@ def merged(answers: Sequence[Answer]) -> list[dict[str, Any]]:
 
 
 def _machines(furthest: Answer, answers: Sequence[Answer]) -> dict[str, Any]:
-    """What is known of each host: from its own members, or of others from what the agents have told each other."""
-    known = {**furthest["machines"], **{answer["host"]: answer["machine"] for answer in answers}}
+    """What is known of each host: from what the agents tell each other, or else from its own members."""
+    known = {**{answer["host"]: answer["machine"] for answer in answers}, **furthest["machines"]}
     since: dict[str, float] = {}
-    for host, machine in [*furthest["machines"].items(), *((a["host"], a["machine"]) for a in answers)]:
+    for host, machine in [*known.items(), *((answer["host"], answer["machine"]) for answer in answers)]:
         since[host] = min(machine["joined_at"], since.get(host, machine["joined_at"]))
     return {host: {**machine, "joined_at": since[host]} for host, machine in known.items()}
 
@@ -147,14 +147,15 @@ def rank_cells(rank: dict[str, Any]) -> list[str]:
 
 def describe_machine(machine: dict[str, Any], now: float) -> str:
     """Load and memory of a machine, its accelerators, and how long it has been part of the job."""
-    load = " ".join(f"{value:.2f}" for value in machine["load"])
-    used = machine["memory_total_bytes"] - machine["memory_available_bytes"]
+    load = "-" if machine["load"] is None else " ".join(f"{value:.2f}" for value in machine["load"])
+    total, available = machine["memory_total_bytes"], machine["memory_available_bytes"]
+    used = None if total is None or available is None else total - available
     cpu = "" if machine["cpu_percent"] is None else f", CPU {percent(machine['cpu_percent'])}"
     models = Counter(machine["accelerators"])
     accelerators = "".join(f", {model}" if n == 1 else f", {n} x {model}" for model, n in models.items())
     return (
         f"load {load} on {machine['cores']} cores{cpu}, "
-        f"memory {nbytes(used)} of {nbytes(machine['memory_total_bytes'])}{accelerators}, "
+        f"memory {nbytes(used)} of {nbytes(total)}{accelerators}, "
         f"for {duration(now - machine['joined_at'])}"
     )
 

@@ -165,7 +165,10 @@ def _ending(ended: list[Event]) -> str:
     digests = {e["params_digest"] for e in finished}
     if digests == {""}:
         return f"finished; the {len(finished)} replicas were not compared, as the script has no TrainingState"
-    if len(finished) == 1:
+    size = max(e["size"] for e in finished)
+    if len(digests) == 1 and len(finished) < size:
+        return f"finished; digest {digests.pop()} at the {len(finished)} of {size} ranks that this is from"
+    if size == 1:
         return f"finished with one replica (digest {digests.pop()})"
     if len(digests) == 1:
         return f"finished; all {len(finished)} replicas are bitwise identical (digest {digests.pop()})"

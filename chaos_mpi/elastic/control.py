@@ -42,6 +42,8 @@ _REQUEST_BYTES = 65536
 _LOOK_PERIOD_S = 1.0
 #: How long the agent has to take an order, seconds.
 _AGENT_LIMIT_S = 5.0
+#: Who follows hears something so often, and is given up when it takes nothing for so long, seconds.
+_FOLLOW_PERIOD_S, _FOLLOW_LIMIT_S = 3.0, 1.0
 #: What ends a conversation.
 _FINAL = frozenset({"active", "left", "moved", "refused"})
 
@@ -50,7 +52,8 @@ class ControlSocket:
     """Answers ``chaosctl``, in a thread.
 
     Requests: ``{"do": "status"}``, answered by :meth:`chaos_mpi.elastic.status.MemberStatus.answer`; ``{"do":
-    "follow"}``, answered by one ``{"event": {...}}`` for each event, up to the end of the session;
+    "follow"}``, answered by one ``{"event": {...}}`` for each event, up to the end of the session, and by ``{}`` now
+    and then;
     ``{"do": "add", "n": 1, "host": ""}``; ``{"do": "remove", "member": id}``; ``{"do": "link", "a": host, "b": host,
     "down": true}``; ``{"do": "end", "signal": "SIGTERM"}``, which is for this member alone, as SIGTERM is, and names
     the signal that its launcher got; ``{"do": "relaunch"}``, what another launcher has to know to start the job anew;
@@ -66,6 +69,7 @@ class ControlSocket:
         self._session, self._path = session, path
         self._status = MemberStatus(session)
         self._answered: list[threading.Thread] = []
+        self._lock = threading.Lock()
         self._socket = sockets.listen(path)
         self._socket.settimeout(_LOOK_PERIOD_S)
         threading.Thread(target=self._serve, name="chaos_mpi-control", daemon=True).start()
@@ -74,7 +78,9 @@ class ControlSocket:
         """Take no more requests; what has become of those that were made is still said, and what has happened."""
         self._session.recent.end()
         limit = time.monotonic() + _LAST_ANSWERS_S
-        for thread in list(self._answered):
+        with self._lock:
+            answered = list(self._answered)
+        for thread in answered:
             thread.join(max(0.0, limit - time.monotonic()))
         self._path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
@@ -99,6 +105,8 @@ class ControlSocket:
                 stream.write(json.dumps({"member": self._session.member}).encode() + b"\n")
                 stream.flush()
                 request = json.loads(stream.readline(_REQUEST_BYTES))
+                if request["do"] == "follow":
+                    connection.settimeout(_FOLLOW_LIMIT_S)  # what it does not take would be kept for it
                 for answer in self._answers(request):
                     stream.write(json.dumps(answer).encode() + b"\n")
                     stream.flush()
@@ -107,7 +115,8 @@ class ControlSocket:
 
     def _await(self, thread: threading.Thread) -> None:
         """A thread whose last answers have to be written before the member ends."""
-        self._answered = [other for other in self._answered if other.is_alive()] + [thread]
+        with self._lock:
+            self._answered = [other for other in self._answered if other.is_alive()] + [thread]
 
     def _order_link(self, request: dict[str, Any]) -> str:
         agent = self._session.agent
@@ -130,8 +139,8 @@ class ControlSocket:
             return
         if request["do"] == "follow":
             self._await(thread)
-            for line in session.recent.follow():
-                yield {"event": json.loads(line)}
+            for line in session.recent.follow(_FOLLOW_PERIOD_S):
+                yield {"event": json.loads(line)} if line else {}
             yield {"last": True}
             return
         if request["do"] == "relaunch":

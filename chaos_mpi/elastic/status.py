@@ -32,8 +32,9 @@ class MemberStatus:
         self._usage: Usage | None = None
 
     def look(self) -> None:
-        """Note where the step is, so that its speed is known; to be called about once a second."""
+        """Note where the step is, so that its speed is known, and what the machine does; about once a second."""
         self._rate.look(time.monotonic(), self._session.step)
+        self._machine.look()
 
     def answer(self) -> dict[str, Any]:
         """All that this member knows, in JSON values:

@@ -7,6 +7,7 @@ been ordered of links; who has measured bandwidths says these. So who comes late
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -77,8 +78,12 @@ class LinkTable:
                 ends_of(str(a), str(b)): Order(float(at_s), str(by), down is True)
                 for a, b, at_s, by, down in fields["orders"]
             }
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ValueError(f"the table of links of {sender} cannot be read: {error!r}") from error
+        if not all(0 <= seconds < math.inf for seconds in rtt_s.values()) or not all(
+            0 < r < math.inf for r in rates.values()
+        ):
+            raise ValueError(f"the table of links of {sender} has times or bandwidths that cannot be")
         self._rtt_s[host_of(sender)] = rtt_s
         self._bytes_per_s.setdefault(host_of(sender), {}).update(rates)
         return orders

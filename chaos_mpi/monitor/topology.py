@@ -17,9 +17,9 @@ LEAST_TRANSFER_BYTES = 64 * 1024
 #: Weight of one new round-trip time (RFC 6298 uses the same).
 _RTT_WEIGHT = 1 / 8
 #: Hosts may take so long to answer: less than that on top of the round trip tells nothing of a link.
-_NOISE_S = 0.005
+_NOISE_S = 0.01
 #: So many probes in which a link was slow are believed.
-_BELIEVED = 3
+_BELIEVED = 5
 
 
 @dataclass(frozen=True, slots=True)

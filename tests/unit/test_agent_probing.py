@@ -78,7 +78,7 @@ def test_a_slow_link_that_was_never_used_is_known_after_some_probes(monkeypatch:
     agents = Agents(1e5, monkeypatch)
     agents.pass_time(ProbePlan().every_s * 1.5)
     assert "b" not in agents.links.known
-    agents.pass_time(ProbePlan().every_s * 3)
+    agents.pass_time(ProbePlan().every_s * 6)
     assert agents.links.known == {"b": pytest.approx(1e5, rel=0.1)}
 
 

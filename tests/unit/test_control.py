@@ -7,6 +7,7 @@ import queue
 import re
 import socket
 import threading
+from collections.abc import Generator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -123,7 +124,7 @@ def test_the_job_that_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for directory in (starting, running, memory):
         directory.mkdir(mode=0o700)
     note_down(starting, LAUNCHER, here())
-    with pytest.raises(click.ClickException, match=f"the job in {starting} is starting, or about to end"):
+    with pytest.raises(click.ClickException, match=f"the job in {starting} is starting, or about to end, or hangs"):
         find_job(None)
     control = ControlSocket(session(), running / "control-1.sock")
     try:
@@ -131,6 +132,8 @@ def test_the_job_that_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             find_job(None)
         assert f"{starting} (starting, or about to end)" in str(error.value) and str(memory) not in str(error.value)
         assert find_job(running) == running
+        with pytest.raises(click.ClickException, match=f"the job in {starting} is starting"):
+            find_job(starting)
         (starting / f"{LAUNCHER}-{os.getpid()}.json").unlink()
         assert find_job(None) == running
     finally:
@@ -146,10 +149,11 @@ def test_who_follows_a_member_hears_of_everything_up_to_its_end(_: int, tmp_path
 
     happens(1)
     control = ControlSocket(session(recent=log.recent), tmp_path / "control-1.sock")
-    told = follow(tmp_path / "control-1.sock")
-    assert next(told)["step"] == 1
+    told = follow(tmp_path / "control-1.sock", 10.0)
+    assert next(told) is None, "it is there"
+    assert (next(told) or {})["step"] == 1
     happens(2)
-    assert next(told)["step"] == 2
+    assert (next(told) or {})["step"] == 2
 
     def ends() -> None:
         for step in range(3, 100):
@@ -158,9 +162,23 @@ def test_who_follows_a_member_hears_of_everything_up_to_its_end(_: int, tmp_path
 
     ending = threading.Thread(target=ends)
     ending.start()
-    assert [event["step"] for event in told] == list(range(3, 100))
+    assert [event["step"] for event in told if event is not None] == list(range(3, 100))
     ending.join()
-    assert list(follow(tmp_path / "control-1.sock")) == [], "nobody is there any more"
+    assert list(follow(tmp_path / "control-1.sock", 10.0)) == [], "nobody is there any more"
+
+
+def test_who_follows_where_nothing_happens_is_looked_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chaos_mpi.elastic.control._FOLLOW_PERIOD_S", 0.05)
+    control = ControlSocket(session(), tmp_path / "control-1.sock")
+    try:
+        told = follow(tmp_path / "control-1.sock", 10.0)
+        assert [next(told) for _ in range(5)] == [None] * 5
+        (thread,) = control._answered
+        cast("Generator[object]", told).close()
+        thread.join(10.0)
+        assert not thread.is_alive(), "it waits for events that nobody wants"
+    finally:
+        control.close()
 
 
 def test_who_follows_and_does_not_read_keeps_no_member_from_ending(
@@ -169,13 +187,13 @@ def test_who_follows_and_does_not_read_keeps_no_member_from_ending(
     monkeypatch.setattr("chaos_mpi.elastic.control._LAST_ANSWERS_S", 0.1)
     log = EventLog(None, "me", "h")
     control = ControlSocket(session(recent=log.recent), tmp_path / "control-1.sock")
-    told = follow(tmp_path / "control-1.sock")
+    told = follow(tmp_path / "control-1.sock", 10.0)
     log.emit("join_requested", rank=0, size=1, epoch=0, step=0, id="j", host="")
     next(told)
     for step in range(1000):
         log.emit("join_requested", rank=0, size=1, epoch=0, step=step, id="j" * 1000, host="")
     control.close()
-    told.close()
+    cast("Generator[object]", told).close()
 
 
 def test_a_member_is_told_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

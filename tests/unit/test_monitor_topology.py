@@ -49,7 +49,7 @@ def test_the_link_of_which_nothing_was_learnt_for_longest_is_probed() -> None:
 
 def test_a_probe_shows_that_a_slow_link_has_recovered() -> None:
     probes = Probes()
-    assert probes.answered(16_000, 0.0085, 0.0005, bytes_per_s=1e5) == pytest.approx(2e6)
+    assert probes.answered(16_000, 0.0165, 0.0005, bytes_per_s=1e5) == pytest.approx(1e6)
 
 
 @given(st.integers(1, 10**6), st.floats(0, 10), st.floats(0, 1), st.floats(1, 1e10))
@@ -63,7 +63,8 @@ def test_no_probe_makes_a_link_slower_than_transfers_have_shown_it(
 
 def test_an_unused_link_is_slow_when_probes_say_so_again_and_again() -> None:
     probes = Probes()
-    assert [probes.answered(2000, seconds, 0.001, None) for seconds in (0.021, 0.026, 0.041)] == [None, None, 1e5]
+    slow = [probes.answered(2000, seconds, 0.001, None) for seconds in (0.021, 0.026, 0.041, 0.031, 0.029)]
+    assert slow == [None] * 4 + [pytest.approx(1e5)]
     assert probes.answered(2000, 0.001, 0.001, None) is None, "it was the hosts that were slow"
     assert probes.answered(2000, 0.021, 0.001, None) is None
 

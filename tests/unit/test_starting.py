@@ -30,7 +30,7 @@ def test_the_hosts_that_are_waited_for_are_named_until_there_are_none(tmp_path: 
     progress.look(PATIENCE_S - 0.1)
     assert said == [], "most jobs start faster"
     note_contact(tmp_path, "edge1", 0)
-    note_contact(tmp_path, "", 1)
+    note_contact(tmp_path, "localhost", 1)  # as the command line names it
     note_contact(tmp_path, "edge2", 2, newcomer=True)
     for now in (PATIENCE_S, PATIENCE_S + 0.1):
         progress.look(now)

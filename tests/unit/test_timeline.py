@@ -62,7 +62,7 @@ def test_a_job_has_not_ended_while_a_rank_of_it_goes_on() -> None:
     crash = ended(2.0, 1, "crashed")
     assert texts([*started, crash])[1:] == []
     assert texts([*started, crash, ended(3.0, 0, "crashed")])[1:] == ["ended: crashed"]
-    assert texts([*started, crash, ended(3.0, 0)])[1:] == ["finished with one replica (digest abc)"]
+    assert texts([*started, crash, ended(3.0, 0)])[1:] == ["finished; digest abc at the 1 of 2 ranks that this is from"]
 
 
 def test_rows_are_in_order_of_time() -> None:
@@ -110,7 +110,9 @@ def test_replicas_that_differ_are_named() -> None:
 
 def test_an_end_before_the_end() -> None:
     assert texts([*STARTED, ended(4, 0, "stopped")])[-1] == "ended: stopped"
-    assert texts([*STARTED, ended(3, 1, "crashed"), ended(4, 0)])[-1].startswith("finished with one replica")
+    assert texts([*STARTED, ended(3, 1, "crashed"), ended(4, 0)])[-1].startswith(
+        "finished; digest abc at the 1 of 2 ranks"
+    )
 
 
 def test_a_log_that_breaks_off() -> None:
