@@ -17,7 +17,8 @@ import torch
 
 from chaos_mpi.errors import PeerFailedError, WaitTimeoutError
 from chaos_mpi.mpi.channel import Channel
-from chaos_mpi.replication.layout import Layout, OnHost, dense
+from chaos_mpi.replication.devices import OnHost
+from chaos_mpi.replication.layout import Layout, dense
 from chaos_mpi.replication.source import StateSource
 
 if TYPE_CHECKING:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from chaos_mpi.replication.devices import await_devices
+
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor in row-major order; a view of its memory where that is possible, not a copy.
@@ -28,6 +30,8 @@ def params_digest(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     The comparison is bitwise: 0.0 and -0.0 differ, and a NaN equals a NaN with the same bits.
     """
     digest = hashlib.blake2b(digest_size=16)
+    named_tensors = list(named_tensors)
+    await_devices(tensor for _, tensor in named_tensors)
     for name, tensor in named_tensors:
         # repr() quotes the name, so that no name can imitate the end of a heading.
         digest.update(f"{name!r} {tensor.dtype} {list(tensor.shape)}\n".encode(errors="backslashreplace"))

@@ -117,10 +117,11 @@ def _pull(
     serving = neighbours(names, caught_up.rates if caught_up is not None else {})
     layout = Layout.from_json(invitation["layout"])
     live = pack({"state": state.capture()}, clone=False).tensors
-    tensors = layout.allocate(live)
+    has_repeated = caught_up is not None and caught_up.repeated
+    tensors = layout.allocate(live, with_values=has_repeated)
     puller = StatePuller(channel, serving, layout, tensors, session.settings.timeout_s, show_progress(session, names))
     lacking = [(0, layout.total_bytes)] if layout.total_bytes else []
-    if caught_up is not None and caught_up.repeated:
+    if has_repeated:
         lacking, there = not_repeated(layout, live, state.optimizers())
         if other := puller.differing(there):
             log.warning(

@@ -217,6 +217,9 @@ class Share(Operation):
 
 def pack_bytes(tensors: list[torch.Tensor], flat: torch.Tensor) -> None:
     """Copy the bytes of ``tensors`` one after the other into ``flat`` (uint8, of their total size)."""
+    if len({tensor.device for tensor in tensors}) == 1 and tensors[0].device != flat.device:  # one copy, not many
+        flat.copy_(torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]))
+        return
     offset = 0
     for tensor in tensors:
         flat[offset : offset + tensor.nbytes] = tensor.contiguous().view(-1).view(torch.uint8)
@@ -225,6 +228,8 @@ def pack_bytes(tensors: list[torch.Tensor], flat: torch.Tensor) -> None:
 
 def unpack_bytes(flat: torch.Tensor, tensors: list[torch.Tensor]) -> None:
     """The reverse of :func:`pack_bytes`, in place."""
+    if len(devices := {tensor.device for tensor in tensors}) == 1:
+        flat = flat.to(devices.pop())
     offset = 0
     for tensor in tensors:
         # A copy of the slice, because a view as a wider type needs an aligned start.

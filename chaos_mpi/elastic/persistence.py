@@ -18,6 +18,7 @@ from chaos_mpi.elastic.scaling import lr_factor
 from chaos_mpi.elastic.signature import with_groups_of
 from chaos_mpi.elastic.state import TrainingState, first_difference
 from chaos_mpi.errors import ChaosError, CheckpointError, ConfigError, MismatchError
+from chaos_mpi.replication.devices import await_devices
 from chaos_mpi.replication.tree import Packed, pack, unpack
 
 if TYPE_CHECKING:
@@ -200,6 +201,7 @@ class Persistence:
     def _packed(self, *, clone: bool) -> Packed:
         assert self._state is not None
         tree = {"state": self._state.capture(), "session": self._progress(), "rng": self._rng_of_ranks}
+        await_devices(tensor for _, tensor in self._state.named_tensors())  # others may read them
         return pack(tree, clone=clone)
 
     def _progress(self) -> dict[str, int]:

@@ -25,12 +25,11 @@ def capture_rng() -> dict[str, Any]:
     """
     name, keys, position, has_gauss, gauss = _numpy_state()
     version, words, next_gauss = random.getstate()
-    # Of GPUs only where they are in use: to ask would take them into use.
+    # That of the present GPU, if there is one in use: to ask would take it into use.
     in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    cuda = torch.cuda.get_rng_state_all() if in_use else []
     return {
         "torch": _text(torch.get_rng_state().numpy()),
-        "cuda": [_text(state.numpy()) for state in cuda],
+        "cuda": _text(torch.cuda.get_rng_state().numpy()) if in_use else None,
         "numpy": [name, _text(keys), position, has_gauss, gauss],
         "python": [version, _text(np.array(words, dtype="<u4")), next_gauss],
     }
@@ -46,8 +45,8 @@ def restore_rng(state: Mapping[str, Any]) -> None:
         name, keys, *rest = state["numpy"]
         version, words, next_gauss = state["python"]
         torch.set_rng_state(torch.from_numpy(_array(state["torch"], "u1")))
-        for index, text in zip(range(torch.cuda.device_count()), state.get("cuda", ()), strict=False):
-            torch.cuda.set_rng_state(torch.from_numpy(_array(text, "u1")), index)
+        if state.get("cuda") is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(torch.from_numpy(_array(state["cuda"], "u1")))
         np.random.set_state((name, _array(keys, "<u4"), *rest))
         random.setstate((version, tuple(_array(words, "<u4").tolist()), next_gauss))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

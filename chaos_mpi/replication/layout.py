@@ -104,15 +104,18 @@ class Layout:
         """The reverse of :meth:`to_json`."""
         return cls(tuple(Entry(n, d, tuple(sh), tuple(st), off, size) for n, d, sh, st, off, size in rows))
 
-    def allocate(self, live: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def allocate(self, live: Mapping[str, torch.Tensor], *, with_values: bool = False) -> dict[str, torch.Tensor]:
         """Host memory for every tensor: that of ``live`` where name, dtype and geometry are the same, else new memory.
 
-        Of a live tensor on a GPU it is a copy.
+        Args:
+            live: tensors by name.
+            with_values: new memory for those of a GPU is to have what they have.
         """
         tensors = {}
         for entry in self.entries:
             tensor = live.get(entry.name)
-            if tensor is None or not entry.fits(tensor):
+            is_usable = tensor is not None and entry.fits(tensor) and (with_values or tensor.device.type == "cpu")
+            if tensor is None or not is_usable:
                 tensor = torch.empty_strided(entry.shape, entry.stride, dtype=getattr(torch, entry.dtype))
             tensors[entry.name] = tensor.to("cpu")
         return tensors
@@ -150,30 +153,6 @@ class Layout:
                 return
             if low < high:
                 yield entry, low, high
-
-
-class OnHost(Mapping[str, torch.Tensor]):
-    """Tensors by name, in the memory of the host. Those of a GPU are copied there when they are first asked for.
-
-    Args:
-        tensors: which must not change until then.
-    """
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        self._tensors = dict(tensors)
-        for device in {tensor.device for tensor in tensors.values()}:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)  # who asks may be another thread, and so on another stream
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        self._tensors[name] = self._tensors[name].to("cpu")
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
 
 
 def dense(tensor: torch.Tensor) -> torch.Tensor:

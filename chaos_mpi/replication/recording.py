@@ -34,6 +34,7 @@ from typing import Any
 import torch
 
 from chaos_mpi.errors import PeerFailedError
+from chaos_mpi.replication.devices import OnHost
 from chaos_mpi.replication.layout import DataTransfer, Layout, Piece, Range, Transport
 from chaos_mpi.replication.source import StateSource
 from chaos_mpi.replication.steps import (
@@ -195,6 +196,8 @@ class RecordingSource(StateSource):
         self._end_thread()
 
     def _keep(self, number: int, optimizer: torch.optim.Optimizer) -> None:
+        if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
+            raise ValueError("a GradScaler has the optimizer unscale its gradients itself (fused=True)")
         gradients, mask = gradients_of(optimizer)
         layout, digest, strides = self._layout_of(optimizer, gradients)
         start, stop = slice_of(layout.total_bytes, self._index, self._count)
@@ -202,8 +205,8 @@ class RecordingSource(StateSource):
         if kept + stop - start > self._kept_limit:
             self._lost_track = f"the members have kept {kept >> 20} MiB of gradients for it, and keep no more"
             return
-        part = torch.empty(stop - start, dtype=torch.uint8)
-        copy_pieces(layout.pieces(gradients, start, stop), part)
+        part, on_host = torch.empty(stop - start, dtype=torch.uint8), OnHost(gradients)
+        copy_pieces(layout.pieces(on_host, start, stop), part)
         meta = {"optimizer": number, "mask": mask, "layout": digest, "strides": strides,
                 "hyper": hyper_parameters(optimizer)}  # fmt: skip
         self._kept_bytes += part.numel()

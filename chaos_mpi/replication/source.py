@@ -32,6 +32,9 @@ _SPIN_S = 0.02
 #: Ask so often who has died.
 _LOOK_PERIOD_S = 0.02
 
+#: Memory that a newcomer may not have fetched yet, with its transfers; MPI may still read it.
+_abandoned: list[object] = []
+
 
 class StateSource:
     """Serves one state to newcomers.
@@ -140,4 +143,6 @@ class StateSource:
     def _lose(self, guest: int) -> None:
         self._waiting.discard(guest)
         self.lost.add(guest)
+        if any(other == guest for other, _ in self._under_way):
+            _abandoned.append((self._tensors, self._under_way))  # memory that may still be sent from
         self._under_way = [(other, transfer) for other, transfer in self._under_way if other != guest]

@@ -121,7 +121,7 @@ def unusual_strides(optimizer: torch.optim.Optimizer, gradients: Mapping[str, to
 
 
 def gradients_of(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], list[int]]:
-    """The gradients by name, in the memory of the host, and for each parameter whether it has one."""
+    """The gradients by name, and for each parameter whether it has one."""
     parameters = parameters_of(optimizer)
-    gradients = {gradient_name(i): dense(p.grad).to("cpu") for i, p in enumerate(parameters) if p.grad is not None}
+    gradients = {gradient_name(i): dense(p.grad) for i, p in enumerate(parameters) if p.grad is not None}
     return gradients, [int(p.grad is not None) for p in parameters]

@@ -2,11 +2,12 @@
 
 The memory of one gradient step is: ``param.grad`` (the local gradient until the step is finished, the average
 from then on), and two sets of buckets that take turns, because the sum of the last step is kept for a survivor
-that could not finish it. Parameters that are on a GPU have their buckets there as well.
+that could not finish it. Parameters that are on a GPU have one set of buckets there as well.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from chaos_mpi.elastic.operations import Operation, pack_bytes, unpack_bytes
 from chaos_mpi.errors import ConfigError, PeerFailedError
 from chaos_mpi.membership import View
 from chaos_mpi.mpi.world import Pending, World
-from chaos_mpi.torch.staging import Staged, host_memory
+from chaos_mpi.torch.staging import Staged, host_memory, way_to_host
 
 _TRANSPORT = {
     torch.float16: torch.float32,
@@ -41,49 +42,56 @@ class Bucket:
         offsets: first element of each in the flat buffer.
         numel: elements of all of them.
         dtype: of the flat buffer: the gradients' own, or float32 for half precisions, which are summed in float32.
-        device: of the parameters.
     """
 
     params: tuple[int, ...]
     offsets: tuple[int, ...]
     numel: int
     dtype: torch.dtype
-    device: torch.device
 
 
 def make_buckets(params: Sequence[torch.nn.Parameter], cap_bytes: int) -> list[Bucket]:
     """Split the parameters into buckets, in the reverse of their order, which is about the order of backward.
 
     Raises:
-        ConfigError: a parameter has a dtype whose gradients cannot be summed.
+        ConfigError: a parameter has a dtype whose gradients cannot be summed, or they are on several devices.
     """
+    # Each device has a thread of its own in backward, and steps are made by one.
+    if len(devices := {str(param.device) for param in params}) > 1:
+        raise ConfigError(f"parameters are on {', '.join(sorted(devices))}; those of one rank have to be on one device")
     for param in params:
         if param.dtype not in _TRANSPORT:
             known = ", ".join(map(str, _TRANSPORT))
             raise ConfigError(f"gradients of dtype {param.dtype} are not supported; use one of {known}")
     buckets: list[Bucket] = []
-    open_buckets: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    open_buckets: dict[torch.dtype, list[int]] = {}
     for index in reversed(range(len(params))):
         dtype = _TRANSPORT[params[index].dtype]
-        kind = dtype, params[index].device
-        chosen = open_buckets.setdefault(kind, [])
+        chosen = open_buckets.setdefault(dtype, [])
         chosen.append(index)
         cap = cap_bytes if buckets else min(FIRST_BUCKET_BYTES, cap_bytes)
         if sum(params[i].numel() for i in chosen) * dtype.itemsize >= cap:
-            buckets.append(_bucket(params, open_buckets.pop(kind), *kind))
-    for kind, chosen in open_buckets.items():
-        buckets.append(_bucket(params, chosen, *kind))
+            buckets.append(_bucket(params, open_buckets.pop(dtype), dtype))
+    for dtype, chosen in open_buckets.items():
+        buckets.append(_bucket(params, chosen, dtype))
     return buckets
 
 
-def _bucket(
-    params: Sequence[torch.nn.Parameter], chosen: list[int], dtype: torch.dtype, device: torch.device
-) -> Bucket:
+def _bucket(params: Sequence[torch.nn.Parameter], chosen: list[int], dtype: torch.dtype) -> Bucket:
     offsets, end = [], 0
     for index in chosen:
         offsets.append(end)
         end += params[index].numel()
-    return Bucket(tuple(chosen), tuple(offsets), end, dtype, device)
+    return Bucket(tuple(chosen), tuple(offsets), end, dtype)
+
+
+def make_staging(buckets: Sequence[Bucket], params: Sequence[torch.nn.Parameter]) -> list[Staged]:
+    """The buckets on the device of the parameters; none where that is the CPU."""
+    device = params[0].device
+    if device.type == "cpu":
+        return []
+    stream = way_to_host(device)
+    return [Staged(b.dtype, [params[i].shape for i in b.params], device, stream) for b in buckets]
 
 
 class BufferSet:
@@ -92,34 +100,40 @@ class BufferSet:
     The last bucket has a tail: how many members contribute, how many have something to propose, which model they
     train, and how many of the contributors used each parameter. It rides along so that a step costs no collective of
     its own for it.
+
+    Args:
+        buckets: of the parameters.
+        params: they.
+        shared_bytes: size of the module's buffers.
+        staged: see :func:`make_staging`; the same for all sets.
     """
 
-    def __init__(self, buckets: Sequence[Bucket], params: Sequence[torch.nn.Parameter], shared_bytes: int) -> None:
+    def __init__(
+        self,
+        buckets: Sequence[Bucket],
+        params: Sequence[torch.nn.Parameter],
+        shared_bytes: int,
+        staged: Sequence[Staged],
+    ) -> None:
         tail = _CONTROL_HEADER + len(params)
         last = len(buckets) - 1
-        self.flats = [
-            host_memory(b.numel + (tail if i == last else 0), b.dtype, b.device) for i, b in enumerate(buckets)
-        ]
+        self.staged, device = staged, params[0].device
+        self.flats = [host_memory(b.numel + (tail if i == last else 0), b.dtype, device) for i, b in enumerate(buckets)]
+        self.gradients = [flat[: b.numel] for b, flat in zip(buckets, self.flats, strict=True)]
         self.control = self.flats[-1][-tail:]
         self.shared = torch.empty(shared_bytes, dtype=torch.uint8)
         self.views = [
             [flat[o : o + params[i].numel()].view(params[i].shape) for i, o in zip(b.params, b.offsets, strict=True)]
             for b, flat in zip(buckets, self.flats, strict=True)
         ]
-        streams = {b.device: torch.cuda.Stream(b.device) for b in buckets if b.device.type == "cuda"}  # type: ignore[no-untyped-call]
-        self.staged = [
-            Staged(flat[: b.numel], [params[i].shape for i in b.params], b.device, streams.get(b.device))
-            if b.device.type != "cpu"
-            else None
-            for b, flat in zip(buckets, self.flats, strict=True)
-        ]
 
     def sums(self) -> Iterator[list[torch.Tensor]]:
         """The sums of each bucket's gradients, where the parameters are."""
-        for views, staged in zip(self.views, self.staged, strict=True):
-            if staged is not None:
-                staged.bring_back()
-            yield views if staged is None else staged.views
+        if not self.staged:
+            yield from self.views
+        for staged, gradients in zip(self.staged, self.gradients, strict=bool(self.staged)):
+            staged.bring_back(gradients)
+            yield staged.views
 
 
 class GradientStep(Operation):
@@ -167,7 +181,7 @@ class GradientStep(Operation):
 
     def ready(self, bucket: int) -> None:
         """One more gradient of this bucket is final; start every bucket whose turn has come."""
-        self._awaited[bucket] -= 1
+        self._count(bucket)
         if self.failure is not None or self._pending is None:
             return
         with self._failure_kept():
@@ -185,6 +199,11 @@ class GradientStep(Operation):
         self._staged = self._next = 0
         self._start_all(pending)
 
+    def _count(self, bucket: int) -> None:
+        self._awaited[bucket] -= 1
+        if self.memory.staged:
+            self.memory.staged[bucket].reached()
+
     def _start_ready(self, pending: Pending) -> None:
         """Start every bucket that is full and whose turn has come.
 
@@ -201,13 +220,17 @@ class GradientStep(Operation):
 
     def _start_all(self, pending: Pending) -> None:
         """Start what has not been started; all gradients are there."""
-        for index in range(self._staged, len(self._buckets)):
+        first, last = self._staged, len(self._buckets)
+        for index in range(first, last) if self.memory.staged else ():
             self._stage(index)
-        for index in range(self._next, len(self._buckets)):
-            if (staged := self.memory.staged[index]) is not None:
-                staged.wait()
+        for index in range(self._next, last):
+            if not self.memory.staged and index >= first:
+                self._stage(index)
+            while not self._is_on_host(index):  # a GPU may be far behind
+                pending.test()
+                time.sleep(0)
             pending.reduce(self.memory.flats[index], "sum")
-        self._staged = self._next = len(self._buckets)
+        self._staged = self._next = last
 
     def wait(self, what: Callable[[], str], limit_s: float) -> None:
         super().wait(what, limit_s)
@@ -220,7 +243,9 @@ class GradientStep(Operation):
         return [*self.memory.flats, self.memory.shared]
 
     def renew_buffers(self) -> None:
-        self.memory = BufferSet(self._buckets, self._params, self.memory.shared.numel())
+        for staged in self.memory.staged:
+            staged.wait()  # the old memory is written to until then
+        self.memory = BufferSet(self._buckets, self._params, self.memory.shared.numel(), self.memory.staged)
 
     def deliver(self) -> None:
         """Put the averages into ``param.grad`` and rank 0's values into the module buffers.
@@ -280,16 +305,16 @@ class GradientStep(Operation):
         pending.reduce(self.memory.shared, "bor")
 
     def _is_on_host(self, index: int) -> bool:
-        staged = self.memory.staged[index]
-        return staged is None or staged.is_on_host()
+        return not self.memory.staged or self.memory.staged[index].is_on_host()
 
     def _stage(self, index: int) -> None:
         """Bring the gradients of a bucket to where they are summed, or begin to."""
         bucket, views = self._buckets[index], self.memory.views[index]
         if index == len(self._buckets) - 1:
             self._fill_control()
-        if (staged := self.memory.staged[index]) is not None:
-            staged.take([self._given(self._params[param]) for param in bucket.params])
+        if self.memory.staged:
+            gradients = [self._given(self._params[param]) for param in bucket.params]
+            self.memory.staged[index].take(gradients, self.memory.gradients[index])
             return
         targets, sources = [], []
         for param, view in zip(bucket.params, views, strict=True):

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch.autograd import Variable
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from chaos_mpi.elastic.current import current_session
 from chaos_mpi.elastic.session import Session
 from chaos_mpi.errors import ConfigError, MismatchError
-from chaos_mpi.torch.buckets import BufferSet, GradientStep, make_buckets
+from chaos_mpi.torch.buckets import BufferSet, GradientStep, make_buckets, make_staging
 from chaos_mpi.torch.modules import StableBuffers, refuse_unusable_module
 from chaos_mpi.torch.rounds import Rounds
 
@@ -30,9 +30,9 @@ class DistributedDataParallel(torch.nn.Module):
     statistics, for one) are those of rank 0, unless ``broadcast_buffers`` is false.
 
     Args:
-        module: its parameters are of dtype float16, bfloat16, float32 or float64. Half-precision
+        module: its parameters are on one device, of dtype float16, bfloat16, float32 or float64. Half-precision
             gradients are summed in float32 and rounded once. Those of a GPU are summed in the memory of the host.
-        device_ids, output_device: None, or the device of a module that is on one.
+        device_ids, output_device: None, or the device of the module. With ``device_ids`` inputs are moved there.
         dim: as in torch.
         broadcast_buffers: keep module buffers equal to rank 0's.
         init_sync: give all ranks rank 0's parameters and buffers now.
@@ -69,6 +69,7 @@ class DistributedDataParallel(torch.nn.Module):
         super().__init__()
         _refuse_unusable(module, device_ids, output_device, process_group, bucket_cap_mb)
         self.module = module
+        self._device = next(module.parameters()).device if device_ids else None
         self.dim = dim
         self.broadcast_buffers = broadcast_buffers
         self.find_unused_parameters = find_unused_parameters
@@ -82,7 +83,8 @@ class DistributedDataParallel(torch.nn.Module):
             everything = [p.detach() for p in module.parameters()] + [b.detach() for b in module.buffers()]
             self._session.share("initial parameters", everything)
         self._synced = StableBuffers(self._session, module.buffers() if broadcast_buffers else ())
-        self._memory = [BufferSet(self._buckets, self._params, self._synced.nbytes) for _ in range(2)]
+        staged = make_staging(self._buckets, self._params)
+        self._memory = [BufferSet(self._buckets, self._params, self._synced.nbytes, staged) for _ in range(2)]
         self._rounds = Rounds(self._session, self._params)
         self._in_backward = False
         self._end_queued = False
@@ -93,6 +95,8 @@ class DistributedDataParallel(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module."""
+        if self._device is not None:
+            args, kwargs = tree_map(self._moved, (args, kwargs))
         if not torch.is_grad_enabled():
             return self.module(*args, **kwargs)
         self._rounds.begin()
@@ -102,6 +106,9 @@ class DistributedDataParallel(torch.nn.Module):
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
                 tensor.register_hook(self._output_gradient)  # type: ignore[no-untyped-call]
         return output
+
+    def _moved(self, value: Any) -> Any:
+        return value.to(self._device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -198,7 +205,8 @@ def _is_that(chosen: int | str | torch.device, device: torch.device) -> bool:
     """Whether somebody means this device."""
     if isinstance(chosen, int):
         return device.type != "cpu" and device.index == chosen
-    return torch.device(chosen) == device
+    named = torch.device(chosen)
+    return named.type == device.type and named.index in (None, device.index)
 
 
 def _refuse_unusable(
@@ -210,13 +218,15 @@ def _refuse_unusable(
 ) -> None:
     if process_group is not None:
         raise ConfigError("process_group must be None: all members of the session take part")
-    devices = {tensor.device for tensor in [*module.parameters(), *module.buffers()]}
-    for name, chosen in [*(("device_ids", each) for each in device_ids or ()), ("output_device", output_device)]:
-        if chosen is not None and not all(_is_that(chosen, device) for device in devices):
-            there = ", ".join(sorted(map(str, devices)))
-            raise ConfigError(f"{name} names {chosen}, but the module is on {there}; leave {name} out")
     if bucket_cap_mb is not None and bucket_cap_mb <= 0:
         raise ConfigError(f"bucket_cap_mb is {bucket_cap_mb}; it must be positive")
     if not any(p.requires_grad for p in module.parameters()):
         raise ConfigError("the module has no parameter that requires a gradient; it needs no DistributedDataParallel")
+    devices = {tensor.device for tensor in [*module.parameters(), *module.buffers()]}
+    there = ", ".join(sorted(map(str, devices)))
+    if len(devices) > 1:
+        raise ConfigError(f"the module is spread over {there}; each rank trains a module that is on one device")
+    for name, chosen in [*(("device_ids", each) for each in device_ids or ()), ("output_device", output_device)]:
+        if chosen is not None and not _is_that(chosen, *devices):
+            raise ConfigError(f"{name} names {chosen}, but the module is on {there}; leave {name} out")
     refuse_unusable_module(module)

@@ -51,12 +51,14 @@ class ElasticState:
         self._model, self._group, self._session = model, group, group.carrier.session
         ignored = set(getattr(model, "parameters_to_ignore", ()))
         self._params = [p for name, p in model.module.named_parameters() if p.requires_grad and name not in ignored]
+        if any(param.device.type != "cpu" for param in self._params):
+            raise ConfigError("the backend 'chaos' takes CPU tensors; use chaos_mpi.DistributedDataParallel on a GPU")
         self._index = {id(param): index for index, param in enumerate(self._params)}
         self._buckets = make_buckets(self._params, int(getattr(model, "bucket_bytes_cap", _DEFAULT_CAP_BYTES)))
         self._bucket_of = {index: place for place, bucket in enumerate(self._buckets) for index in bucket.params}
         self._synced = StableBuffers(self._session, model.module.buffers() if model.broadcast_buffers else ())
         model.broadcast_buffers = False  # they travel with the gradients
-        self._memory = [BufferSet(self._buckets, self._params, self._synced.nbytes) for _ in range(2)]
+        self._memory = [BufferSet(self._buckets, self._params, self._synced.nbytes, ()) for _ in range(2)]
         self._rounds = Rounds(self._session, self._params)
         self._number = self._session.number_model()
         self._step: GradientStep | None = None

@@ -28,10 +28,11 @@ import chaos_mpi.torch
 EVALUATED = 50
 
 
-def wrap(module: nn.Module, how: str) -> nn.Module:
+def wrap(module: nn.Module, problem: Problem) -> nn.Module:
     """The module in our DistributedDataParallel, or in torch's with the communication hook."""
-    if how == "chaos":
-        return chaos_mpi.DistributedDataParallel(module, bucket_cap_mb=0.001)
+    if problem.wrapper == "chaos":
+        devices = None if problem.device == "cpu" else [torch.device(problem.device, 0)]
+        return chaos_mpi.DistributedDataParallel(module, bucket_cap_mb=0.001, device_ids=devices)
     torch.distributed.init_process_group("chaos")
     model = nn.parallel.DistributedDataParallel(module, bucket_cap_mb=0.001)
     model.register_comm_hook(chaos_mpi.torch.ElasticState(model), chaos_mpi.torch.elastic_hook)
@@ -51,7 +52,7 @@ def main() -> None:
         hostlike.register()
     module = build_model().to(problem.device)
     faults.attach(session, module)
-    model = wrap(module, problem.wrapper)
+    model = wrap(module, problem)
     optimizer, scheduler = build_optimizer(model, problem.optimizer)
     sampler, loader = make_loader(problem)
     state = chaos_mpi.TrainingState(
@@ -66,7 +67,7 @@ def main() -> None:
                 log_batch(trace, session, state.epoch, indices, sampler)
                 time.sleep(problem.pause_s)
                 optimizer.zero_grad()
-                loss = (model(inputs.to(problem.device)) - targets.to(problem.device)).square().mean()
+                loss = (model(inputs) - targets.to(problem.device)).square().mean()
                 loss.backward()
                 faults.reach("before optimizer")
                 if problem.clip is not None:

@@ -20,13 +20,13 @@ class Adaptive(Exchange):
 
     Args:
         call: what is called.
-        tensors: dense, on the CPU, of floating point dtypes.
+        tensors: dense, of floating point dtypes. All is computed on the CPU, where the same kernels give the same bits.
     """
 
     def __init__(self, call: str, tensors: Sequence[torch.Tensor], *, is_step: bool = False) -> None:
         super().__init__(f"{call}[adasum, {described(tensors)}]")
         self.is_gradient_step = is_step
-        self._inputs = [t.detach() for t in tensors]
+        self._inputs = [t.detach().cpu() for t in tensors]
         self._all = torch.empty(0, dtype=torch.uint8)
         self._bytes = sum(t.nbytes for t in self._inputs)
 

@@ -171,12 +171,12 @@ class Distributed:
         deltas = [p.detach() - b for p, b in zip(self._trained, before, strict=True)]
         smaller = [self._compression.compress(delta) for delta in deltas]
         call = f"adasum step[{len(deltas)} tensors]"
-        given = [tensor for tensor, _ in smaller]
+        given = [tensor.cpu() for tensor, _ in smaller]
         request = Request(Asked(call, call), lambda _: Adaptive(call, given, is_step=True), lambda done, _: done.sums())
         sums = job().waiting.wait(job().queue.put(request))
         with torch.no_grad():
             for param, start, total, (_, context) in zip(self._trained, before, sums, smaller, strict=True):
-                param.copy_(start + self._compression.decompress(total, context))
+                param.copy_(start + self._compression.decompress(total.to(param.device), context))
         return loss
 
 

@@ -18,7 +18,7 @@ from chaos_mpi.horovod.torch.calls import Group, Request
 from chaos_mpi.horovod.torch.negotiation import Asked
 from chaos_mpi.membership import View
 from chaos_mpi.mpi.world import Pending, World
-from chaos_mpi.torch.buckets import BufferSet, GradientStep, make_buckets
+from chaos_mpi.torch.buckets import BufferSet, GradientStep, make_buckets, make_staging
 
 if TYPE_CHECKING:
     from chaos_mpi.horovod.torch.compression import Compressor
@@ -67,7 +67,7 @@ class AnnouncedStep(GradientStep):
 
     def ready(self, bucket: int) -> None:
         """One more gradient of this bucket is final; start every bucket whose turn has come."""
-        self._awaited[bucket] -= 1
+        self._count(bucket)
         if self.failure is not None or self._announced is None:
             return
         with self._failure_kept():
@@ -184,7 +184,8 @@ class Steps:
         self._job, self._optimizer = job, optimizer
         self._averages, self._predivide, self._compression = averages, predivide, compression
         self._bucket_of = {id(self.params[i]): b for b, bucket in enumerate(self.buckets) for i in bucket.params}
-        self._memory = [BufferSet(self.buckets, self.params, 0) for _ in range(2)]
+        self._staged = make_staging(self.buckets, self.params)
+        self._memory = [BufferSet(self.buckets, self.params, 0, self._staged) for _ in range(2)]
         op = "average" if averages else "sum"
         self._call = f"gradient step of optimizer {self.number}[{op}, {described(self.params)}]"
         self._request: Request | None = None
@@ -244,6 +245,7 @@ class Steps:
             self._job.boundary()
         self._is_past_boundary = False
         if self._request is None:
+            self._await_device()  # it may be made in another thread, which has another stream
             self._request = self._job.queue.put(self._new_request())
         else:
             self._job.queue.settle()
@@ -277,6 +279,11 @@ class Steps:
         for bucket, views in zip(self.buckets, step.memory.sums(), strict=True):
             for index, view in zip(bucket.params, views, strict=True):
                 self._put(self.params[index], view, count)
+        self._await_device()
+
+    def _await_device(self) -> None:
+        for staged in self._staged[:1]:
+            staged.await_present_stream()
 
     def _put(self, param: torch.nn.Parameter, total: torch.Tensor, count: int) -> None:
         if param.grad is None:
