@@ -13,6 +13,8 @@ import torch
 from chaos_mpi.elastic.lifecycle import write_record
 from chaos_mpi.elastic.transfer import TRANSFER, Transfer
 from chaos_mpi.errors import JoinError, PeerFailedError, WaitTimeoutError
+from chaos_mpi.membership import host_of
+from chaos_mpi.monitor.hostlinks import CUT, DOWN
 from chaos_mpi.mpi.channel import Channel
 from chaos_mpi.replication.tree import Packed, unpack
 from chaos_mpi.sharding import Neighbour
@@ -25,6 +27,10 @@ log = logging.getLogger("chaos_mpi.elastic")
 
 #: What is assumed of a link of which nothing is known, bytes per second. Only the ratio between links matters.
 UNKNOWN_LINK_BYTES_PER_S = 1e9
+#: And of one that is cut, with no way round.
+UNUSABLE_LINK_BYTES_PER_S = 1.0
+#: How long the agent has to say what it knows of links, seconds.
+AGENT_LIMIT_S = 0.3
 #: What asking for one shard costs, about, on loopback.
 SHARD_COST_S = 1e-4
 POLL_S = 0.002
@@ -55,6 +61,31 @@ def neighbours(names: Mapping[int, str], rates: Mapping[int, float]) -> dict[int
         rank: Neighbour(name, rates.get(rank, UNKNOWN_LINK_BYTES_PER_S), shard_cost_s=SHARD_COST_S)
         for rank, name in names.items()
     }
+
+
+def known_rates(links: Sequence[Mapping[str, Any]], host: str, names: Mapping[int, str]) -> dict[int, float]:
+    """How fast members can be expected to send to a host, by what the cluster monitor knows. Pure.
+
+    Args:
+        links: see :meth:`chaos_mpi.monitor.linktable.LinkTable.rows`.
+        host: that of the newcomer.
+        names: of the members, by rank.
+
+    Returns:
+        Bytes per second by rank; empty where nothing is known. A link that is not known counts as one of the middle of
+        those that are; one that cannot be used as next to nothing.
+    """
+    known: dict[int, float] = {}
+    for rank, name in names.items():
+        ends = {host_of(name), host}
+        row = next((row for row in links if {row["a"], row["b"]} == ends), None)
+        if row is not None and row["state"] in (CUT, DOWN):
+            known[rank] = UNUSABLE_LINK_BYTES_PER_S
+        elif row is not None and row["bytes_per_s"]:
+            known[rank] = float(row["bytes_per_s"])
+    usable = sorted(rate for rate in known.values() if rate > UNUSABLE_LINK_BYTES_PER_S)
+    usual = usable[len(usable) // 2] if usable else UNKNOWN_LINK_BYTES_PER_S
+    return {rank: known.get(rank, usual) for rank in names} if known else {}
 
 
 def ask_invitation(channel: Channel, members: Sequence[int], limit_s: float) -> dict[str, Any]:

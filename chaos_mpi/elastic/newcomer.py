@@ -11,7 +11,15 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
-from chaos_mpi.elastic.arrival import Arrival, ask_invitation, neighbours, restore, show_progress
+from chaos_mpi.elastic.arrival import (
+    AGENT_LIMIT_S,
+    Arrival,
+    ask_invitation,
+    known_rates,
+    neighbours,
+    restore,
+    show_progress,
+)
 from chaos_mpi.elastic.catchup import CaughtUp, catch_up, not_repeated
 from chaos_mpi.elastic.sponsor import versions
 from chaos_mpi.errors import JoinError, PeerFailedError
@@ -114,7 +122,12 @@ def _pull(
 ) -> list[int]:  # fmt: skip
     """Fetch from members that have stopped what is lacking, and check all. Returns the members that are alive."""
     names = dict(zip(invitation["sources"], invitation["members"], strict=True))
-    serving = neighbours(names, caught_up.rates if caught_up is not None else {})
+    if caught_up is not None:
+        rates = caught_up.rates
+    else:
+        links = session.agent.about_hosts(AGENT_LIMIT_S)[0] if session.agent is not None else []
+        rates = known_rates(links, session.host, names)
+    serving = neighbours(names, rates)
     layout = Layout.from_json(invitation["layout"])
     live = pack({"state": state.capture()}, clone=False).tensors
     has_repeated = caught_up is not None and caught_up.repeated

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from chaos_mpi.elastic import catchup
+from chaos_mpi.elastic.arrival import UNUSABLE_LINK_BYTES_PER_S, known_rates
 from chaos_mpi.elastic.catchup import not_repeated, planned
 from chaos_mpi.elastic.learning_rate import StepHooks, scale_learning_rate
 from chaos_mpi.elastic.overlap import merged, overlaps
@@ -566,6 +567,20 @@ class WithTensor(torch.optim.SGD):
 
     def __init__(self, params: Any) -> None:
         super().__init__(params, lr=torch.tensor(0.1))
+
+
+def test_members_are_expected_to_send_as_fast_as_the_monitor_knows() -> None:
+    def link(a: str, b: str, bytes_per_s: float | None, state: str = "up") -> dict[str, Any]:
+        return {"a": a, "b": b, "bytes_per_s": bytes_per_s, "state": state}
+
+    names = {0: "a:1", 1: "b:2", 2: "c:3", 3: "d:4"}
+    links = [link("a", "new", 4e6), link("new", "z", 9e9), link("b", "new", 2e7), link("a", "b", 1.0)]
+    assert known_rates(links, "new", names) == {0: 4e6, 1: 2e7, 2: 2e7, 3: 2e7}
+    cut = [*links, link("c", "new", 3e6, "cut"), link("d", "new", 3e6, "detour")]
+    assert known_rates(cut, "new", names) == {0: 4e6, 1: 2e7, 2: UNUSABLE_LINK_BYTES_PER_S, 3: 3e6}
+    assert known_rates([link("a", "new", None)], "new", names) == known_rates([], "new", names) == {}
+    only_cut = known_rates([link("c", "new", None, "down")], "new", names)
+    assert min(only_cut, key=lambda rank: only_cut[rank]) == 2
 
 
 def test_the_policy_follows_from_what_all_members_know() -> None:
