@@ -20,6 +20,7 @@ from chaos_mpi.elastic.control import ControlSocket
 from chaos_mpi.elastic.negotiator import Answer
 from chaos_mpi.elastic.session import Session
 from chaos_mpi.errors import CheckpointError, ConfigError
+from chaos_mpi.events import RecentEvents
 from chaos_mpi.membership import MOVES
 
 Jobs = tuple[Path, Path, list[str]]
@@ -33,7 +34,7 @@ def jobs(tmp_path: Path) -> Iterator[Jobs]:
         (tmp_path / name).mkdir()
     for kind in ("starting", "ready"):
         (tmp_path / "new" / f"{kind}-{os.getpid()}.json").write_text("{}")
-    rank = cast("Session", SimpleNamespace(member="new", step=0, state_kept=told.append))
+    rank = cast("Session", SimpleNamespace(member="new", step=0, state_kept=told.append, recent=RecentEvents()))
     control = ControlSocket(rank, tmp_path / "new" / "control-1.sock")
     yield tmp_path / "old", tmp_path / "new", told
     control.close()
@@ -48,7 +49,7 @@ def hand_over(jobs: Jobs, what: str = "", **fields: object) -> str:
             raise ConfigError("there is no state")
         answer(what, dict(fields))
 
-    member = cast("Session", SimpleNamespace(member="old", step=0, request_move=request))
+    member = cast("Session", SimpleNamespace(member="old", step=0, request_move=request, recent=RecentEvents()))
     control = ControlSocket(member, old / "control-1.sock")
     try:
         HandOver(old, kept.new_name(), new, ranks=1, limit_s=20).run()
