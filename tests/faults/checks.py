@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from jobs import Finished
-from problem import Problem, check_exactly_once, largest_difference, read_traces, replay
+from problem import Problem, agreed_steps, check_exactly_once, largest_difference, read_traces, replay
 
 TOLERANCE = 1e-10
 
@@ -76,10 +76,7 @@ def check_history(job: Finished, problem: Problem, finals: Collection[str]) -> d
     traces = read_traces(job.folder)
     results = job.results()
     assert set(results) == set(finals)
-    steps: dict[int, list[str]] = {}
-    for member, trace in traces.items():
-        for step, contributors in trace.steps.items():
-            assert steps.setdefault(step, contributors) == contributors, f"{member} has step {step} differently"
+    steps = agreed_steps(job.folder, traces)
     assert sorted(steps) == list(range(1, len(steps) + 1))
     check_exactly_once(problem, steps, traces)
     for member, result in results.items():

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from problem import Samples, Trace, build_optimizer, read_traces
+from problem import Samples, Trace, agreed_steps, build_optimizer, read_traces
 from problem import build_model as build_model_with_buffers
 from torch import nn
 
@@ -43,10 +43,7 @@ def replay(steps: Mapping[int, Sequence[str]], traces: Mapping[str, Trace]) -> d
 def history(folder: Path) -> tuple[dict[int, list[str]], dict[str, Trace]]:
     """Whose gradients are in each step, on which all agree, and the traces of all members."""
     traces = read_traces(folder)
-    steps: dict[int, list[str]] = {}
-    for member, trace in traces.items():
-        for step, contributors in trace.steps.items():
-            assert steps.setdefault(step, contributors) == contributors, f"{member} has step {step} differently"
+    steps = agreed_steps(folder, traces)
     assert sorted(steps) == list(range(1, len(steps) + 1)), f"steps are missing: {sorted(steps)}"
     return steps, traces
 

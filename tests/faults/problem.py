@@ -166,6 +166,27 @@ def read_traces(folder: Path) -> dict[str, Trace]:
     return traces
 
 
+def agreed_steps(folder: Path, traces: Mapping[str, Trace]) -> dict[int, list[str]]:
+    """For each step the members whose gradients are in it, on which all agree.
+
+    All but who dies, or is cut off, right after a step: it may have been the only one that had finished it, and then it
+    is made again without it.
+    """
+    well = set()
+    for path in folder.glob("events-*.jsonl"):
+        events = [json.loads(line) for line in path.read_text().split("\n")[:-1] if '"session_ended"' in line]
+        well |= {e["member"] for e in events if e["outcome"] in ("finished", "left", "moved", "stopped")}
+    steps: dict[int, list[str]] = {}
+    last_words: dict[int, list[str]] = {}
+    for member, trace in traces.items():
+        for step, contributors in trace.steps.items():
+            if member not in well and step == max(trace.steps):
+                last_words[step] = contributors
+            else:
+                assert steps.setdefault(step, contributors) == contributors, f"{member} has step {step} differently"
+    return {**last_words, **steps}
+
+
 def as_trained(problem: Problem, folder: Path) -> Problem:
     """A problem that was to go on until it was told to stop, with the epochs that it came to.
 
