@@ -59,7 +59,7 @@ def test_training_survives_a_kill(case: str, tmp_path: Path) -> None:
     rules, dead = KILLS[case]
     problem = Problem(ranks=3)
     with start(tmp_path, problem, rules) as job:
-        check_survival(job.finish(), problem, dead)
+        check_survival(job.finish(), problem, dead, is_named=False)
 
 
 OPTIONS: dict[str, tuple[Problem, dict[str, Any]]] = {
@@ -73,13 +73,13 @@ OPTIONS: dict[str, tuple[Problem, dict[str, Any]]] = {
 def test_options(case: str, tmp_path: Path) -> None:
     problem, options = OPTIONS[case]
     with start(tmp_path, problem, [die(1, "between buckets")], options_of_script=options) as job:
-        check_survival(job.finish(), problem, {1})
+        check_survival(job.finish(), problem, {1}, is_named=False)
 
 
 def test_without_chaosrun(tmp_path: Path) -> None:
     problem = Problem(ranks=2)
     with start(tmp_path, problem, [die(0, "between buckets")], plain_mpirun=True) as job:
-        check_survival(job.finish(), problem, {0}, status=None)
+        check_survival(job.finish(), problem, {0}, status=None, is_named=False)
 
 
 JOIN = [

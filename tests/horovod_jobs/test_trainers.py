@@ -55,14 +55,14 @@ def test_training_survives_a_kill(trainer: str, case: str, tmp_path: Path) -> No
     rules, dead = KILLS[case]
     problem = Problem(ranks=3)
     with start(tmp_path, trainer, problem, rules) as job:
-        check_survival(job.finish(), problem, dead)
+        check_survival(job.finish(), problem, dead, is_named=False)
 
 
 @TRAINERS
 def test_clipping_workers_and_a_set_that_leaves_a_rank_nothing_at_the_end(trainer: str, tmp_path: Path) -> None:
     problem = Problem(ranks=3, clip=0.5, workers=1, samples=50, policy="none")
     with start(tmp_path, trainer, problem, [die(1, "between buckets")]) as job:
-        check_survival(job.finish(), problem, {1})
+        check_survival(job.finish(), problem, {1}, is_named=False)
 
 
 JOIN = [
