@@ -29,8 +29,8 @@ def check_survival(
         events_of: the deaths that survivors must have logged, if not all of ``dead``: one that comes
             when all work is done needs no recovery.
         ended: ranks that died after they had reported their result.
-        is_named: whether some survivor knows at once who died. What it learns from Horovod is only that something broke;
-            the view that all commit then says who.
+        is_named: whether some survivor knows at once who died. From Horovod it learns only that something broke; who
+            died is then in the view that all commit.
 
     Returns:
         The members whose gradients are in each step.

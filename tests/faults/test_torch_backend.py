@@ -19,12 +19,9 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(100, method="signal")]
 
 HOOK = Problem(wrapper="hook")
 KILLS: dict[str, tuple[list[Rule], set[int]]] = {
-    "in forward": ([die(1, "forward")], {1}),
     "in the very first forward": ([die(1, "forward", 0)], {1}),
     "between two buckets": ([die(2, "between buckets")], {2}),
     "rank 0 inside the allreduce": (in_allreduce(0, 2, [1, 3]), {0}),
-    "at the step boundary": ([die(1, "boundary")], {1}),
-    "while evaluating": ([die(2, "evaluate", None)], {2}),
     "a second one while shrinking": (in_recovery("shrink"), {1, 2}),
     "all but one, one by one": ([die(0, "forward", 2), die(2, "between buckets", 4), die(1, "boundary", 8)], {0, 1, 2}),
 }
