@@ -244,7 +244,7 @@ def test_a_full_job_refuses_more(tmp_path: Path) -> None:
 
 
 def test_sigterm_makes_a_rank_leave(tmp_path: Path) -> None:
-    with start_training(tmp_path, Problem(ranks=3, epochs=60)) as job:
+    with start_training(tmp_path, Problem(ranks=3, epochs=60, pause_s=0.005)) as job:
         job.wait_until(lambda: job.steps_finished() > 2, "the first steps")
         os.kill(job.pid(1), signal.SIGTERM)
         finished = job.finish()
