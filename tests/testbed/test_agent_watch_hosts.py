@@ -53,6 +53,8 @@ def test_a_host_with_a_newcomer_is_lost_when_the_launcher_is(
     one, two, _ = job.ranks
     job.add("edge3")
     lost = [rank.member for rank in job.ranks][2:]  # all have begun
+    for rank in job.ranks:  # all at once, as with mpirun: of single ones that die the others tell
+        rank.proxy.send_signal(signal.SIGSTOP)
     for rank in job.ranks:
         rank.proxy.kill()
     bed.power_off("edge3")
