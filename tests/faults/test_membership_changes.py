@@ -131,7 +131,7 @@ DEATHS: dict[str, tuple[list[Rule], set[int], set[int]]] = {
     "a member after it served": ([*JOIN, rule(1, "members:change_view", "die")], {1}, {FIRST}),
     "the newcomer before it is ready": ([*JOIN, rule(FIRST, "newcomer:register", "die"), *RETRY], {FIRST}, {SECOND}),
     "the newcomer when it is called in": ([*JOIN, rule(FIRST, "newcomer:enter", "die"), *RETRY], {FIRST}, {SECOND}),
-    "the newcomer when it fetches": ([*JOIN, rule(FIRST, "newcomer:fetch", "die")], {FIRST}, set()),
+    "the newcomer when it fetches": ([*JOIN, rule(FIRST, "newcomer:fetch", "die"), *RETRY], {FIRST}, {SECOND}),
     "the newcomer when it has all": ([*JOIN, rule(FIRST, "newcomer:enter_view", "die")], {FIRST}, set()),
     "the newcomer in its first step": ([*JOIN, rule(FIRST, "forward", "die")], {FIRST}, set()),
 }  # fmt: skip

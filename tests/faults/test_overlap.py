@@ -89,7 +89,7 @@ DEATHS: dict[str, tuple[list[Rule], set[int], set[int]]] = {
     "the newcomer when it measures": ([*JOIN, rule(FIRST, "newcomer:measure", "die"), *RETRY], {FIRST}, {SECOND}),
     "the newcomer when it fetches": ([*JOIN, rule(FIRST, "newcomer:fetch_planned", "die"), *RETRY], {FIRST}, {SECOND}),
     "the newcomer when it follows": ([*JOIN, rule(FIRST, "newcomer:follow", "die"), *RETRY], {FIRST}, {SECOND}),
-    "the newcomer when all have stopped": ([*JOIN, rule(FIRST, "newcomer:fetch", "die")], {FIRST}, set()),
+    "the newcomer when all have stopped": ([*JOIN, rule(FIRST, "newcomer:fetch", "die"), *RETRY], {FIRST}, {SECOND}),
     "the newcomer when it has all": ([*JOIN, rule(FIRST, "newcomer:enter_view", "die")], {FIRST}, set()),
 }  # fmt: skip
 
