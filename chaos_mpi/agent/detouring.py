@@ -132,8 +132,7 @@ class Detouring:
 
     def table(self) -> list[dict[str, Any]]:
         """All links; see :meth:`chaos_mpi.monitor.linktable.LinkTable.rows`."""
-        self._table.measured(self._watch.rtt_s())
-        return self._table.rows(self._hosts(), self._links.links)
+        return self._measured_table().rows(self._hosts(), self._links.links)
 
     def machines(self) -> dict[str, dict[str, Any]]:
         """What is known of each host, by name; see :meth:`chaos_mpi.agent.machine.Machine.look`."""
@@ -152,8 +151,7 @@ class Detouring:
 
     def rtt_s(self, host: str) -> float | None:
         """The round-trip time to another host, if that is known."""
-        self._table.measured(self._watch.rtt_s())
-        return self._table.rtt_s.get(ends_of(self._links.host, host))
+        return self._measured_table().rtt_s.get(ends_of(self._links.host, host))
 
     def sent(self, bytes_per_s: Mapping[str, float]) -> None:
         """How fast data went to other hosts. The others are told with the next table."""
@@ -164,9 +162,9 @@ class Detouring:
 
     def links(self) -> HostLinks:
         """What is known of all links."""
-        self._table.measured(self._watch.rtt_s())
+        table = self._measured_table()
         unusable = [ends for ends, status in self._links.links.items() if status.state in (CUT, DOWN)]
-        return HostLinks(self._table.bytes_per_s, self._table.rtt_s, unusable)
+        return HostLinks(table.bytes_per_s, table.rtt_s, unusable)
 
     def order(self, one: str, other: str, *, down: bool) -> str:
         """Have a link not be used any more, or used again; returns why that cannot be, or nothing."""
@@ -190,11 +188,19 @@ class Detouring:
     def _hosts(self) -> set[str]:
         return self._sight.hosts if self._sight is not None else set()
 
+    def _measured_table(self) -> LinkTable:
+        """The table, with the present round-trip times."""
+        self._table.measured(self._watch.rtt_s())
+        return self._table
+
+    def _speaks(self, sight: Sight) -> bool:
+        """Whether this agent speaks for its host."""
+        return sight.speakers.get(self._links.host) == self._links.me
+
     def _send_table(self) -> None:
         if self._sight is not None:
-            self._table.measured(self._watch.rtt_s())
-            message = self._table.message(self._links.orders)
-            if self._sight.speakers.get(self._links.host) == self._links.me:
+            message = self._measured_table().message(self._links.orders)
+            if self._speaks(self._sight):
                 message["machine"] = self._machine.look()
             for member in self._sight.members:
                 self._network.send(member, message)
@@ -204,7 +210,7 @@ class Detouring:
             await asyncio.sleep(TABLE_S)
             if self._sight is None:
                 continue
-            if self._has_measured or self._sight.speakers.get(self._links.host) == self._links.me:
+            if self._has_measured or self._speaks(self._sight):
                 self._has_measured = False
                 self._send_table()
 

@@ -36,6 +36,8 @@ log = logging.getLogger("chaos_mpi.agent")
 VARIABLE = "CHAOS_AGENT_SOCKET"
 #: How long a rank waits for its agent to take the connection.
 CONNECT_LIMIT_S = 10.0
+#: The agent is beside the rank, and says at once what it knows of hosts; or never, because it is stopped.
+ABOUT_HOSTS_LIMIT_S = 0.3
 
 
 class AgentLink:
@@ -131,13 +133,13 @@ class AgentLink:
         what = f"whether all but {', '.join(wanted)} are out"
         return str(self._ask({"may_go_on_with": wanted}, what, limit_s)["reason"])
 
-    def about_hosts(self, limit_s: float) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+    def about_hosts(self) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
         """All links between the hosts of the job, and these hosts by name; empty where the agent does not say.
 
         Returns:
             See :meth:`chaos_mpi.monitor.linktable.LinkTable.rows`, and :meth:`chaos_mpi.agent.machine.Machine.look`.
         """
-        answer = self._ask({"links": True}, "which links there are", limit_s)
+        answer = self._ask({"links": True}, "which links there are", ABOUT_HOSTS_LIMIT_S)
         return answer.get("table", []), answer.get("machines", {})
 
     def order_link(self, one: str, other: str, *, down: bool, limit_s: float) -> str:

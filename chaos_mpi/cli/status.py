@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from statistics import median_high
 from typing import Any
 
 from chaos_mpi.agent import voice
@@ -69,7 +70,7 @@ def combine(answers: Sequence[Answer], started_at: float | None, now: float) -> 
         "at": now,
         "started_at": started_at,
         **{name: furthest[name] for name in _COMMON},
-        "steps_per_s": sorted(rates)[len(rates) // 2] if rates else None,
+        "steps_per_s": median_high(rates) if rates else None,
         "ranks": [_rank(rank, member, by_member.get(member), here) for rank, member in enumerate(furthest["members"])],
         "machines": _machines(furthest, answers),
         "transfers": list({t["member"]: t for answer in answers for t in answer["transfers"]}.values()),

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import median_high
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,8 +30,6 @@ log = logging.getLogger("chaos_mpi.elastic")
 UNKNOWN_LINK_BYTES_PER_S = 1e9
 #: And of one that is cut, with no way round.
 UNUSABLE_LINK_BYTES_PER_S = 1.0
-#: How long the agent has to say what it knows of links, seconds.
-AGENT_LIMIT_S = 0.3
 #: What asking for one shard costs, about, on loopback.
 SHARD_COST_S = 1e-4
 POLL_S = 0.002
@@ -83,8 +82,8 @@ def known_rates(links: Sequence[Mapping[str, Any]], host: str, names: Mapping[in
             known[rank] = UNUSABLE_LINK_BYTES_PER_S
         elif row is not None and row["bytes_per_s"]:
             known[rank] = float(row["bytes_per_s"])
-    usable = sorted(rate for rate in known.values() if rate > UNUSABLE_LINK_BYTES_PER_S)
-    usual = usable[len(usable) // 2] if usable else UNKNOWN_LINK_BYTES_PER_S
+    usable = [rate for rate in known.values() if rate > UNUSABLE_LINK_BYTES_PER_S]
+    usual = median_high(usable) if usable else UNKNOWN_LINK_BYTES_PER_S
     return {rank: known.get(rank, usual) for rank in names} if known else {}
 
 

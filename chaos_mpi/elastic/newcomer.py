@@ -12,7 +12,6 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from chaos_mpi.elastic.arrival import (
-    AGENT_LIMIT_S,
     Arrival,
     ask_invitation,
     known_rates,
@@ -125,7 +124,7 @@ def _pull(
     if caught_up is not None:
         rates = caught_up.rates
     else:
-        links = session.agent.about_hosts(AGENT_LIMIT_S)[0] if session.agent is not None else []
+        links = session.agent.about_hosts()[0] if session.agent is not None else []
         rates = known_rates(links, session.host, names)
     serving = neighbours(names, rates)
     layout = Layout.from_json(invitation["layout"])

@@ -14,10 +14,6 @@ if TYPE_CHECKING:
     from chaos_mpi.elastic.session import Session
 
 
-#: The agent is beside this rank, and answers at once; or never, because it is stopped.
-_AGENT_LIMIT_S = 0.3
-
-
 class MemberStatus:
     """Looks at one session, from threads that are not its own.
 
@@ -31,10 +27,14 @@ class MemberStatus:
         self._machine = Machine()
         self._usage: Usage | None = None
 
-    def look(self) -> None:
-        """Note where the step is, so that its speed is known, and what the machine does; about once a second."""
+    def look(self) -> dict[str, Any]:
+        """Note where the step is, so that its speed is known, and what the machine does; about once a second.
+
+        Returns:
+            What it does: see :meth:`chaos_mpi.agent.machine.Machine.look`.
+        """
         self._rate.look(time.monotonic(), self._session.step)
-        self._machine.look()
+        return self._machine.look()
 
     def answer(self) -> dict[str, Any]:
         """All that this member knows, in JSON values:
@@ -58,8 +58,8 @@ class MemberStatus:
         session = self._session
         if self._usage is None:
             self._usage = Usage()
-        self.look()
-        links, machines = session.agent.about_hosts(_AGENT_LIMIT_S) if session.agent is not None else ([], {})
+        machine = self.look()
+        links, machines = session.agent.about_hosts() if session.agent is not None else ([], {})
         return {
             "member": session.member,
             "rank": session.rank,
@@ -81,6 +81,6 @@ class MemberStatus:
             "stalled_s": dict(session.recent.stalled_s),
             "events": session.recent.events(),
             "process": self._usage.process(),
-            "machine": self._machine.look(),
+            "machine": machine,
             "machines": machines,
         }

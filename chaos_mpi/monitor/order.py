@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -196,5 +197,4 @@ def _by_swaps(order: tuple[int, ...], of: Callable[[Sequence[int]], Cost]) -> tu
 
 
 def _middle(values: Collection[float], default: float) -> float:
-    ordered = sorted(values)
-    return ordered[len(ordered) // 2] if ordered else default
+    return statistics.median_high(values) if values else default

@@ -131,7 +131,8 @@ class BufferSet:
         """The sums of each bucket's gradients, where the parameters are."""
         if not self.staged:
             yield from self.views
-        for staged, gradients in zip(self.staged, self.gradients, strict=bool(self.staged)):
+            return
+        for staged, gradients in zip(self.staged, self.gradients, strict=True):
             staged.bring_back(gradients)
             yield staged.views
 

@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from chaos_mpi.elastic.current import current_session
 from chaos_mpi.elastic.session import Session
 from chaos_mpi.errors import ConfigError, MismatchError
-from chaos_mpi.torch.buckets import BufferSet, GradientStep, make_buckets, make_staging
-from chaos_mpi.torch.modules import StableBuffers, refuse_unusable_module
-from chaos_mpi.torch.rounds import Rounds
+from chaos_mpi.torch.buckets import GradientStep, make_buckets
+from chaos_mpi.torch.modules import refuse_unusable_module
+from chaos_mpi.torch.reducer import Reducer
 
 
 class DistributedDataParallel(torch.nn.Module):
@@ -78,14 +78,11 @@ class DistributedDataParallel(torch.nn.Module):
         self._params = [p for p in module.parameters() if p.requires_grad]
         self._buckets = make_buckets(self._params, int((bucket_cap_mb or 25) * (1 << 20)))
         self._refuse_differences()
-        self._number = self._session.number_model()
         if init_sync:
             everything = [p.detach() for p in module.parameters()] + [b.detach() for b in module.buffers()]
             self._session.share("initial parameters", everything)
-        self._synced = StableBuffers(self._session, module.buffers() if broadcast_buffers else ())
-        staged = make_staging(self._buckets, self._params)
-        self._memory = [BufferSet(self._buckets, self._params, self._synced.nbytes, staged) for _ in range(2)]
-        self._rounds = Rounds(self._session, self._params)
+        buffers = module.buffers() if broadcast_buffers else ()
+        self._reducer = Reducer(self._session, self._params, self._buckets, buffers)
         self._in_backward = False
         self._end_queued = False
         self._step: GradientStep | None = None
@@ -99,7 +96,7 @@ class DistributedDataParallel(torch.nn.Module):
             args, kwargs = tree_map(self._moved, (args, kwargs))
         if not torch.is_grad_enabled():
             return self.module(*args, **kwargs)
-        self._rounds.begin()
+        self._reducer.rounds.begin()
         self._end_queued = self._in_backward
         output = self.module(*args, **kwargs)
         for tensor in tree_leaves(output):
@@ -145,13 +142,7 @@ class DistributedDataParallel(torch.nn.Module):
         self._queue_end()
         if not self.require_backward_grad_sync:
             return
-        # The other set holds the sum of the last finished step, which a survivor may still have to be given.
-        self._memory.reverse()
-        self._step = GradientStep(
-            self._params, self._buckets, self._synced.live, self._memory[0], self._rounds.contributes,
-            self._session.wants_to_talk, self._number,
-        )  # fmt: skip
-        self._session.begin(self._step)
+        self._step = self._reducer.begin()
 
     def _backward_ends(self) -> None:
         step, self._step = self._step, None
@@ -159,15 +150,13 @@ class DistributedDataParallel(torch.nn.Module):
         if not self._in_backward:
             return  # torch.autograd.grad, which reaches no parameter
         self._in_backward = False
-        self._rounds.note_backward()
-        self._rounds.unmute()
+        self._reducer.rounds.note_backward()
+        self._reducer.rounds.unmute()
         if step is None:
             return
-        step.start_rest()
-        self._session.settle(step)
-        self._memory[0] = step.memory
+        self._reducer.settle(step)
         step.deliver()
-        self._synced.keep()
+        self._reducer.delivered()
 
     # -- equal modules -------------------------------------------------------------------------------
 

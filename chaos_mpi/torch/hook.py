@@ -18,11 +18,10 @@ from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 
 from chaos_mpi.errors import ConfigError
-from chaos_mpi.torch.buckets import BufferSet, GradientStep, make_buckets
+from chaos_mpi.torch.buckets import GradientStep, make_buckets
 from chaos_mpi.torch.carriers import SessionCarrier
-from chaos_mpi.torch.modules import StableBuffers
 from chaos_mpi.torch.process_group import ChaosProcessGroup
-from chaos_mpi.torch.rounds import Rounds
+from chaos_mpi.torch.reducer import Reducer
 
 #: Of DDP, if it was not told.
 _DEFAULT_CAP_BYTES = 25 << 20
@@ -56,11 +55,9 @@ class ElasticState:
         self._index = {id(param): index for index, param in enumerate(self._params)}
         self._buckets = make_buckets(self._params, int(getattr(model, "bucket_bytes_cap", _DEFAULT_CAP_BYTES)))
         self._bucket_of = {index: place for place, bucket in enumerate(self._buckets) for index in bucket.params}
-        self._synced = StableBuffers(self._session, model.module.buffers() if model.broadcast_buffers else ())
+        buffers = model.module.buffers() if model.broadcast_buffers else ()
         model.broadcast_buffers = False  # they travel with the gradients
-        self._memory = [BufferSet(self._buckets, self._params, self._synced.nbytes, ()) for _ in range(2)]
-        self._rounds = Rounds(self._session, self._params)
-        self._number = self._session.number_model()
+        self._reducer = Reducer(self._session, self._params, self._buckets, buffers)
         self._step: GradientStep | None = None
         self._waiting: list[tuple[GradBucket, torch.futures.Future[torch.Tensor]]] = []
         self._in_backward = self._synchronised = False
@@ -71,8 +68,7 @@ class ElasticState:
     def reduce(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Begin to average a bucket; the last one of a backward pass ends the step."""
         if self._step is None:
-            self._begin()
-        assert self._step is not None
+            self._step = self._reducer.begin()
         future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
         self._waiting.append((bucket, future))
         for param in bucket.parameters():
@@ -86,47 +82,36 @@ class ElasticState:
         if not isinstance(self._model.reducer, _UnsharedBuckets):
             self._model.reducer = _UnsharedBuckets(self._model.reducer, self._group)  # type: ignore[assignment]
         if torch.is_grad_enabled():
-            self._rounds.begin()
+            self._reducer.rounds.begin()
 
     def _gradient_is_final(self, _: torch.Tensor) -> None:
         if not self._in_backward:
             self._in_backward, self._synchronised = True, False
             Variable._execution_engine.queue_callback(self._backward_ends)
 
-    def _begin(self) -> None:
-        # The other set holds the sum of the last finished step, which a survivor may still have to be given.
-        self._memory.reverse()
-        self._step = GradientStep(
-            self._params, self._buckets, self._synced.live, self._memory[0], self._rounds.contributes,
-            self._session.wants_to_talk, self._number,
-        )  # fmt: skip
-        self._session.begin(self._step)
-
     def _settle(self) -> None:
         step, self._step = self._step, None
         waiting, self._waiting = self._waiting, []
         assert step is not None
         self._note_backward()
-        step.start_rest()
-        self._session.settle(step)
-        self._memory[0] = step.memory
+        self._reducer.settle(step)
         with torch.no_grad():
             for bucket, future in waiting:
                 for param, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
                     step.write_average(self._index[id(param)], gradient)
                 future.set_result(bucket.buffer())
             step.deliver_buffers()
-        self._synced.keep()
+        self._reducer.delivered()
 
     def _note_backward(self) -> None:
         self._synchronised = True
-        self._rounds.note_backward()
+        self._reducer.rounds.note_backward()
 
     def _backward_ends(self) -> None:
         self._in_backward = False
         if not self._synchronised:  # within no_sync
             self._note_backward()
-        self._rounds.unmute()
+        self._reducer.rounds.unmute()
 
 
 def elastic_hook(state: ElasticState, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
