@@ -608,9 +608,10 @@ class Job(RuleBasedStateMachine):
                 self.ends[id_] += proposal.member in outcome.leave
 
     def part(self, leaving: set[str]) -> None:
-        if leaving >= set(self.view.members):
-            return  # all others have died meanwhile; a model has to go on with somebody
-        self.bury(leaving & set(self.view.members))
+        going = leaving & set(self.view.members)
+        if going == set(self.view.members):  # all others have died meanwhile; a model has to go on with somebody
+            going.remove(self.view.members[0])
+        self.bury(going)
 
     def sponsor(self, join_: Join) -> None:
         if join_.sponsor in self.words:
