@@ -102,18 +102,26 @@ def replicate(session: Session, operation: Admit, joins: Sequence[Join], state: 
 
 
 def serve(session: Session, source: StateSource, newcomers: Sequence[str]) -> bool:
-    """Give newcomers what they ask for, until they have all; whether any of them came to that, and in time.
+    """Give newcomers what they ask for, until they have all, and tell them whether all of them came to that, in time.
 
-    With one that is known to be dead no view is begun: what is sent to it then, and has not left this host when its
-    connection is closed, ends this process ("Send error after request freed", Open MPI 5.0).
+    With one that is known to be dead no view is begun, and those that came with it are started again: what is sent to
+    it then, and has not left this host when its connection is closed, ends this process ("Send error after request
+    freed", Open MPI 5.0). A newcomer that hangs must not keep the members from going on: they agree among themselves.
+
+    Returns:
+        Whether the members are ready to go on together with the newcomers; the same at all of them.
     """
     before = set(source.lost)
     try:
         source.serve(session.settings.guest_limit_s, lambda: f"{', '.join(newcomers)} to take the state")
     except WaitTimeoutError as error:
         log.error("%s; it is left out", error)
-        return False
-    return not newcomers or len(source.lost - before) < len(newcomers)
+        complete = False
+    else:
+        complete = bool(newcomers) and source.lost <= before
+    complete = session.agree(complete)
+    source.conclude(complete)
+    return complete
 
 
 def go_on_together(
@@ -134,16 +142,15 @@ def go_on_together(
         view: the members.
         newcomers: the others.
         reports: of the members' samplers, in rank order.
-        ready: whether this member would.
+        ready: what :func:`serve` returned.
         moved: what the newcomers got, in words.
         begun: when the members stopped for it, on the performance counter.
 
     Returns:
         Whether all are in one view now; the same everywhere. If not, ``world`` is of no more use.
     """
-    # Among the members first: a newcomer that hangs must not keep them from going on.
-    ready = session.agree(ready)
-    if not ready or not world.agree(ready, session.settings.timeout_s, lambda: "all to be ready"):
+    whole = world.size == view.size + len(newcomers)
+    if not ready or not world.agree(whole, session.settings.timeout_s, lambda: "all to be ready"):
         world.revoke()
         session.retire(world)
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -33,6 +34,8 @@ UNUSABLE_LINK_BYTES_PER_S = 1.0
 #: What asking for one shard costs, about, on loopback.
 SHARD_COST_S = 1e-4
 POLL_S = 0.002
+#: Members that have stopped say what is next at once.
+_SPIN_S = 0.02
 
 
 @dataclass(slots=True)
@@ -106,6 +109,41 @@ def ask_invitation(channel: Channel, members: Sequence[int], limit_s: float) -> 
             continue
         return answer
     raise JoinError("all members died, or ended the job, before this rank had joined")
+
+
+def await_word(channel: Channel, members: Sequence[int], word: str, limit_s: float, what: str) -> Any:
+    """What the first member says that says this word; None if all of them died, or gave this rank up.
+
+    Args:
+        channel: reaches them.
+        members: their ranks.
+        word: the key of the message.
+        limit_s: how long to wait.
+        what: for people.
+
+    Raises:
+        WaitTimeoutError: nothing was said within ``limit_s`` seconds.
+    """
+    begun = time.monotonic()
+    living = list(members)
+    while living:
+        for rank in list(living):
+            try:
+                message = channel.poll(rank)
+            except PeerFailedError:
+                living.remove(rank)
+                continue
+            if message is not None and word in message:
+                return message[word]
+            living = [other for other in living if message is None or other not in message.get("dead", ())]
+        waited = time.monotonic() - begun
+        if waited > limit_s:
+            raise WaitTimeoutError(f"waited {limit_s:.0f} s for {what}")
+        if waited > _SPIN_S:
+            time.sleep(POLL_S)
+        else:
+            os.sched_yield()
+    return None
 
 
 def restore(

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from chaos_mpi.elastic.arrival import POLL_S, neighbours, restore, show_progress
-from chaos_mpi.errors import JoinError, PeerFailedError, WaitTimeoutError
+from chaos_mpi.elastic.arrival import await_word, neighbours, restore, show_progress
+from chaos_mpi.errors import JoinError, PeerFailedError
 from chaos_mpi.mpi.channel import Channel
 from chaos_mpi.replication.layout import Layout, Range
 from chaos_mpi.replication.puller import SHARD_SIZES, StatePuller
@@ -133,23 +133,12 @@ def _measured(channel: Channel, members: list[int], state_bytes: int, limit_s: f
 
 def _await_cut(channel: Channel, members: Sequence[int], limit_s: float) -> dict[str, Any]:
     """What the first member says that has come to the cut."""
-    limit = time.monotonic() + limit_s
-    living = list(members)
-    while living:
-        for rank in list(living):
-            try:
-                message = channel.poll(rank)
-            except PeerFailedError:
-                living.remove(rank)
-                continue
-            if message is not None and "cut" in message:
-                cut: dict[str, Any] = message["cut"]
-                return cut
-            living = [other for other in living if message is None or other not in message.get("dead", ())]
-        if time.monotonic() > limit:
-            raise WaitTimeoutError(f"waited {limit_s:.0f} s for the members to fix the step to start from")
-        time.sleep(POLL_S)
-    raise FollowError("all members died, or ended the job")
+    cut: dict[str, Any] | None = await_word(
+        channel, members, "cut", limit_s, "the members to fix the step to start from"
+    )
+    if cut is None:
+        raise FollowError("all members died, or ended the job")
+    return cut
 
 
 def _take_cut(

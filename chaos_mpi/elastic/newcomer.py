@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from chaos_mpi.elastic.arrival import (
     Arrival,
     ask_invitation,
+    await_word,
     known_rates,
     neighbours,
     restore,
@@ -101,6 +102,9 @@ def _take_state(session: Session, world: World, state: TrainingState, arrival: A
     for rank in sources:
         with contextlib.suppress(PeerFailedError):
             channel.send(rank, {"received": True})
+    refused = JoinError(f"the members did not take this rank ({session.member}) in; see their log")
+    if not await_word(channel, sources, "complete", limit_s, "the members to be done with all newcomers"):
+        raise refused
     if invitation["shrink"]:
         world = world.shrink(limit_s, lambda: "the members to go on without those that died")
     agreed = world.agree(
@@ -109,7 +113,7 @@ def _take_state(session: Session, world: World, state: TrainingState, arrival: A
         lambda: "all members and newcomers to be ready",
     )
     if not agreed:
-        raise JoinError(f"the members did not take this rank ({session.member}) in; see their log")
+        raise refused
     elsewhere = arrival.parts["transfer_s"] - before
     arrival.parts["regroup_s" if caught_up else "restore_s"] = time.monotonic() - begun - elsewhere
     session.enter_view(world, invitation)

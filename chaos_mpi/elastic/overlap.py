@@ -151,10 +151,9 @@ class Overlap:
         self._source.stop_training(state.layout, state.tensors, invitation)
         ready = admission.serve(session, self._source, newcomers)
         world = self._wide
-        if shrink:
+        if ready and shrink:
             world = world.shrink(limit_s, lambda: "the members to go on without those that died")
             session.retire(self._wide)
-        ready &= bool(newcomers) and world.size == view.size + len(newcomers)
         moved = f"{state.layout.total_bytes / 1e6:.1f} MB of state, while training went on"
         return admission.go_on_together(session, world, view, newcomers, reports, ready, moved, begun)
 

@@ -11,11 +11,13 @@ member dies or is slow. Requests and answers are JSON messages, bytes go straigh
 ======================================  ====================================================================
 
 Unasked, a member says ``{"dead": [ranks]}`` when it learns of a death: a newcomer may be the last to notice, because
-launchers tell only processes that were started together.
+launchers tell only processes that were started together. At last it says ``{"complete": ...}``: whether all newcomers
+have all they need, so that members and newcomers can go on together.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -55,7 +57,7 @@ class StateSource:
         tensors: Mapping[str, torch.Tensor],
         invitation: dict[str, Any],
     ) -> None:
-        self._transport = transport
+        self._transport, self._guests = transport, tuple(guests)
         self._waiting = set(guests)
         self._layout, self._tensors, self._invitation = layout, tensors, invitation
         self._told_dead: set[int] = set()
@@ -84,6 +86,13 @@ class StateSource:
                 time.sleep(_IDLE_S)
             else:
                 os.sched_yield()
+
+    def conclude(self, complete: bool) -> None:
+        """Tell the guests that are left whether all of them have all they need, as the members have agreed."""
+        for guest in self._guests:
+            if guest not in self.lost:
+                with contextlib.suppress(PeerFailedError):
+                    self._transport.send(guest, {"complete": complete})
 
     def step(self) -> bool:
         """Do what there is to do now; whether there was anything."""

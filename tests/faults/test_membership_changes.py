@@ -145,6 +145,20 @@ def test_a_death_in_a_join(case: str, tmp_path: Path) -> None:
         check_changes(finished, LONG, dead=dead, joined=joined | {label for label in dead if label >= FIRST})
 
 
+def test_a_newcomer_dies_when_it_fetches_beside_another_one(tmp_path: Path) -> None:
+    """No view is begun with one that is known to be dead: both are started again, and both come in."""
+    again = [300, 400]
+    rules = [rule(1, "boundary", "join", step=3), rule(2, "boundary", "join", step=3)]
+    rules += [*until_ready(FIRST), *until_ready(SECOND, rank=1), rule(FIRST, "newcomer:fetch", "die")]
+    rules += [rule(label, "newcomer:register") for label in again]
+    rules += [rule(0, "boundary", None, *(f"newcomer:register.{label}" for label in again), step=40)]
+    with start_training(tmp_path, LONG, rules) as job:
+        finished = job.finish()
+        steps = check_changes(finished, LONG, dead={FIRST}, joined=again)
+    assert len(steps[max(steps)]) == 5
+    assert not finished.events("failure_detected"), "it was never a member"
+
+
 LEAVE = rule(1, "boundary", "leave", step=3)
 LEAVE_DEATHS: dict[str, tuple[list[Rule], set[int], set[int]]] = {
     "a member when they part": ([LEAVE, rule(2, "members:part", "die")], {2}, {1}),

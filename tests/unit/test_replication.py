@@ -20,6 +20,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chaos_mpi.elastic import arrival
+from chaos_mpi.elastic.arrival import await_word
 from chaos_mpi.errors import JoinError, PeerFailedError, WaitTimeoutError
 from chaos_mpi.replication import puller, source
 from chaos_mpi.replication.layout import Layout, Piece, Range, checksum, dense
@@ -249,6 +251,7 @@ def simulated(network: Network, shards: Sequence[int] = (64, 128, 256), checks: 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(puller, "time", network)
         patch.setattr(source, "time", network)
+        patch.setattr(arrival, "time", network)
         patch.setattr(puller, "SHARD_SIZES", tuple(shards))
         patch.setattr(puller, "CHECK_BYTES", checks)
         yield
@@ -755,3 +758,32 @@ def test_guests_that_die_are_counted_as_lost_and_others_served(moment: str) -> N
     assert member.lost == {1}
     assert torch.equal(other_target["a"], noise(100, 1))
     assert torch.equal(other_target["b"], noise(50, 2))
+    member.conclude(False)
+    said = [message for message in iter(lambda: other.poll(0), None) if "complete" in message]
+    assert said == [{"complete": False}]
+
+
+def test_newcomers_take_the_word_of_the_first_member_that_says_it() -> None:
+    network = Network()
+    newcomer, *members = (Port(network, rank) for rank in range(4))
+    network.kill(1)
+    members[1].send(0, {"dead": [1]})
+    members[2].send(0, {"complete": False})
+    assert await_word(newcomer, [1, 2, 3], "complete", 5.0, "their word") is False  # type: ignore[arg-type]
+
+
+def test_newcomers_learn_that_nobody_is_left_to_say_a_word() -> None:
+    network = Network()
+    newcomer, *members = (Port(network, rank) for rank in range(4))
+    network.kill(1)
+    members[1].send(0, {"dead": [1, 3]})
+    members[1].send(0, {"dead": [2]})
+    assert await_word(newcomer, [1, 2, 3], "complete", 5.0, "their word") is None  # type: ignore[arg-type]
+
+
+def test_newcomers_wait_for_a_word_no_longer_than_their_limit() -> None:
+    network = Network()
+    newcomer = Port(network, 0, driving=True)
+    with simulated(network), pytest.raises(WaitTimeoutError, match="waited 5 s for their word"):
+        await_word(newcomer, [1, 2], "complete", 5.0, "their word")  # type: ignore[arg-type]
+    assert 5 < network.now - 1000 < 6
