@@ -34,6 +34,7 @@ from chaos_mpi.membership import (
     negotiate,
     orphaned,
     restart,
+    with_last,
 )
 
 if TYPE_CHECKING:
@@ -153,12 +154,12 @@ class Negotiator:
                 key = proposal.kind, proposal.id, proposal.attempt
                 if self._inbox.get(key) is proposal:  # and not a newer one
                     del self._inbox[key]
-        goes = False
         if outcome.leave:
             told = {member: reports for member, (_, reports) in zip(contributors, words, strict=True)}
-            goes = self._part(outcome.leave, told, (arrived, begun, time.perf_counter()))
+            if last := self._part(outcome.leave, told, (arrived, begun, time.perf_counter())):
+                outcome = with_last(outcome, last, [proposal for row in proposals for proposal in row])
         self._tell(outcome, hosts)
-        if goes:
+        if self._session.member in outcome.leave:
             self._depart()
         if outcome.move is not None:
             self._move(outcome.move)
@@ -191,19 +192,26 @@ class Negotiator:
 
     # -- carrying out ----------------------------------------------------------------------------------
 
-    def _part(self, leaving: tuple[str, ...], told: dict[str, Any], times: tuple[float, ...]) -> bool:
-        """Go on without those that leave; True at one of them. ``times``: see :func:`_leave_parts`."""
+    def _part(self, leaving: tuple[str, ...], told: dict[str, Any], times: tuple[float, ...]) -> str:
+        """Go on without those that leave. Returns the one of them that has to stay, if there is one.
+
+        Args:
+            leaving: they.
+            told: see :class:`~chaos_mpi.elastic.transitions.Leave`.
+            times: see :func:`_leave_parts`.
+        """
         session = self._session
         operation = Leave(leaving, told, session.sampler_reports, self._width(), session.settings.timeout_s)
         session.execute(operation)
         assert operation.view is not None
-        gone = tuple(m for m in operation.view.members if m in operation.leaving)
+        gone = operation.going
+        last = next((m for m in operation.view.members if m in leaving and m not in gone), "")
         if not gone:
-            return False
+            return last
         times = (*times, operation.changed_at, time.perf_counter())
         if session.member in gone:
             session.emit("leave_committed", members=list(gone), **_leave_parts(times))
-            return True
+            return last
         assert operation.world is not None
         staying = [m for m in operation.view.members if m not in gone]
         reports = [r for m, r in zip(operation.view.members, operation.reports, strict=True) if m not in gone]
@@ -213,7 +221,7 @@ class Negotiator:
         session.emit("leave_committed", members=list(gone), **_leave_parts((*times, time.perf_counter())))
         if session.rank == 0:
             log.warning("step %d: %s left; %d ranks train on", session.step, ", ".join(gone), session.size)
-        return False
+        return last
 
     def _depart(self) -> NoReturn:
         if self._overlap is not None:

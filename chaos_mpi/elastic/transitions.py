@@ -16,7 +16,7 @@ import torch
 
 from chaos_mpi.elastic.operations import Operation
 from chaos_mpi.errors import PeerFailedError
-from chaos_mpi.membership import Join, View
+from chaos_mpi.membership import Join, View, those_that_go
 from chaos_mpi.mpi import growth
 from chaos_mpi.mpi.growth import Bridge
 from chaos_mpi.mpi.world import Pending, World
@@ -100,7 +100,7 @@ class Leave(Transition):
             somebody has died since, they do.
 
     Attributes:
-        leaving: those that go.
+        going: those of them that do, once it is done; see :func:`~chaos_mpi.membership.those_that_go`.
         changed_at: when the new communicator was there, on the performance counter.
     """
 
@@ -108,7 +108,8 @@ class Leave(Transition):
         self, leaving: Sequence[str], told: Mapping[str, Any], report: Callable[[], Any], width: int, limit_s: float
     ) -> None:
         super().__init__(f"leave of {', '.join(leaving)}", report, width, limit_s)
-        self.leaving = frozenset(leaving)
+        self._leaving = frozenset(leaving)
+        self.going: tuple[str, ...] = ()
         self.changed_at = 0.0
         self._told = told
 
@@ -123,7 +124,8 @@ class Leave(Transition):
             self.reports = list(self._told.values())
 
     def act(self, world: World, view: View) -> World | None:
-        going = [rank for rank, member in enumerate(view.members) if member in self.leaving]
+        self.going = those_that_go(self._leaving, view)
+        going = [view.rank_of(member) for member in self.going]
         # Without any they died before they could go.
         smaller = growth.part(world, going, self._limit_s) if going else world
         self.changed_at = time.perf_counter()

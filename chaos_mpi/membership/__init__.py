@@ -13,6 +13,8 @@ from chaos_mpi.membership.negotiation import (
     negotiate,
     orphaned,
     restart,
+    those_that_go,
+    with_last,
 )
 from chaos_mpi.membership.progress import Decision, Report, decide
 from chaos_mpi.membership.restarts import Crash, Restart
@@ -39,4 +41,6 @@ __all__ = [
     "negotiate",
     "orphaned",
     "restart",
+    "those_that_go",
+    "with_last",
 ]

@@ -18,7 +18,7 @@ they have caught up they are activated, all together. Others that arrive meanwhi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
@@ -30,6 +30,7 @@ from chaos_mpi.membership.view import View
 MAX_ATTEMPTS = 3
 #: Begins why requests are refused once the job is to go on under another launcher.
 MOVES = "the job moves to another launcher"
+_LAST = "it is the last rank"
 _REQUESTS = frozenset({"join", "leave", "move", "restart"})
 
 
@@ -284,11 +285,30 @@ def _leaving(requests: Sequence[Proposal], view: View, limits: Limits, refused: 
             continue
         elif left < max(1, limits.min_ranks):
             few = f"{left} ranks would be left, and min_ranks is {limits.min_ranks}"
-            what = "it is the last rank" if left < 1 else few
+            what = _LAST if left < 1 else few
             refused[proposal.id] = f"{proposal.member} cannot leave: {what}"
         else:
             leaving.add(proposal.member)
     return tuple(m for m in view.members if m in leaving)
+
+
+def those_that_go(leaving: Collection[str], view: View) -> tuple[str, ...]:
+    """Who of the living goes, of those that were granted it: one stays if all others have died since. Pure."""
+    going = tuple(m for m in view.members if m in leaving)
+    return going if len(going) < view.size else going[1:]
+
+
+def with_last(outcome: Outcome, last: str, proposals: Iterable[Proposal]) -> Outcome:
+    """What follows if a member that was to go is the last one that is left, and stays. Pure.
+
+    Args:
+        outcome: as negotiated.
+        last: the member.
+        proposals: those that were negotiated.
+    """
+    wishes = [p.id for p in proposals if p.kind == "leave" and p.member == last]
+    refused = dict.fromkeys(wishes, f"{last} cannot leave: {_LAST}")
+    return replace(outcome, leave=tuple(m for m in outcome.leave if m != last), refused={**outcome.refused, **refused})
 
 
 def _order(proposals: Iterable[Proposal], view: View) -> tuple[str, ...]:

@@ -164,6 +164,16 @@ LEAVE_DEATHS: dict[str, tuple[list[Rule], set[int], set[int]]] = {
     "a member when they part": ([LEAVE, rule(2, "members:part", "die")], {2}, {1}),
     "the one that leaves, when they part": ([LEAVE, rule(1, "members:part", "die")], {1}, set()),
     "a member right afterwards": ([LEAVE, rule(0, "members:change_view", "die")], {0}, {1}),
+    "all others, when they part": (
+        [LEAVE, *(rule(rank, "members:part", "die") for rank in (0, 2, 3))],
+        {0, 2, 3},
+        set(),
+    ),
+    "all that were to stay": (
+        [LEAVE, rule(0, "boundary", "leave", step=3), *(rule(rank, "members:part", "die") for rank in (2, 3))],
+        {2, 3},
+        {1},
+    ),
 }
 
 
@@ -172,7 +182,9 @@ def test_a_death_in_a_leave(case: str, tmp_path: Path) -> None:
     rules, dead, left = LEAVE_DEATHS[case]
     problem = Problem(ranks=4)
     with start_training(tmp_path, problem, rules) as job:
-        check_changes(job.finish(), problem, dead=dead, left=left)
+        finished = job.finish()
+        check_changes(finished, problem, dead=dead, left=left)
+    assert ("cannot leave: it is the last rank" in finished.output) == (len(dead) > 1)
 
 
 def test_a_source_dies_in_the_middle_of_a_large_transfer(tmp_path: Path) -> None:

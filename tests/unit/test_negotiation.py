@@ -20,7 +20,20 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from chaos_mpi.membership import Agenda, Join, Limits, Outcome, Proposal, View, cut_is_due, negotiate, orphaned, restart
+from chaos_mpi.membership import (
+    Agenda,
+    Join,
+    Limits,
+    Outcome,
+    Proposal,
+    View,
+    cut_is_due,
+    negotiate,
+    orphaned,
+    restart,
+    those_that_go,
+    with_last,
+)
 from chaos_mpi.membership.negotiation import MAX_ATTEMPTS
 
 ABC = View(0, ("a", "b", "c"))
@@ -108,6 +121,18 @@ def test_the_last_rank_cannot_leave() -> None:
     outcome = settle(Agenda(), ABC, [leave("1", "a"), leave("2", "b"), leave("3", "c")], limits=Limits(min_ranks=0))
     assert outcome.leave == ("a", "b")
     assert outcome.refused == {"3": "c cannot leave: it is the last rank"}
+
+
+def test_one_of_those_that_were_to_go_stays_if_all_others_have_died() -> None:
+    assert those_that_go({"a", "c"}, ABC) == ("a", "c")
+    assert those_that_go({"a", "c"}, View(0, ("b", "c"))) == ("c",)
+    assert those_that_go({"a", "c"}, View(0, ("a", "c"))) == ("c",)
+    assert those_that_go({"a", "c"}, View(0, ("c",))) == ()
+    wishes = [leave("1", "c"), leave("2", "a"), leave("3", "a"), leave("4", "x")]
+    outcome = with_last(settle(Agenda(), ABC, wishes), "a", wishes)
+    assert outcome.leave == ("c",)
+    assert dict.fromkeys(("2", "3"), "a cannot leave: it is the last rank").items() <= outcome.refused.items()
+    assert set(outcome.refused) == {"2", "3", "4"}
 
 
 def test_leaves_stop_at_min_ranks_in_the_order_of_their_ids() -> None:
