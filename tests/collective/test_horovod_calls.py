@@ -291,6 +291,40 @@ def test_sync_batch_norm(job: Session) -> None:
     assert torch.allclose(hvd.allreduce(together.weight.grad, op=hvd.Sum), alone_.weight.grad)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sync_batch_norm_of_half_precision(job: Session, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    whole = (torch.randn(8 * job.size, 3, 50, 60) * 20).to(dtype)  # more values than fit into a float16 count or sum
+    alone_, together = nn.BatchNorm2d(3), hvd.SyncBatchNorm(3)
+    expected = alone_(whole.float())
+    mine = slice(8 * job.rank, 8 * job.rank + 8)
+    got = together(whole[mine])
+    assert got.dtype == dtype
+    assert torch.allclose(got.float(), expected[mine], atol=0.02)
+    assert torch.allclose(together.running_var, alone_.running_var, rtol=1e-3)
+
+
+def test_grouped_allgather_of_several_kinds(job: Session) -> None:
+    rows = torch.arange(job.rank + 1).unsqueeze(1).expand(-1, 3)
+    flags, scalar = torch.tensor([job.rank % 2 == 0]), torch.tensor(0.5 * job.rank, dtype=torch.float64)
+    empty = torch.empty((0, 2), dtype=torch.bfloat16)
+    got = hvd.grouped_allgather([rows, flags, scalar, empty])
+    assert torch.equal(got[0], torch.cat([torch.arange(r + 1).unsqueeze(1).expand(-1, 3) for r in range(job.size)]))
+    assert got[1].tolist() == [r % 2 == 0 for r in range(job.size)]
+    assert got[2].tolist() == [0.5 * r for r in range(job.size)]
+    assert got[2].dtype == torch.float64
+    assert got[3].shape == (0, 2)
+    wide = torch.zeros((1, 2 + job.rank % 2))
+    with pytest.raises(hvd.HorovodInternalError, match="ranks call it differently"):
+        hvd.grouped_allgather([wide, flags])
+
+
+def test_sparse_allreduce(job: Session) -> None:
+    mine = torch.sparse_coo_tensor([[job.rank, job.size]], [1.0, 2.0], (job.size + 1,))
+    summed = hvd.sparse_allreduce_async(mine, None, hvd.Average)().to_dense()
+    assert summed.tolist() == [1.0 / job.size] * job.size + [2.0]
+
+
 def test_model_with_calls_in_its_backward(job: Session) -> None:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(4, 8), hvd.SyncBatchNorm(8), nn.Linear(8, 2))

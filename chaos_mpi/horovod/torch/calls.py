@@ -160,6 +160,7 @@ class CallQueue:
         self._lock = threading.Lock()
         self._pending: dict[str, Request] = {}
         self._numbers: dict[str, int] = {}
+        self._numbered_since = 0
         self._begun: tuple[Request, Operation, Stepping] | None = None
         self._joined_since: dict[str, int] = {}
         #: Whether the ranks have come with different calls, and not all of them are made yet.
@@ -168,15 +169,24 @@ class CallQueue:
         self.inline = False
         #: Refuses a call that cannot be made.
         self.check: Callable[[Request], None] = lambda _: None
+        #: How many ranks have come since the job was started. Those have made no calls, so all count anew.
+        self.newcomers: Callable[[], int] = lambda: 0
         #: What ranks that had joined took part in with zeros, since all have joined last.
         self.with_zeros: list[Mapping[str, Any]] = []
 
     def name(self, kind: str, name: str | None) -> str:
         """The name of a call; one without gets a number."""
         if name is None:
+            if (newcomers := self.newcomers()) != self._numbered_since:
+                self._numbered_since = newcomers
+                self._numbers.clear()
             self._numbers[kind] = self._numbers.get(kind, 0) + 1
             name = f"noname.{self._numbers[kind]}"
         return f"{kind}.{name}"
+
+    def renumber(self) -> None:
+        """All ranks are at the same place: count calls without a name anew."""
+        self._numbers.clear()
 
     def put(self, request: Request) -> Request:
         """Make a call in the background.

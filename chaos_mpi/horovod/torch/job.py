@@ -55,6 +55,7 @@ class Job:
         self.entered: tuple[str, ...] = ()
         self.queue = self.new_queue(session)
         self.queue.check = self._refuse_before_entry
+        self.queue.newcomers = lambda: session.changes.joins
 
     def new_queue(self, group: Any) -> CallQueue:
         """Calls of a group of ranks."""

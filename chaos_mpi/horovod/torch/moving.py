@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -48,47 +49,70 @@ def _name(dtype: torch.dtype) -> str:
 # -- allgather -----------------------------------------------------------------------------------------
 
 
-def _gather(
+def gather(
     tensors: Sequence[torch.Tensor],
     name: str | None,
     process_set: ProcessSet,
-    result: Callable[[list[torch.Tensor]], Any],
+    result: Callable[[list[torch.Tensor], int], Any],
 ) -> int:
+    """Start to gather tensors, all of them from the same ranks; the handle.
+
+    Args:
+        tensors: what this rank gives.
+        name: of the call, or None.
+        process_set: which ranks.
+        result: what the caller gets, of the gathered tensors and the number of ranks that they are from.
+    """
     given = [_movable(tensor) for tensor in tensors]
     if not given:
         raise ValueError("a grouped call needs at least one tensor")
     queue = process_set.queue
     name = queue.name("allgather", name)
-    outputs: list[torch.Tensor] = []
+    call = f"{name}[{'; '.join(f'{_name(t.dtype)}, (*, {tuple(t.shape[1:])})' for t in given)}]"
+    sent = given[0] if len(given) == 1 else _packed(given)
 
-    def part(index: int) -> Request:
-        tensor, own = given[index], name if index == 0 else f"{name}.{index}"
-        call = f"{own}[{_name(tensor.dtype)}, (*, {tuple(tensor.shape[1:])}), {len(given)} tensors]"
+    def finish(operation: AllGather, group: Group) -> Any:
+        gathered = [operation.result] if len(given) == 1 else _unpacked(operation.result, given)
+        outputs = [output.to(tensor.device) for output, tensor in zip(gathered, tensors, strict=True)]
+        return result(outputs, len(operation.contributors))
 
-        def make(group: Group) -> Operation:
-            return AllGather(call, tensor)
+    return start(queue, Request(Asked(name, call), lambda _: AllGather(call, sent), finish))
 
-        def finish(operation: AllGather, group: Group) -> Any:
-            outputs.append(operation.result.to(tensors[index].device))
-            return result(outputs)
 
-        return Request(Asked(own, call), make, finish)
+def _packed(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The bytes of several tensors, after the number of rows of each."""
+    rows = torch.tensor([tensor.shape[0] if tensor.dim() else 1 for tensor in tensors])
+    return torch.cat([tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (rows, *tensors)])
 
-    for index in range(len(given) - 1):
-        queue.put(part(index))
-    return start(queue, part(len(given) - 1))
+
+def _unpacked(packed: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors of all ranks along the first dimension, out of what each has packed, one after the other."""
+    found: list[list[torch.Tensor]] = [[] for _ in like]
+    place = 0
+
+    def take(nbytes: int, dtype: torch.dtype) -> torch.Tensor:
+        nonlocal place
+        place += nbytes
+        return packed[place - nbytes : place].clone().view(dtype)  # a copy, where an element may be aligned
+
+    while place < packed.numel():
+        rows = take(8 * len(like), torch.int64).tolist()
+        for parts, tensor, count in zip(found, like, rows, strict=True):
+            shape = [count, *tensor.shape[1:]]
+            parts.append(take(prod(shape) * tensor.element_size(), tensor.dtype).view(shape))
+    return [torch.cat(parts) for parts in found]
 
 
 def allgather_async(tensor: torch.Tensor, name: str | None = None, process_set: ProcessSet = global_process_set) -> int:
     """As :func:`allgather`, in the background and without a gradient; returns a handle for :func:`synchronize`."""
-    return _gather([tensor], name, process_set, _only)
+    return gather([tensor], name, process_set, lambda outputs, _: outputs[0])
 
 
 def grouped_allgather_async(
     tensors: Sequence[torch.Tensor], name: str | None = None, process_set: ProcessSet = global_process_set
 ) -> int:
     """As :func:`allgather_async`, of several tensors."""
-    return _gather(tensors, name, process_set, tuple)
+    return gather(tensors, name, process_set, lambda outputs, _: tuple(outputs))
 
 
 class _AllGather(torch.autograd.Function):
@@ -99,7 +123,7 @@ class _AllGather(torch.autograd.Function):
         job().in_graph |= any(ctx.needs_input_grad)
         ctx.rows, ctx.process_set = [t.shape[0] if t.dim() else 1 for t in tensors], process_set
         ctx.shapes = [t.shape for t in tensors]
-        return synchronize(_gather(tensors, name, process_set, tuple))  # type: ignore[no-any-return]
+        return synchronize(grouped_allgather_async(tensors, name, process_set))  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
@@ -302,7 +326,3 @@ def _checked_splits(
     if len(rows) != size or min(rows, default=0) < 0 or sum(rows) != tensor.shape[0]:
         raise ValueError(f"splits {rows} do not share {tensor.shape[0]} rows out to {size} ranks")
     return rows
-
-
-def _only(outputs: list[torch.Tensor]) -> torch.Tensor:
-    return outputs[0]

@@ -49,7 +49,7 @@ class Distributed:
         params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         self._trained: list[torch.nn.Parameter] = list(dict.fromkeys(params))
         self._passes: dict[torch.nn.Parameter, int] = dict.fromkeys(self._trained, 0)
-        self._synchronized = False
+        self._synchronized = self._step_begun = False
         self._should_synchronize = True
         self._steps: Steps | None = None
         if process_set is global_process_set and op in (Average, Sum) and self._trained:
@@ -64,7 +64,7 @@ class Distributed:
     def load_state_dict(self, state_dict: Any) -> None:
         """Take a state, as any optimizer; gradients that are there already belong to no step."""
         self._passes = dict.fromkeys(self._trained, 0)
-        self._synchronized, self._should_synchronize = False, True
+        self._synchronized, self._step_begun, self._should_synchronize = False, False, True
         groups, state = self.param_groups, self.state
         super().load_state_dict(state_dict)  # type: ignore[misc]
         # In place, because a scheduler may hold the optimizer that this one shares them with.
@@ -83,7 +83,7 @@ class Distributed:
             HorovodInternalError: the ranks make different calls.
         """
         self._passes = dict.fromkeys(self._trained, 0)
-        self._synchronized = True
+        self._synchronized, self._step_begun = True, False
         if not self.process_set.included() or not self._trained or self.op == Adasum:
             return
         for param in self._trained:
@@ -160,7 +160,8 @@ class Distributed:
             )
         if self._steps is None or self._passes[param] < self.backward_passes_per_step:
             return
-        if sum(count == self.backward_passes_per_step for count in self._passes.values()) == 1:
+        if not self._step_begun:
+            self._step_begun = True
             self._steps.begin()
         self._steps.ready(param)
 

@@ -6,18 +6,26 @@ They are not elastic: a set ends when one of its ranks dies or leaves. Its calls
 
 from __future__ import annotations
 
-import itertools
+import json
+import logging
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from chaos_mpi.elastic.exchanges import Barrier
+from chaos_mpi.elastic.operations import GatherRows
 from chaos_mpi.elastic.subgroup import Subgroup
+from chaos_mpi.horovod.common.exceptions import HorovodInternalError
 from chaos_mpi.horovod.torch.calls import CallQueue, Request
 from chaos_mpi.horovod.torch.job import job
 from chaos_mpi.horovod.torch.negotiation import Asked
 
 if TYPE_CHECKING:
     from chaos_mpi.horovod.torch.job import Job
+
+
+log = logging.getLogger("chaos_mpi.horovod")
+
+_NUMBER_BYTES = 24
 
 
 class ProcessSet:
@@ -135,7 +143,7 @@ class _GlobalSet(ProcessSet):
 
 global_process_set: ProcessSet = _GlobalSet()
 _sets: dict[int, ProcessSet] = {}
-_numbers = itertools.count(1)
+_last_number = 0
 
 
 def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
@@ -148,17 +156,25 @@ def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
     if not isinstance(process_set, ProcessSet):
         process_set = ProcessSet(process_set)
     session = job().session
+    if session.awaits_entry:
+        log.warning(
+            "%s cannot be used in this process, which joins a running job: make process sets in the training function",
+            process_set,
+        )
+        return process_set
     ranks = process_set.ranks or []
     if not ranks or ranks[0] < 0 or ranks[-1] >= session.size or len(set(ranks)) != len(ranks):
         raise ValueError(f"ranks {ranks} cannot be a process set in a job of {session.size}")
     members = tuple(session.members[rank] for rank in ranks)
     if members in [s._members for s in _sets.values()] or members == session.members:
         raise ValueError(f"there is a process set of ranks {ranks} already")
-    _together(f"add process set {ranks}")
-    number = next(_numbers)
+    number = _next_number(f"add process set {ranks}", members)
     queue = None
     if session.member in members:
-        group = Subgroup(session, ranks, number, session.settings.timeout_s)
+        present = [session.members.index(member) for member in members if member in session.members]
+        if len(present) < len(members):
+            raise HorovodInternalError(f"a rank of {process_set} has died")
+        group = Subgroup(session, present, number, session.settings.timeout_s)
         queue = job().new_queue(group)
     process_set._take(number, members, queue)
     _sets[number] = process_set
@@ -182,8 +198,8 @@ def remove_process_set(process_set: ProcessSet) -> bool:
 
 def begin(_: Job) -> None:
     """A job begins: there are no sets."""
-    global _numbers
-    _numbers = itertools.count(1)
+    global _last_number
+    _last_number = 0
     _sets.clear()
 
 
@@ -211,6 +227,27 @@ def end() -> None:
 def ids_and_ranks() -> dict[int, list[int]]:
     """The ranks of each set, by number."""
     return {0: list(range(job().session.size))} | {n: list(s.ranks or []) for n, s in _sets.items()}
+
+
+def _next_number(what: str, members: tuple[str, ...]) -> int:
+    """The number of a new set, the same at all ranks, of which one that joined has not seen the earlier ones.
+
+    Raises:
+        HorovodInternalError: the ranks do not come together, or some of ``members`` have died; at every rank.
+    """
+    global _last_number
+
+    def finish(operation: GatherRows, _: object) -> tuple[list[int], tuple[str, ...]]:
+        return operation.decoded(), operation.contributors
+
+    def make(_: object) -> GatherRows:
+        return GatherRows(what, json.dumps(_last_number).encode(), _NUMBER_BYTES)
+
+    numbers, living = job().waiting.wait(job().queue.put(Request(Asked(what, what), make, finish)))
+    _last_number = int(max(numbers)) + 1
+    if lost := sorted(set(members).difference(living)):
+        raise HorovodInternalError(f"{what}: {', '.join(lost)} died meanwhile")
+    return _last_number
 
 
 def _together(what: str) -> None:

@@ -14,7 +14,7 @@ from chaos_mpi.horovod.torch.calls import Group, Request
 from chaos_mpi.horovod.torch.compression import Compression, Compressor
 from chaos_mpi.horovod.torch.handles import start, synchronize
 from chaos_mpi.horovod.torch.job import job
-from chaos_mpi.horovod.torch.moving import allgather_async
+from chaos_mpi.horovod.torch.moving import gather
 from chaos_mpi.horovod.torch.negotiation import Asked
 from chaos_mpi.horovod.torch.process_sets import ProcessSet, global_process_set
 from chaos_mpi.horovod.torch.reduce_ops import (
@@ -248,17 +248,14 @@ def sparse_allreduce_async(
         A function that waits for the result and returns it.
     """
     name = process_set.queue.name("sparse_allreduce", name)
-    indices = allgather_async(tensor._indices().t().contiguous(), f"{name}.indices", process_set)
-    values = allgather_async(tensor._values(), f"{name}.values", process_set)
 
-    def result() -> torch.Tensor:
-        size = process_set.size() or 1
-        found, summed = synchronize(indices), synchronize(values)
-        if ReduceOp(op) == Average:
-            summed = summed / size
-        return torch.sparse_coo_tensor(found.t(), summed, tensor.size())
+    def summed(outputs: list[torch.Tensor], ranks: int) -> torch.Tensor:
+        indices, values = outputs
+        values = values / ranks if ReduceOp(op) == Average else values
+        return torch.sparse_coo_tensor(indices.t(), values, tensor.size())
 
-    return result
+    handle = gather([tensor._indices().t().contiguous(), tensor._values()], name, process_set, summed)
+    return lambda: synchronize(handle)
 
 
 def _only(outputs: list[torch.Tensor]) -> torch.Tensor:

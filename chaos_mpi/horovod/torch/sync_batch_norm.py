@@ -29,18 +29,20 @@ class SyncBatchNorm(_BatchNorm):
             return super().forward(input)
         dims = [d for d in range(input.dim()) if d != 1]
         shape = [1, -1] + [1] * (input.dim() - 2)
-        local = torch.cat([input.sum(dims), input.new_tensor([input.numel() / input.shape[1]])])
+        # Half precision has not got the range for sums over a batch; running statistics are float32 in any case.
+        wide = input if input.dtype == torch.float64 else input.float()
+        local = torch.cat([wide.sum(dims), wide.new_tensor([input.numel() / input.shape[1]])])
         total = allreduce(local, op=Sum)
         count = total[-1].detach()
         mean = total[:-1] / count
-        centred = input - mean.view(shape)
+        centred = wide - mean.view(shape)
         variance = allreduce((centred * centred).sum(dims), op=Sum) / count
         if self.training and self.track_running_stats:
             self._note(mean.detach(), variance.detach() * (count / (count - 1).clamp(min=1)))
         normal = centred * torch.rsqrt(variance + self.eps).view(shape)
-        if not self.affine:
-            return normal
-        return normal * self.weight.view(shape) + self.bias.view(shape)
+        if self.affine:
+            normal = normal * self.weight.view(shape) + self.bias.view(shape)
+        return normal.to(input.dtype)
 
     def _note(self, mean: torch.Tensor, variance: torch.Tensor) -> None:
         assert self.running_mean is not None

@@ -8,14 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from chaos_mpi.elastic.exchanges import Barrier
 from chaos_mpi.elastic.state import TrainingState
 from chaos_mpi.errors import CheckpointError, ConfigError
-from chaos_mpi.horovod.common.exceptions import HostsUpdatedInterrupt
+from chaos_mpi.horovod.common.exceptions import HorovodInternalError, HostsUpdatedInterrupt
+from chaos_mpi.horovod.torch.calls import Request
 from chaos_mpi.horovod.torch.job import Job, job
+from chaos_mpi.horovod.torch.negotiation import Asked
 from chaos_mpi.replication.tree import pack
 
 if TYPE_CHECKING:
     from chaos_mpi.horovod.torch.elastic.state import State
+
+
+_RESET = "reset after an error"
+#: The others may be in several calls, one after the other, each of which fails.
+_ATTEMPTS = 8
 
 
 class _State(TrainingState):
@@ -77,7 +85,27 @@ def enter(state: State) -> None:
 def note_members() -> None:
     """All ranks enter the training function: changes are told relative to who is there now."""
     here = job()
+    here.queue.drain()
     here.entered = here.session.gather_with_contributors(None)[1]
+    here.queue.renumber()
+
+
+def come_together() -> None:
+    """All ranks are to enter the training function anew: those that know of no error get one at their next call.
+
+    Raises:
+        HorovodInternalError: they do not come, as one has joined (``hvd.join``) and makes no calls.
+    """
+    here = job()
+    here.queue.drain()
+    for attempt in range(_ATTEMPTS):
+        try:
+            here.waiting.wait(here.queue.put(Request(Asked(_RESET, _RESET), lambda _: Barrier(_RESET))))
+        except HorovodInternalError:
+            if attempt + 1 == _ATTEMPTS:
+                raise
+        else:
+            return
 
 
 def check(told: bool) -> None:

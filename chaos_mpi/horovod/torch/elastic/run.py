@@ -35,6 +35,7 @@ def run(func: Callable[..., T]) -> Callable[..., T]:
                 membership.note_members()
                 return func(state, *args, **kwargs)
             except HorovodInternalError:
+                membership.come_together()
                 state.restore()
                 in_step = False
             except HostsUpdatedInterrupt as interrupt:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch.utils.data
@@ -32,7 +33,7 @@ class ElasticSampler(torch.utils.data.Sampler[int]):
     def __init__(self, dataset: Any, shuffle: bool = True, seed: int = 0) -> None:
         self.dataset, self.shuffle, self.seed = dataset, shuffle, seed
         self.epoch = 0
-        self.processed_indices: set[int] = set()
+        self._begin_with(())
         self._step = 0
         self.reset()
 
@@ -44,7 +45,7 @@ class ElasticSampler(torch.utils.data.Sampler[int]):
     def set_epoch(self, epoch: int) -> None:
         """Begin an epoch; to be called at the end of the one before it, so that an unfinished one can go on."""
         self.epoch = epoch
-        self.processed_indices = set()
+        self._begin_with(())
         self.reset()
 
     def record_batch(self, batch_idx: int, batch_size: int) -> None:
@@ -60,10 +61,12 @@ class ElasticSampler(torch.utils.data.Sampler[int]):
         done = session.last_contributors if stepped else session.members
         for place, member in enumerate(self._members):
             if member in done:
-                part = self._part_of(place)
-                batch = part[batch_idx * batch_size : (batch_idx + 1) * batch_size]
+                first, stop = (place + n * batch_size * self.num_replicas for n in (batch_idx, batch_idx + 1))
+                batch = self._dealt[first : stop : self.num_replicas]
                 if not batch:
-                    batch = [index for index in part if index not in self.processed_indices][:batch_size]
+                    left = (index for index in self._part_of(place) if index not in self.processed_indices)
+                    batch = list(itertools.islice(left, batch_size))
+                self._in_order += [index for index in batch if index not in self.processed_indices]
                 self.processed_indices.update(batch)
 
     def reset(self) -> None:
@@ -93,8 +96,22 @@ class ElasticSampler(torch.utils.data.Sampler[int]):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there, with the ranks that are there now."""
         self.epoch = state_dict["epoch"]
-        self.processed_indices = set(state_dict["processed_indices"])
+        self._begin_with(state_dict["processed_indices"])
         self.reset()
+
+    def mark(self) -> tuple[int, list[int], int]:
+        """Where in the epoch the job is, for :meth:`go_back`; whatever the dataset's length, it takes no time."""
+        return self.epoch, self._in_order, len(self._in_order)
+
+    def go_back(self, mark: tuple[int, list[int], int]) -> None:
+        """Go on from there, with the ranks that are there now."""
+        self.epoch, in_order, count = mark
+        self._begin_with(in_order[:count])
+        self.reset()
+
+    def _begin_with(self, done: Iterable[int]) -> None:
+        self._in_order = list(done)  # marks hold it: it only grows, and is replaced
+        self.processed_indices = set(self._in_order)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._part_of(self.rank))

@@ -242,6 +242,12 @@ class _OptimizerHandler(_Handler):
 
 
 class _SamplerHandler(_Handler):
+    def save(self) -> None:
+        self._saved = self.value.mark()
+
+    def restore(self) -> None:
+        self.value.go_back(self._saved)
+
     def sync(self) -> None:
         self.value.load_state_dict(merged(allgather_object(self.value.state_dict(), "elastic sampler")))
 
