@@ -56,6 +56,9 @@ class RootedExchange(RankedExchange):
         ConfigError: there is no such rank.
     """
 
+    #: Whether the new rank 0 can do in the place of one that has died.
+    has_successor = True
+
     def __init__(self, call: str, called: View, root: int) -> None:
         if not 0 <= root < called.size:
             raise ConfigError(f"{call}: there is no rank {root} among {called.size}")
@@ -73,12 +76,12 @@ class RootedExchange(RankedExchange):
             ViewChangedError: it has died.
         """
         named = {int(rank) for rank in self.sizes[:, 0]}
-        if self._root == 0:
+        if self._root == 0 and self.has_successor:
             named = named - {-1} or {0}
         if len(named) > 1 or -1 in named:
             raise ViewChangedError(
-                f"the root of '{self.call}' died while the call was made; only rank 0 has a successor. Use rank 0 as "
-                "the root, or catch this at all ranks and choose another root"
+                f"the root of '{self.call}' died while the call was made; only rank 0 has a successor, and not for "
+                "what it alone has (scatter). Catch this at all ranks, and choose another root"
             )
         return named.pop()
 
@@ -155,6 +158,8 @@ class ScatterFrom(RootedExchange):
         like: a tensor of the shape and dtype of one part.
         parts: at the root, one for each rank of its view; else empty.
     """
+
+    has_successor = False  # it would have no parts
 
     def __init__(self, call: str, called: View, like: torch.Tensor, parts: Sequence[torch.Tensor], root: int) -> None:
         super().__init__(f"{call}[from rank {root}, {described([like])}]", called, root)

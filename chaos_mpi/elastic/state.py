@@ -65,7 +65,8 @@ class TrainingState:
     Args:
         model: a module, or several as a dict from name to module. The wrapper of data parallel training is
             left out of the names, so that a checkpoint can be loaded without it.
-        optimizer: an optimizer, or several as a dict.
+        optimizer: an optimizer, or several as a dict; ``{}`` if its state is kept elsewhere
+            (:class:`chaos_mpi.torch.ShardedOptimizer`).
         scheduler, sampler: something with ``state_dict`` and ``load_state_dict``, or several as a dict.
         rng: keep the random number generators of torch (CPU), numpy and Python with the state, too. A checkpoint holds
             those of each rank; on resume a rank goes on from its own, one that is added from rank 0's. A rank that
@@ -286,7 +287,7 @@ class TrainingState:
 def _places(part: str, given: Any) -> Iterator[tuple[Place, Any]]:
     """Where the one object, or each of several, stands in the tree."""
     if isinstance(given, Mapping):
-        if not given or not all(isinstance(name, str) and name for name in given):
+        if not (given or part == "optimizer") or not all(isinstance(name, str) and name for name in given):
             raise ConfigError(f"{part}: a dict of several must go from names (text) to objects and not be empty")
         yield from (((part, name), thing) for name, thing in given.items())
     elif given is not None:

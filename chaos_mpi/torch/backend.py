@@ -7,9 +7,7 @@ given as arguments, have to agree with MPI's.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import socket
 import zlib
 from collections.abc import Iterator
 from datetime import timedelta
@@ -17,23 +15,21 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlparse
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore, ProcessGroup, Store, TCPStore
+from torch._C._distributed_c10d import ProcessGroup, Store
 from torch.distributed.rendezvous import _rendezvous_handlers, register_rendezvous_handler
 
 from chaos_mpi.errors import ConfigError
+from chaos_mpi.torch.store import shared_store
 
 if TYPE_CHECKING:
     from chaos_mpi.elastic.session import Session
     from chaos_mpi.torch.process_group import ChaosProcessGroup
 
 NAME = "chaos"
-_LOOPBACK = "127.0.0.1"
 #: Whether the open session was opened by init_process_group, which then closes it with the default group.
 _owned = False
 #: Rank and number of ranks as torch was last told them.
 _told = (-1, -1)
-#: Longest wait for the connection with the store; how long its calls may take, torch sets itself.
-_CONNECT = timedelta(seconds=30)
 
 
 def register() -> None:
@@ -61,7 +57,7 @@ def _rendezvous(url: str, timeout: timedelta | None = None, **_: Any) -> Iterato
     rank = int(query.get("rank", [os.environ.get("RANK", "-1")])[0])
     size = int(query.get("world_size", [os.environ.get("WORLD_SIZE", "-1")])[0])
     _refuse_contradiction(session, rank, size)
-    store = _store(session)
+    store = shared_store(session)
     _told = session.rank, session.size
     yield store, *_told
     raise RuntimeError("the ranks of MPI cannot be initialised again: start the job anew")
@@ -74,15 +70,18 @@ def _create(options: Any, _: Any) -> ChaosProcessGroup:
     from chaos_mpi.torch.process_group import ChaosProcessGroup
 
     session = _open_session(options.timeout)
+    timeout = options.timeout
+    if timeout == dist.default_pg_timeout:  # half an hour, which nobody has chosen
+        timeout = timedelta(seconds=session.settings.timeout_s)
     ranks = list(options.global_ranks_in_group)
     if ranks:
         # And not from the group's name, in which torch counts groups: a rank that joined has not made the earlier ones.
         number = zlib.crc32(repr(ranks).encode())
-        return ChaosProcessGroup(subgroup(session, ranks, number, options.timeout.total_seconds()), options.timeout)
+        return ChaosProcessGroup(subgroup(session, ranks, number, timeout.total_seconds()), timeout)
     if (options.group_rank, options.group_size) != _told:  # as told before a rank died, perhaps
         _refuse_contradiction(session, options.group_rank, options.group_size)
     owned, _owned = _owned, False
-    return ChaosProcessGroup(SessionCarrier(session, owned), options.timeout)
+    return ChaosProcessGroup(SessionCarrier(session, owned), timeout)
 
 
 def _open_session(timeout: timedelta | None) -> Session:
@@ -108,28 +107,6 @@ def _refuse_contradiction(session: Session, rank: int, size: int) -> None:
             "(arguments of init_process_group, or RANK and WORLD_SIZE). Leave both out: they are those of MPI. With "
             "torchrun, start the script with 'chaosrun -n N script.py' instead"
         )
-
-
-def _store(session: Session) -> Store:
-    """A store that all ranks share: rank 0 serves it, on loopback if all ranks are on its host."""
-    while session.size > 1:
-        store: Store | None = None
-        address: list[Any] = []
-        hosts = set(session.gather(session.host))
-        if session.rank == 0:
-            host = _LOOPBACK if len(hosts) == 1 else socket.gethostname()
-            listener = socket.create_server((host, 0))
-            port = listener.getsockname()[1]
-            store = TCPStore(
-                host, port, None, True, _CONNECT, wait_for_workers=False, master_listen_fd=listener.detach()
-            )
-            address = [host, port]
-        with contextlib.suppress(RuntimeError, ValueError):  # rank 0 has died meanwhile
-            host, port = session.gather(address)[0]
-            store = store if store is not None else TCPStore(host, port, None, False, _CONNECT, wait_for_workers=False)
-        if all(session.gather(store is not None)) and store is not None:
-            return store
-    return HashStore()
 
 
 def monitored_barrier(

@@ -172,6 +172,8 @@ class GradientStep(Operation):
         self._world: World | None = None
         self._awaited = [len(b.params) for b in buckets]
         self._next = self._staged = 0
+        #: Whether gradients were sent that were not final.
+        self.too_early = False
 
     def begin(self, world: World) -> None:
         """Start in the middle of backward: module buffers are final already, buckets follow as they fill."""
@@ -187,6 +189,10 @@ class GradientStep(Operation):
             return
         with self._failure_kept():
             self._start_ready(self._pending)
+
+    def more(self, bucket: int) -> None:
+        """A gradient of this bucket gets more, although it seemed to be final."""
+        self.too_early |= bucket < self._staged
 
     def start_rest(self) -> None:
         """Backward is over: start what is left."""

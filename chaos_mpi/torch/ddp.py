@@ -85,10 +85,11 @@ class DistributedDataParallel(torch.nn.Module):
         self._reducer = Reducer(self._session, self._params, self._buckets, buffers)
         self._in_backward = False
         self._end_queued = False
+        self._reached: set[int] = set()
         self._step: GradientStep | None = None
         for position, bucket in enumerate(self._buckets):
             for index in bucket.params:
-                self._params[index].register_post_accumulate_grad_hook(self._hook(position))  # type: ignore[no-untyped-call]
+                self._params[index].register_post_accumulate_grad_hook(self._hook(position, index))  # type: ignore[no-untyped-call]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module."""
@@ -128,17 +129,23 @@ class DistributedDataParallel(torch.nn.Module):
             self._end_queued = True
             Variable._execution_engine.queue_callback(self._backward_ends)
 
-    def _hook(self, bucket: int) -> Callable[[torch.Tensor], None]:
+    def _hook(self, bucket: int, index: int) -> Callable[[torch.Tensor], None]:
         def gradient_is_final(param: torch.Tensor) -> None:
             if not self._in_backward:
                 self._backward_begins()
-            if self._step is not None:
-                self._step.ready(bucket)
+            if self._step is None:
+                return
+            if index in self._reached:  # it was not final
+                self._step.more(bucket)
+                return
+            self._reached.add(index)
+            self._step.ready(bucket)
 
         return gradient_is_final
 
     def _backward_begins(self) -> None:
         self._in_backward = True
+        self._reached.clear()
         self._queue_end()
         if not self.require_backward_grad_sync:
             return
@@ -155,6 +162,12 @@ class DistributedDataParallel(torch.nn.Module):
         if step is None:
             return
         self._reducer.settle(step)
+        if step.too_early:
+            raise ConfigError(
+                "a parameter got gradients at two times of one backward pass, and the first were sent already: it is "
+                "used in several parts of the model that torch.utils.checkpoint recomputes with use_reentrant=True; "
+                "call it with use_reentrant=False"
+            )
         step.deliver()
         self._reducer.delivered()
 

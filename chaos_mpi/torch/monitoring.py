@@ -21,9 +21,12 @@ def monitored_barrier(carrier: Carrier, limit_s: float, wait_all: bool) -> None:
         WaitTimeoutError: at rank 0: ranks that did not call it within ``limit_s``: the first, or all of them; at the
             others: rank 0 did not answer.
         GroupBrokenError: a rank has died meanwhile.
+        ConfigError: a rank has joined since the group was made; at all of them.
     """
     if carrier.view.size == 1:
         return
+    for rank in range(carrier.view.size):
+        carrier.line(rank)  # where one cannot be reached, all are to know, and none to wait
     if carrier.rank == 0:
         _lead(carrier, limit_s, wait_all)
     else:

@@ -30,7 +30,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     Each :meth:`step` begins with a look at who is there and what everyone keeps. Where a node lacks a part, since a
     rank has died or joined, another node hands it over. It is not in a TrainingState (pass ``optimizer={}``): it
     differs between members, and a rank that joins gets its part at its first step. It is saved with
-    ``torch.distributed.checkpoint``, to which each rank gives its :meth:`state_dict`.
+    ``torch.distributed.checkpoint``, to which each rank gives its :meth:`state_dict`; before it is loaded from there,
+    :meth:`allocate` makes what it is loaded into. The learning-rate factor of a batch policy does not reach it.
 
     Args:
         params: parameters, or groups of them, as for any optimizer; the same at every member.
@@ -55,6 +56,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         **defaults: Any,
     ) -> None:
         self._session = session if session is not None else current_session()
+        self._is_chosen = parts is not None
         self._node_of = node_of if node_of is not None else _host_of
         whole = optimizer_class(params, **defaults)  # knows all settings; it never gets a state
         super().__init__(whole.param_groups, whole.defaults)
@@ -64,7 +66,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             raise ConfigError(f"parts is {parts}; it must be positive")
         self._class, self._class_defaults = optimizer_class, defaults
         self._flat = [param for group in self.param_groups for param in group["params"]]
-        self._parts = split([param.nbytes for param in self._flat], parts)
+        self._parts = self._split(parts)
         self._kept: dict[int, torch.optim.Optimizer] = {}
 
     @property
@@ -93,6 +95,29 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """The state of the parts that this member keeps, by ``part`` and number."""
         return {f"part{number}": part.state_dict() for number, part in sorted(self._kept.items())}
 
+    def allocate(self) -> None:
+        """Make the state of this member's parts, for values that are loaded into it. Called by all members.
+
+        ``torch.distributed.checkpoint`` loads what it is given places for, and a state is there after a step only::
+
+            optimizer.allocate()
+            state = {"optimizer": optimizer.state_dict()}
+            dcp.load(state, checkpoint_id=folder)
+            optimizer.load_state_dict(state["optimizer"])
+
+        The parameters stay as they are, and gradients are gone afterwards.
+        """
+        self._redistribute()
+        for part in self._kept.values():
+            before = [(param, param.detach().clone(), param.grad) for g in part.param_groups for param in g["params"]]
+            for param, _, _ in before:
+                param.grad = torch.zeros_like(param)
+            part.step()
+            with torch.no_grad():
+                for param, value, _ in before:
+                    param.copy_(value)
+                    param.grad = None
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Keep exactly these parts of a state that was made with the same number of parts."""
         numbers = {int(name.removeprefix("part")): state for name, state in state_dict.items()}
@@ -101,18 +126,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._kept = {number: self._made(number) for number in numbers}
         for number, state in numbers.items():
             self._kept[number].load_state_dict(state)
-            for group, mine in zip(state["param_groups"], self.param_groups, strict=True):
-                mine.update({name: value for name, value in group.items() if name != "params"})
+            self._adopt_settings(state)
 
     # -- who keeps what ------------------------------------------------------------------------------
 
     def _redistribute(self) -> dict[int, list[str]]:
         """Have every node keep all parts; the members that keep each part, the same at every member."""
         while True:
-            rows, members = self._session.gather_with_contributors([len(self._parts), *self._kept])
-            if any(row[0] != len(self._parts) for row in rows):
-                raise ConfigError(f"ranks split the optimizer into different numbers of parts: {[r[0] for r in rows]}")
-            kept = {member: set(row[1:]) for member, row in zip(members, rows, strict=True)}
+            mine_now = [len(self._parts), int(self._is_chosen), *self._kept]
+            rows, members = self._session.gather_with_contributors(mine_now)
+            self._split_as_others(rows)
+            kept = {member: set(row[2:]) for member, row in zip(members, rows, strict=True)}
             wanted = assigned({member: self._node_of(member) for member in members}, len(self._parts))
             if not any(kept.values()):  # before the first step
                 self._kept = {number: self._made(number) for number in wanted[self._session.member]}
@@ -126,7 +150,19 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 return _keepers(wanted)
             self._hand_over(missing, keepers, wanted[self._session.member])
 
+    def _split_as_others(self, rows: Sequence[Sequence[int]]) -> None:
+        """One that joined has seen other nodes than those that were there from the start."""
+        number = next((row[0] for row in rows if len(row) > 2), rows[0][0])
+        if any(row[0] != number and (row[1] or len(row) > 2) for row in rows):
+            raise ConfigError(f"ranks split the optimizer into different numbers of parts: {[row[0] for row in rows]}")
+        if number != len(self._parts):
+            self._parts = self._split(number)
+
+    def _split(self, parts: int) -> list[list[int]]:
+        return split([param.nbytes for param in self._flat], parts)
+
     def _hand_over(self, missing: Sequence[int], keepers: Mapping[int, Sequence[str]], mine: Sequence[int]) -> None:
+        is_new = not self._kept
         given = {n: self._kept[n].state_dict() for n in missing if keepers[n][0] == self._session.member}
         buffer = io.BytesIO()
         if given:
@@ -138,6 +174,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 if number in mine and number not in self._kept:
                     self._kept[number] = self._made(number)
                     self._kept[number].load_state_dict(state)
+                if is_new:
+                    self._adopt_settings(state)
 
     def _share(self, keepers: Mapping[int, Sequence[str]]) -> None:
         """Give all members the updated parameters: of each part, the first member that keeps it does."""
@@ -196,6 +234,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for group in self.param_groups
         ]
         return self._class(groups, **self._class_defaults)
+
+    def _adopt_settings(self, state: Mapping[str, Any]) -> None:
+        """Take learning rate and so on from the state of a part."""
+        for group, mine in zip(state["param_groups"], self.param_groups, strict=True):
+            mine.update({name: value for name, value in group.items() if name != "params"})
 
     def _take_settings(self, part: torch.optim.Optimizer) -> None:
         for group, mine in zip(part.param_groups, self.param_groups, strict=True):

@@ -111,7 +111,7 @@ class MessageWork(Work):
 
     def is_completed(self) -> bool:
         """Whether it has come to its end, good or bad."""
-        self._advance(self._message.test)
+        self._advance(self._message.test, wait=False)
         return self._ended
 
     def is_success(self) -> bool:
@@ -152,8 +152,11 @@ class MessageWork(Work):
         threading.Thread(target=wait, name="chaos_mpi-message", daemon=True).start()
         return as_torch_future(done, self._outputs)
 
-    def _advance(self, call: Callable[[], object]) -> None:
-        with self._lock:
+    def _advance(self, call: Callable[[], object], *, wait: bool = True) -> None:
+        """See how far it is, unless another thread does."""
+        if not self._lock.acquire(blocking=wait):
+            return
+        try:
             if self._ended:
                 return
             try:
@@ -162,6 +165,8 @@ class MessageWork(Work):
                     self._finish()
             except BaseException as error:
                 self._ended, self._error = True, error
+        finally:
+            self._lock.release()
 
 
 def finished(value: object = None) -> Future[Any]:

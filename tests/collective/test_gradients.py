@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from chaos_mpi import DistributedDataParallel, Session
+from chaos_mpi.errors import ConfigError
 
 pytestmark = [pytest.mark.mpi(min_size=2), pytest.mark.timeout(60)]
 
@@ -293,6 +294,31 @@ def test_backward_twice_through_one_graph(session: Session) -> None:
     loss.backward()
     expected = averaged(module, session.size, lambda m, rank: 2 * squared(m, rank))
     assert_close(gradients(module), expected)
+
+
+class Repeated(nn.Module):
+    """A part that is used twice, and recomputed in backward, each time by itself."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.net, self.reentrant = net(), reentrant
+        self.inner = self.net[2]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.net[:2](x)
+        for part in (self.inner, self.inner):
+            hidden = checkpoint(part, hidden, use_reentrant=self.reentrant)
+        return self.net[4](hidden)
+
+
+def test_a_part_that_is_recomputed_twice(session: Session) -> None:
+    module = Repeated(reentrant=False)
+    model = DistributedDataParallel(module, bucket_cap_mb=SMALL_BUCKETS)
+    squared(model, session.rank).backward()
+    assert_close(gradients(module), averaged(module, session.size, squared))
+    refused = DistributedDataParallel(Repeated(reentrant=True), bucket_cap_mb=SMALL_BUCKETS)
+    with pytest.raises(ConfigError, match="use_reentrant=False"):
+        squared(refused, session.rank).backward()
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
