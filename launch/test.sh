@@ -5,6 +5,7 @@ cd "$(dirname "$0")/.."
 . launch/setup.sh
 set_up "[test,dev]"
 export OMP_NUM_THREADS=1
+unset PYTHONDONTWRITEBYTECODE # or each of the hundreds of ranks compiles the package anew
 
 echo "== ruff"
 ruff check .

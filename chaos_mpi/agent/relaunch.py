@@ -1,11 +1,7 @@
-"""What another launcher has to know to start a job on several hosts anew: told by a rank, made into a command. Pure.
-
-A rank tells it over its control socket only, which is its owner's alone: settings may be nobody else's business.
-"""
+"""How another launcher starts a job on several hosts anew, from what a rank tells it. Pure."""
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,19 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chaos_mpi.agent.environment import THREADS_BY_HOST
 from chaos_mpi.agent.proxy import parser
-from chaos_mpi.agent.spawning import VARIABLE
 from chaos_mpi.agent.ssh import arguments_of
 from chaos_mpi.errors import ConfigError
 from chaos_mpi.membership import host_of
 
-#: Variables of one rank, of its host or of its launcher, which make no sense under another one.
-_OF_ONE_RANK = frozenset({
-    VARIABLE, THREADS_BY_HOST, "CHAOS_RUN_DIR", "CHAOS_HOST", "CHAOS_LAUNCHER_PIPE", "CHAOS_AGENT_SOCKET",
-    "CHAOS_RESUME_FROM", "CHAOS_TAKEOVER",
-})  # fmt: skip
-_THREADS = "OMP_NUM_THREADS"
 _THIS_MACHINE = frozenset({"localhost", "127.0.0.1"})
 
 
@@ -46,29 +34,12 @@ class Launch:
     directory: str
 
 
-def facts(environ: Mapping[str, str], arguments: Sequence[str], directory: str) -> dict[str, Any]:
-    """What a rank tells.
-
-    Args:
-        environ: of the rank.
-        arguments: of its Python.
-        directory: that it was started in.
-    """
-    settings = {
-        name: value for name, value in environ.items() if name.startswith("CHAOS_") and name not in _OF_ONE_RANK
-    }
-    if _THREADS in environ and THREADS_BY_HOST not in environ:
-        settings[_THREADS] = environ[_THREADS]
-    proxy = json.loads(environ.get(VARIABLE) or "[]")
-    return {"arguments": list(arguments), "directory": directory, "settings": settings, "proxy": proxy}
-
-
 def launch_of(told: Mapping[str, Any], python: str, given: Iterable[str] = ()) -> Launch:
     """How to start the job anew where its members are.
 
     Args:
-        told: :func:`facts`, with the ``members``, the ``host`` of the one that told them, and whether it has a training
-            state (``has_state``).
+        told: what a rank tells of itself (``arguments``, ``directory``, ``settings``, ``proxy``), the ``members``, the
+            ``host`` of the one that told them, and whether it has a training state (``has_state``).
         python: the Python of the new launcher.
         given: options of ``chaosrun`` that are said otherwise, and are left out here.
 

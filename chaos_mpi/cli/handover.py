@@ -67,7 +67,9 @@ class HandOver(threading.Thread):
         except click.ClickException as error:
             problem = error.message
         self._tell(problem)
-        if not problem:
+        if not problem and step is None:
+            say("the job has ended on this host, and has not said how: its state is looked for on all hosts")
+        elif not problem:
             seconds = time.monotonic() - began
             say(f"the job goes on here after step {step}, handed over in {seconds:.2f} s")
 
@@ -80,8 +82,8 @@ class HandOver(threading.Thread):
                 say("not all new ranks could be told of the hand-over")
                 return
 
-    def _ask(self) -> int:
-        """Have the old ranks end; after which step they did.
+    def _ask(self) -> int | None:
+        """Have the old ranks end; after which step they did, or None if they have ended here without a word.
 
         How to go on from the state is said only where it is kept for this launcher. Another one may have been faster:
         with its own name for the state, and from this one's nothing could go on.
@@ -94,21 +96,21 @@ class HandOver(threading.Thread):
             as_it_was = "" if str(error).startswith(MOVES) else ", and goes on as it was"
             raise click.ClickException(f"the job was not handed over{as_it_was}: {error}") from error
         except click.ClickException as error:
-            raise click.ClickException(f"the job was not handed over: {error}. {self._fate()}") from error
+            if self._ends():
+                return None
+            kept_here = f"It has kept its state; when it has ended, go on by: {self._again}"
+            fate = kept_here if kept.found(self._name) else "It still runs: see chaosctl status"
+            raise click.ClickException(f"the job was not handed over: {error}. {fate}") from error
         return int(answer["step"])
 
-    def _fate(self) -> str:
-        """What has become of the job, when it has not said so itself. It keeps its state before it ends."""
+    def _ends(self) -> bool:
+        """Whether the old job ends on this host, although it has not said so. It keeps its state before it ends."""
         limit = time.monotonic() + _END_LIMIT_S
-        while lives := any(map(may_live, self._old.glob("member-*.json"))):
-            if kept.found(self._name) or time.monotonic() > limit:
-                break
+        while any(map(may_live, self._old.glob("member-*.json"))):
+            if time.monotonic() > limit:
+                return False
             time.sleep(_POLL_S)
-        if kept.found(self._name):
-            return f"It has ended all the same; go on with it by: {self._again}"
-        if lives:
-            return "It has kept nothing for this launcher, and still runs: see chaosctl status"
-        return "It has ended here, and kept nothing for this launcher: it moved to another one, or is over"
+        return True
 
 
 def begin(environ: Mapping[str, str], new: Path, ranks: int) -> HandOver | None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
+from chaos_mpi.elastic.sponsor import ANSWER_LIMIT_S
 from chaos_mpi.errors import PeerFailedError, WaitTimeoutError
 from chaos_mpi.mpi.channel import Channel
 from chaos_mpi.replication.devices import OnHost
@@ -114,6 +115,7 @@ def serve(session: Session, source: StateSource, newcomers: Sequence[str]) -> bo
     before = set(source.lost)
     try:
         source.serve(session.settings.guest_limit_s, lambda: f"{', '.join(newcomers)} to take the state")
+        source.confirm(ANSWER_LIMIT_S, lambda: f"{', '.join(newcomers)} to say that they are still there")
     except WaitTimeoutError as error:
         log.error("%s; it is left out", error)
         complete = False
@@ -150,7 +152,11 @@ def go_on_together(
         Whether all are in one view now; the same everywhere. If not, ``world`` is of no more use.
     """
     whole = world.size == view.size + len(newcomers)
-    if not ready or not world.agree(whole, session.settings.timeout_s, lambda: "all to be ready"):
+    try:
+        together = ready and world.agree(whole, session.settings.timeout_s, lambda: "all to be ready")
+    except WaitTimeoutError as error:
+        session.give_up(error)
+    if not together:
         world.revoke()
         session.retire(world)
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -114,6 +115,8 @@ def ask_invitation(channel: Channel, members: Sequence[int], limit_s: float) -> 
 def await_word(channel: Channel, members: Sequence[int], word: str, limit_s: float, what: str) -> Any:
     """What the first member says that says this word; None if all of them died, or gave this rank up.
 
+    Who asks whether this rank is still there is answered.
+
     Args:
         channel: reaches them.
         members: their ranks.
@@ -135,6 +138,9 @@ def await_word(channel: Channel, members: Sequence[int], word: str, limit_s: flo
                 continue
             if message is not None and word in message:
                 return message[word]
+            if message is not None and "there" in message:
+                with contextlib.suppress(PeerFailedError):
+                    channel.send(rank, {"here": True})
             living = [other for other in living if message is None or other not in message.get("dead", ())]
         waited = time.monotonic() - begun
         if waited > limit_s:

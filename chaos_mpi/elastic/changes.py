@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from abc import abstractmethod
 from dataclasses import asdict
@@ -55,12 +56,14 @@ class ChangingSession(CollectiveCalls):
         told_to_end: whether this rank is to leave as soon as it can.
         told_by: the name of the signal that said so.
         stop_reason: why it cannot, once that is known: then the job has to stop.
+        deadline: ends this rank if it has not begun to end by then.
         changes: how often the view has changed since the job was started, and why.
     """
 
     told_to_end = False
     told_by = ""
     stop_reason = ""
+    deadline: threading.Timer | None = None
     changes = Changes()
 
     settings: Settings
@@ -250,6 +253,7 @@ class ChangingSession(CollectiveCalls):
 
     def depart(self) -> NoReturn:
         """This member has left by agreement: end the process in good order."""
+        self._in_time()
         log.warning("%s leaves at step %d; the others train on", self.member, self.step)
         self._persistence.close()
         self._end("left", "", "")
@@ -267,6 +271,7 @@ class ChangingSession(CollectiveCalls):
 
     def move_away(self) -> NoReturn:
         """All members have agreed to go on under another launcher, and the state is kept: end in good order."""
+        self._in_time()
         self._persistence.close()
         self._sequence.close()
         if self.rank == 0:
@@ -279,6 +284,11 @@ class ChangingSession(CollectiveCalls):
         self._sequence.free()
         runtime.stop()
         raise SystemExit(0)
+
+    def _in_time(self) -> None:
+        """This member ends as it was told to, however long it takes to save what is to be saved."""
+        if self.deadline is not None:
+            self.deadline.cancel()
 
     def _tell_companions(self) -> None:
         for companion in self._companions:
@@ -295,6 +305,7 @@ class ChangingSession(CollectiveCalls):
         """
         if not self.stop_reason:
             return
+        self._in_time()
         message = ""
         if self.rank == 0:
             message = (

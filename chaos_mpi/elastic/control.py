@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from chaos_mpi.agent import relaunch, sockets
+from chaos_mpi.agent import sockets
 from chaos_mpi.elastic import launching
 from chaos_mpi.elastic.lifecycle import write_record
 from chaos_mpi.elastic.sponsor import START_DIRECTORY
@@ -144,7 +144,7 @@ class ControlSocket:
             yield {"last": True}
             return
         if request["do"] == "relaunch":
-            facts = relaunch.facts(os.environ, launching.arguments(), START_DIRECTORY)
+            facts = launching.facts(os.environ, launching.arguments(), START_DIRECTORY)
             where = {"members": list(session.members), "host": session.host}
             yield {**where, **facts, "has_state": session.has_state, "last": True}
             return
@@ -215,7 +215,7 @@ def end_soon(session: Session, name: str) -> None:
     if session.told_to_end:
         return
     session.told_by, session.told_to_end = name, True
-    timer = threading.Timer(LEAVE_DEADLINE_S, _end_now, (session,))
+    timer = session.deadline = threading.Timer(LEAVE_DEADLINE_S, _end_now, (session,))
     timer.daemon = True
     timer.start()
 

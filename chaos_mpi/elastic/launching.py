@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import psutil
 
 from chaos_mpi.agent import launcher
+from chaos_mpi.agent.environment import THREADS_BY_HOST
 from chaos_mpi.agent.spawning import JOIN_OPTION, VARIABLE, spawn_command
 from chaos_mpi.errors import JoinError
 from chaos_mpi.membership import Join
@@ -19,6 +22,12 @@ from chaos_mpi.mpi import growth
 from chaos_mpi.mpi.growth import Bridge
 
 _LOOK_PERIOD_S = 0.25
+#: Variables of one rank, of its host or of its launcher, which make no sense under another one.
+_OF_ONE_RANK = frozenset({
+    VARIABLE, THREADS_BY_HOST, "CHAOS_RUN_DIR", "CHAOS_HOST", "CHAOS_LAUNCHER_PIPE", "CHAOS_AGENT_SOCKET",
+    "CHAOS_RESUME_FROM", "CHAOS_TAKEOVER",
+})  # fmt: skip
+_THREADS = "OMP_NUM_THREADS"
 
 
 def start(join: Join, directory: str) -> Bridge:
@@ -58,6 +67,25 @@ def arguments() -> list[str]:
             del found[index : index + 2]
             break
     return found
+
+
+def facts(environ: Mapping[str, str], arguments: Sequence[str], directory: str) -> dict[str, Any]:
+    """What another launcher has to know of a rank to start its job anew. Pure.
+
+    Told over the control socket only, which is its owner's alone: settings may be nobody else's business.
+
+    Args:
+        environ: of the rank.
+        arguments: of its Python.
+        directory: that it was started in.
+    """
+    settings = {
+        name: value for name, value in environ.items() if name.startswith("CHAOS_") and name not in _OF_ONE_RANK
+    }
+    if _THREADS in environ and THREADS_BY_HOST not in environ:
+        settings[_THREADS] = environ[_THREADS]
+    proxy = json.loads(environ.get(VARIABLE) or "[]")
+    return {"arguments": list(arguments), "directory": directory, "settings": settings, "proxy": proxy}
 
 
 def refuse_orphan() -> None:

@@ -34,7 +34,7 @@ from chaos_mpi.membership import (
     negotiate,
     orphaned,
     restart,
-    with_last,
+    with_stayers,
 )
 
 if TYPE_CHECKING:
@@ -154,15 +154,15 @@ class Negotiator:
                 key = proposal.kind, proposal.id, proposal.attempt
                 if self._inbox.get(key) is proposal:  # and not a newer one
                     del self._inbox[key]
+        if outcome.move is not None:
+            self._move(outcome.move)
         if outcome.leave:
             told = {member: reports for member, (_, reports) in zip(contributors, words, strict=True)}
-            if last := self._part(outcome.leave, told, (arrived, begun, time.perf_counter())):
-                outcome = with_last(outcome, last, [proposal for row in proposals for proposal in row])
+            stayers = self._part(outcome.leave, told, (arrived, begun, time.perf_counter()))
+            outcome = with_stayers(outcome, stayers, itertools.chain.from_iterable(proposals))
         self._tell(outcome, hosts)
         if self._session.member in outcome.leave:
             self._depart()
-        if outcome.move is not None:
-            self._move(outcome.move)
         if outcome.order:
             self._arrange(outcome.order)
         if outcome.cut and self._overlap is not None:
@@ -192,8 +192,8 @@ class Negotiator:
 
     # -- carrying out ----------------------------------------------------------------------------------
 
-    def _part(self, leaving: tuple[str, ...], told: dict[str, Any], times: tuple[float, ...]) -> str:
-        """Go on without those that leave. Returns the one of them that has to stay, if there is one.
+    def _part(self, leaving: tuple[str, ...], told: dict[str, Any], times: tuple[float, ...]) -> set[str]:
+        """Go on without those that leave. Returns those of them that have to stay.
 
         Args:
             leaving: they.
@@ -201,17 +201,19 @@ class Negotiator:
             times: see :func:`_leave_parts`.
         """
         session = self._session
-        operation = Leave(leaving, told, session.sampler_reports, self._width(), session.settings.timeout_s)
+        operation = Leave(
+            leaving, self.limits.min_ranks, told, session.sampler_reports, self._width(), session.settings.timeout_s
+        )
         session.execute(operation)
         assert operation.view is not None
         gone = operation.going
-        last = next((m for m in operation.view.members if m in leaving and m not in gone), "")
+        stayers = set(leaving).intersection(operation.view.members).difference(gone)
         if not gone:
-            return last
+            return stayers
         times = (*times, operation.changed_at, time.perf_counter())
         if session.member in gone:
             session.emit("leave_committed", members=list(gone), **_leave_parts(times))
-            return last
+            return stayers
         assert operation.world is not None
         staying = [m for m in operation.view.members if m not in gone]
         reports = [r for m, r in zip(operation.view.members, operation.reports, strict=True) if m not in gone]
@@ -221,11 +223,13 @@ class Negotiator:
         session.emit("leave_committed", members=list(gone), **_leave_parts((*times, time.perf_counter())))
         if session.rank == 0:
             log.warning("step %d: %s left; %d ranks train on", session.step, ", ".join(gone), session.size)
-        return last
+        return stayers
 
     def _depart(self) -> NoReturn:
         if self._overlap is not None:
             self._overlap.leave()
+        for sponsorship in self._sponsorships.values():  # others start them again
+            sponsorship.give_up("its sponsor leaves")
         self._autoscaler.close()
         self._session.depart()
 
@@ -263,14 +267,20 @@ class Negotiator:
         mine = {join.id: self._sponsorships.pop(join.id) for join in joins if join.id in self._sponsorships}
         for sponsorship in mine.values():
             sponsorship.call_in()
+        ready = all(join.id in mine and mine[join.id].is_there() for join in joins if join.sponsor == session.member)
         bridges = {id_: s.bridge for id_, s in mine.items() if s.bridge is not None}
-        for index, join in enumerate(joins):
-            if (bridge := bridges.get(join.id)) is not None:
-                later = [session.members.index(j.sponsor) for j in joins[index + 1 :] if j.sponsor in session.members]
-                timing = {"launch_s": mine[join.id].launch_s, "waited_s": time.monotonic() - mine[join.id].ready_at}
-                asked_at = join.asked_at or time.time() - sum(timing.values())
-                admission.invite(bridge, later, timing, asked_at)
-        operation = Admit(joins, bridges, session.sampler_reports, self._width(), session.settings.timeout_s)
+
+        def call(view: View) -> None:
+            for index, join in enumerate(joins):
+                if (bridge := bridges.get(join.id)) is not None:
+                    later = [view.rank_of(other.sponsor) for other in joins[index + 1 :]]
+                    timing = {"launch_s": mine[join.id].launch_s, "waited_s": time.monotonic() - mine[join.id].ready_at}
+                    asked_at = join.asked_at or time.time() - sum(timing.values())
+                    admission.invite(bridge, later, timing, asked_at)
+
+        operation = Admit(
+            joins, bridges, call, ready, session.sampler_reports, self._width(), session.settings.timeout_s
+        )
         session.execute(operation)
         assert operation.view is not None
         state = LiveState.of(session)
@@ -288,16 +298,29 @@ class Negotiator:
     def _activate(self, joins: tuple[Join, ...], begun: float) -> None:
         overlap, self._overlap = self._overlap, None
         assert overlap is not None
-        if overlap.activate(self._width(), begun):
-            self._welcome(joins)
-        else:
+        lost = overlap.stop(self._width())
+        if lost is None:
             self._start_again(joins, self._session.view)
+            return
+        again = self._renew(lost, self._session.view)  # now, as the others are told the agenda
+        others = tuple(join for join in joins if join not in lost)
+        if overlap.activate(begun):
+            self._welcome(others)
+        else:
+            again += self._renew(others, self._session.view)
+        for join in again:
+            self._sponsor(join)
 
     def _welcome(self, joins: tuple[Join, ...]) -> None:
         for join in joins:
             self._answer(join.id, "active", {"member": join.newcomer})
 
     def _start_again(self, joins: tuple[Join, ...], view: View) -> None:
+        for join in self._renew(joins, view):
+            self._sponsor(join)
+
+    def _renew(self, joins: tuple[Join, ...], view: View) -> tuple[Join, ...]:
+        """Put joins that failed on the agenda again, but for those that have failed too often; returns them."""
         agenda, again, given_up = restart(self.agenda, view, joins)
         self.agenda = with_failed(agenda, given_up)
         for join in given_up:
@@ -306,7 +329,7 @@ class Negotiator:
             self._answer(join.id, "refused", {"reason": reason})
         for join in again:
             self._answer(join.id, "starting", {"sponsor": join.sponsor, "attempt": join.attempt})
-            self._sponsor(join)
+        return again
 
     def _sponsor(self, join: Join) -> None:
         session = self._session

@@ -28,10 +28,14 @@ if TYPE_CHECKING:
 
     from chaos_mpi.elastic.session import Session
     from chaos_mpi.elastic.transitions import Admit
+    from chaos_mpi.membership import View
     from chaos_mpi.mpi.world import World
 
 #: With the policy ``auto``, what is smaller is moved faster than it takes to stop three times.
 OVERLAP_FROM_BYTES = 16 << 20
+#: How long the members wait for the processes of those that have left to end, before they start newcomers anew.
+LEAVERS_LIMIT_S = 2.0
+_POLL_S = 0.002
 
 
 def overlaps(policy: str, joins: Sequence[Join], state_bytes: int, optimizers: Sequence[torch.optim.Optimizer]) -> bool:
@@ -71,6 +75,9 @@ class Overlap:
         self._wide: World = operation.world
         self._members = operation.view.members
         self._hooks: list[StepHooks] = []
+        self._left: set[int] = set()
+        self._lost: tuple[Join, ...] = ()
+        self._stopped: tuple[View, list[Any]] | None = None  # with whom, and how far their samplers were
         self._recording_s = 0.0  # of all steps together, what recording has kept them
         invitation: dict[str, Any] = {
             "policy": "overlap",
@@ -113,29 +120,43 @@ class Overlap:
             self._hooks.append(StepHooks(optimizer, self._recorder(number, optimizer), lambda: None))
         session.emit("stalled", seconds=round(time.perf_counter() - begun, 6), cause="join")
 
-    def activate(self, width: int, begun: float) -> bool:
-        """Stop, let the newcomers fetch what they lack, and go on together with them.
+    def stop(self, width: int) -> tuple[Join, ...] | None:
+        """Stop, and find out who is left.
 
         Args:
             width: bytes that the report of one member's samplers fits into.
+
+        Returns:
+            The joins of newcomers that have died; None if nothing can come of any; the same everywhere.
+        """
+        self._forget()
+        self._await_leavers()
+        limit_s = self._session.settings.timeout_s
+        operation = Meet("activation of newcomers", self._report, width + 32 + 16 * len(self._joins), limit_s)
+        self._session.execute(operation)
+        if any(report["silent"] or report["present"] for report in operation.reports):
+            # Who hangs may be anywhere, also in a call that all have to make together, and who has left makes none.
+            self.abandon()
+            return None
+        lost = {rank for report in operation.reports for rank in report["lost"]}
+        assert operation.view is not None
+        self._stopped = operation.view, [report["samplers"] for report in operation.reports]
+        self._lost = tuple(join for rank, join in zip(self._guests, self._joins, strict=True) if rank in lost)
+        return self._lost
+
+    def activate(self, begun: float) -> bool:
+        """After :meth:`stop`: let the newcomers fetch what they lack, and go on together with them.
+
+        Args:
             begun: when the members stopped for it, on the performance counter.
 
         Returns:
             Whether all members and newcomers are in one view now; the same everywhere.
         """
-        session, limit_s = self._session, self._session.settings.timeout_s
-        self._forget()
-        operation = Meet("activation of newcomers", self._report, width + 16 * len(self._joins), limit_s)
-        session.execute(operation)
-        view = operation.view
-        assert view is not None
-        if any(report["silent"] for report in operation.reports):
-            # It may be anywhere, also in a call that all have to make together.
-            self.abandon()
-            return False
-        lost = {rank for report in operation.reports for rank in report["lost"]}
-        newcomers = [j.newcomer for rank, j in zip(self._guests, self._joins, strict=True) if rank not in lost]
-        reports = [report["samplers"] for report in operation.reports]
+        session, limit_s, lost = self._session, self._session.settings.timeout_s, self._lost
+        assert self._stopped is not None
+        view, reports = self._stopped
+        newcomers = [join.newcomer for join in self._joins if join not in lost]
         shrink = view.members != self._members or bool(lost)
         state = LiveState.of(session)
         invitation: dict[str, Any] = {
@@ -166,7 +187,9 @@ class Overlap:
 
     def without(self, gone: Sequence[str]) -> None:
         """These members have left; the newcomers would find out late."""
-        self._source.tell_gone([rank for rank, member in enumerate(self._members) if member in gone])
+        ranks = [rank for rank, member in enumerate(self._members) if member in gone]
+        self._left.update(ranks)
+        self._source.tell_gone(ranks)
 
     def leave(self) -> None:
         """This member goes; the others may go on with the newcomers."""
@@ -179,7 +202,22 @@ class Overlap:
 
     def _report(self) -> dict[str, Any]:
         lost, silent = self._source.lost, self._source.silent
-        return {"samplers": self._session.sampler_reports(), "lost": sorted(lost - silent), "silent": bool(silent)}
+        return {
+            "samplers": self._session.sampler_reports(),
+            "lost": sorted(lost - silent),
+            "silent": bool(silent),
+            "present": bool(self._present()),
+        }
+
+    def _present(self) -> set[int]:
+        """Those that have left, and whose processes have not ended yet, as far as is known."""
+        return self._left.difference(self._wide.failed_ranks())
+
+    def _await_leavers(self) -> None:
+        """They are in the communicator that is to be shrunk, which takes all processes that live."""
+        limit = time.monotonic() + LEAVERS_LIMIT_S
+        while self._present() and time.monotonic() < limit:
+            time.sleep(_POLL_S)
 
     def _recorder(self, number: int, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
         def record() -> None:

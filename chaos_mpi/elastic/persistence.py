@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,8 @@ log = logging.getLogger("chaos_mpi.elastic")
 FLUSH_LIMIT_S = 120.0
 #: The launcher waits for a job that is to be handed over as long as ranks do; to tell of it may take so much longer.
 TELLING_LIMIT_S = 30.0
+#: So often, and so long one after the other, ranks look for the state of a job that has ended without a word.
+_LOOKS, _LOOK_PERIOD_S = 20, 0.5
 
 
 class Persistence:
@@ -260,20 +263,19 @@ class Persistence:
             session.barrier()  # all ranks are up
             write_record(self._settings.run_dir, "ready", {})
             self.awaited.wait(name, self._settings.timeout_s + TELLING_LIMIT_S)
-        packed, step, digest, problem = None, -1, "", f"nothing is kept under {name}"
-        try:
-            for place in kept.found(name):
-                if packed is None and (loaded := checkpoint.load_latest(place)) is not None:
-                    step, packed = loaded
-                    digest = checkpoint.stored_digest(checkpoint.checkpoint_path(place, step))
-        except ChaosError as error:
-            problem = str(error)
-        offers = session.gather({"member": session.member, "step": step, "digest": digest, "problem": problem})
-        best = max(offers, key=lambda offer: offer["step"])
-        if best["step"] < 0:
+        # If its ranks here have ended without a word, those of other hosts may still be at it.
+        for _ in range(_LOOKS if self._settings.awaits_state else 1):
+            packed, offer = _kept_under(name)
+            offers = session.gather({"member": session.member, **offer})
+            best = max(offers, key=lambda offer: offer["step"])
+            if best["step"] >= 0:
+                break
+            time.sleep(_LOOK_PERIOD_S)
+        else:
             raise CheckpointError(
-                f"no host has the state of the job that was to go on here ({offers[0]['problem']}); "
-                f"start it without {kept.VARIABLE}, from its last checkpoint if it has one (--checkpoint-dir, --resume)"
+                f"no host has the state of the job that was to go on here ({offers[0]['problem']}); if it does not run "
+                f"any more, start it without {kept.VARIABLE}, from its last checkpoint if it has one "
+                "(--checkpoint-dir, --resume)"
             )
         lacking = [
             offer["member"] for offer in offers if (offer["step"], offer["digest"]) != (best["step"], best["digest"])
@@ -324,3 +326,16 @@ class Persistence:
             }
         session.share("checkpoint", list(tensors.values()), root=source)
         return Packed(layout["skeleton"], tensors)
+
+
+def _kept_under(name: str) -> tuple[Packed | None, dict[str, Any]]:
+    """The state that is kept on this host, and what the other ranks are told of it."""
+    try:
+        for place in kept.found(name):
+            if (loaded := checkpoint.load_latest(place)) is not None:
+                step, packed = loaded
+                digest = checkpoint.stored_digest(checkpoint.checkpoint_path(place, step))
+                return packed, {"step": step, "digest": digest, "problem": ""}
+    except ChaosError as error:
+        return None, {"step": -1, "digest": "", "problem": str(error)}
+    return None, {"step": -1, "digest": "", "problem": f"nothing is kept under {name}"}

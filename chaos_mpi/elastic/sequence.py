@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import threading
 import time
+from collections.abc import Iterator
 from typing import Any, NoReturn, Protocol
 
 from chaos_mpi.elastic.operations import Operation
@@ -80,6 +83,9 @@ class OperationSequence:
         self._in_flight: Operation | None = None
         self._last_label = ""  # of the last operation that the others finished before this member joined
         self._fruitless = 0
+        #: Whether other threads, which may wait for messages, are not to attend: this one changes the membership.
+        self._undisturbed = False
+        self._attending = threading.RLock()
         self._regrouping = Regrouping(timeout_s, self._set_phase, listener.why_not_without)
         self.view = self._assemble()
         self.phase = "compute"
@@ -100,12 +106,13 @@ class OperationSequence:
         Raises:
             ChaosError: another one is under way.
         """
-        if self._in_flight is not None:
-            raise ChaosError(
-                f"'{operation.phase}' was called while '{self._in_flight.phase}' is under way "
-                "(a collective call inside backward, or from another thread)"
-            )
-        self._in_flight = operation
+        with self._attending:
+            if self._in_flight is not None:
+                raise ChaosError(
+                    f"'{operation.phase}' was called while '{self._in_flight.phase}' is under way "
+                    "(a collective call inside backward, or from another thread)"
+                )
+            self._in_flight = operation
 
     def settle(self, operation: Operation) -> None:
         """Wait until the operation is finished, recovering as often as members die.
@@ -141,12 +148,33 @@ class OperationSequence:
         self._fruitless = 0
         self.phase = "compute"
 
-    def attend(self) -> None:
-        """Between two operations of this member's: take part in a recovery that others have begun, if there is one."""
-        if self._in_flight is None and self.world.is_broken():
-            before = self.phase
-            self._recover(None, PeerFailedError("seen while this member was in another group's call"), {})
-            self.phase = before
+    def attend(self, *, wait: bool = True) -> None:
+        """Between two operations of this member's: take part in a recovery that others have begun, if there is one.
+
+        Args:
+            wait: for another thread, if it is its turn; else it sees to this.
+        """
+        if not self._attending.acquire(blocking=wait):
+            return
+        try:
+            if self._undisturbed and not wait:
+                return
+            if self._in_flight is None and self.world.is_broken():
+                before = self.phase
+                self._recover(None, PeerFailedError("seen while this member was in another group's call"), {})
+                self.phase = before
+        finally:
+            self._attending.release()
+
+    @contextlib.contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Within it, no other thread takes part in a recovery: not even between two operations."""
+        with self._attending:
+            self._undisturbed = True
+        try:
+            yield
+        finally:
+            self._undisturbed = False
 
     def close(self) -> None:
         """Return once every living member has called it: from then on nobody needs a recovery."""

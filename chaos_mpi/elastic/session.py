@@ -257,10 +257,14 @@ class Session(EndingSession):
         """Between two steps, when optimizer, scheduler and counters are all up to date."""
         if self._end_step(final):
             if not final and self._samplers.at_round_start():
-                self._negotiator.settle()
+                self._negotiate()
                 self._stop_if_told()
         elif final:
             self._persistence.at_boundary(final)
+
+    def _negotiate(self) -> None:
+        with self._sequence.undisturbed():
+            self._negotiator.settle()
 
     @property
     def at_boundary(self) -> bool:
@@ -280,7 +284,7 @@ class Session(EndingSession):
         """
         self._end_step(False)
         self._negotiator.due |= talk
-        self._negotiator.settle()
+        self._negotiate()
         self._stop_if_told()
 
     def execute(self, operation: Operation) -> None:
@@ -307,7 +311,7 @@ class Session(EndingSession):
     def attend(self) -> None:
         """Take part in a recovery that other members have begun, if there is one, and no call is under way here."""
         if not self._background.busy_elsewhere:
-            self._sequence.attend()
+            self._sequence.attend(wait=False)
 
     def begin(self, step: GradientStep) -> None:
         """Begin a gradient step in the middle of backward; :meth:`settle` ends it.

@@ -54,7 +54,7 @@ class Sponsorship:
         self.bridge: Bridge | None = None
         self.launch_s = self.ready_at = 0.0
         self._requirements, self._limit_s, self._propose = requirements, limit_s, propose
-        self._told = False
+        self._told = self._asked = False
         self._lock = threading.Lock()
         self._begun = time.monotonic()
         self._deadline = threading.Timer(limit_s, self._expired)
@@ -107,22 +107,45 @@ class Sponsorship:
                 return
         except (ChaosError, PeerFailedError, WaitTimeoutError) as error:
             self._tell("failed", reason=str(error))
+            if self.bridge is not None:
+                self.bridge.give_up()
             return
         self.ready_at = time.monotonic()
         self.launch_s = self.ready_at - self._begun
         if self._tell("arrived", member=str(word["member"])):
             self._keep_in_touch(bridge)
+        else:
+            bridge.give_up()  # it came when nobody waited for it any more
+
+    def is_there(self) -> bool:
+        """After :meth:`call_in`: whether the newcomer answers. Waits for :data:`ANSWER_LIMIT_S` at most."""
+        if self.bridge is None or not self.ready_at:
+            return False
+        limit = time.monotonic() + ANSWER_LIMIT_S
+        try:
+            if not self._asked:
+                self.bridge.send({"wait": True})
+            while self.bridge.poll() is None:
+                if time.monotonic() > limit:
+                    log.warning("%s does not answer any more (%.0f s); it is left out", self.join.id, ANSWER_LIMIT_S)
+                    return False
+                time.sleep(_POLL_S / 10)
+        except PeerFailedError:
+            return False
+        return True
 
     def _keep_in_touch(self, bridge: Bridge) -> None:
         try:
             while not self._called.is_set():
                 bridge.send({"wait": True})
+                self._asked = True
                 limit = time.monotonic() + ANSWER_LIMIT_S
                 while bridge.poll() is None:
                     if self._called.wait(_POLL_S):
                         return
                     if time.monotonic() > limit:
                         raise WaitTimeoutError(f"the newcomer does not answer any more ({ANSWER_LIMIT_S:.0f} s)")
+                self._asked = False
                 self._called.wait(ASK_PERIOD_S)
         except (PeerFailedError, WaitTimeoutError) as error:
             self._propose(Proposal("failed", self.join.id, "", self.join.host, self.join.attempt, str(error)))

@@ -66,6 +66,8 @@ class Transition(Operation):
         # From here on everyone has entered this operation. Who saw it fail is on the way to a recovery, which begins
         # with the same agreement as this one, and says no.
         assert self.view is not None
+        self.reports = [json.loads(bytes(row.numpy().tobytes()).rstrip(b"\0")) for row in self._rows]
+        self.world = None
         try:
             self.world = self.act(self._old, self.view)
             succeeded = True
@@ -74,8 +76,9 @@ class Transition(Operation):
             self._old.revoke()
             succeeded = False
         if not self._old.agree(succeeded, limit_s, what):
+            if self.world is not None and self.world is not self._old:
+                self.world.revoke()  # a newcomer may be in it, and wait for this member
             raise PeerFailedError("a member failed while the communicator was changed", met=True)
-        self.reports = [json.loads(bytes(row.numpy().tobytes()).rstrip(b"\0")) for row in self._rows]
 
     def results(self) -> list[torch.Tensor]:
         return []  # it is finished everywhere at once, so nobody ever adopts it
@@ -96,6 +99,7 @@ class Leave(Transition):
 
     Args:
         leaving: they.
+        min_ranks: how many have to stay.
         told: what all members have reported already, in the same view, so that they need not do it once more. If
             somebody has died since, they do.
 
@@ -105,9 +109,16 @@ class Leave(Transition):
     """
 
     def __init__(
-        self, leaving: Sequence[str], told: Mapping[str, Any], report: Callable[[], Any], width: int, limit_s: float
+        self,
+        leaving: Sequence[str],
+        min_ranks: int,
+        told: Mapping[str, Any],
+        report: Callable[[], Any],
+        width: int,
+        limit_s: float,
     ) -> None:
         super().__init__(f"leave of {', '.join(leaving)}", report, width, limit_s)
+        self._min_ranks = min_ranks
         self._leaving = frozenset(leaving)
         self.going: tuple[str, ...] = ()
         self.changed_at = 0.0
@@ -124,7 +135,7 @@ class Leave(Transition):
             self.reports = list(self._told.values())
 
     def act(self, world: World, view: View) -> World | None:
-        self.going = those_that_go(self._leaving, view)
+        self.going = those_that_go(self._leaving, view, self._min_ranks)
         going = [view.rank_of(member) for member in self.going]
         # Without any they died before they could go.
         smaller = growth.part(world, going, self._limit_s) if going else world
@@ -150,35 +161,43 @@ class Arrange(Transition):
 
 
 class Admit(Transition):
-    """Newcomers are connected with all members, in a communicator in which they come last.
+    """Newcomers are called in, and connected with all members, in a communicator in which they come last.
 
-    It is tried once. A newcomer for which it failed is in no known state, so it is started anew instead.
+    It is tried once. A newcomer for which it failed is in no known state, so it is started anew instead. A member that
+    has tried may be the only one, for others can have seen a failure before; so all say whether they have.
 
     Args:
         joins: the newcomers, in the order of their ranks.
         bridges: those that this member sponsors, by join id.
+        call: calls them in, given the view whose members take them in.
+        ready: whether all of them are there.
     """
 
     def __init__(
         self,
         joins: Sequence[Join],
         bridges: dict[str, Bridge],
+        call: Callable[[View], None],
+        ready: bool,
         report: Callable[[], Any],
         width: int,
         limit_s: float,
     ) -> None:
-        super().__init__(f"admission of {', '.join(join.newcomer for join in joins)}", report, width, limit_s)
-        self._joins, self._bridges = joins, bridges
-        self._tried = False
+        def told() -> Any:
+            return {"ready": self._ready, "samplers": report()}
+
+        super().__init__(f"admission of {', '.join(join.newcomer for join in joins)}", told, width + 32, limit_s)
+        self._joins, self._bridges, self._call, self._ready = joins, bridges, call, ready
 
     def act(self, world: World, view: View) -> World | None:
-        if self._tried:
+        ready = all(report["ready"] for report in self.reports)
+        self.reports = [report["samplers"] for report in self.reports]
+        if not ready or not all(join.sponsor in view.members for join in self._joins):
             return None
-        self._tried = True
+        self._ready = False
+        self._call(view)
         grown = world
         for join in self._joins:
-            if join.sponsor not in view.members:
-                raise PeerFailedError(f"the sponsor {join.sponsor} is gone")
             try:
                 grown = growth.grow(grown, self._bridges.get(join.id), view.rank_of(join.sponsor), self._limit_s)
             except PeerFailedError:

@@ -14,7 +14,7 @@ from chaos_mpi.membership.negotiation import (
     orphaned,
     restart,
     those_that_go,
-    with_last,
+    with_stayers,
 )
 from chaos_mpi.membership.progress import Decision, Report, decide
 from chaos_mpi.membership.restarts import Crash, Restart
@@ -42,5 +42,5 @@ __all__ = [
     "orphaned",
     "restart",
     "those_that_go",
-    "with_last",
+    "with_stayers",
 ]

@@ -30,7 +30,6 @@ from chaos_mpi.membership.view import View
 MAX_ATTEMPTS = 3
 #: Begins why requests are refused once the job is to go on under another launcher.
 MOVES = "the job moves to another launcher"
-_LAST = "it is the last rank"
 _REQUESTS = frozenset({"join", "leave", "move", "restart"})
 
 
@@ -172,7 +171,7 @@ class Outcome:
         leave: members that go now, in rank order.
         cut: whether the cut is now, for those that are replicating.
         activate: those that were replicating and are to be members now.
-        move: the request to move the job to another launcher, after those that go have gone; None if there is none.
+        move: the request to move the job to another launcher, before anything else; None if there is none.
         refused: why requests are not carried out, by id.
         crashes: what is done about ranks that crashed.
         order: the members in the order that they are to be in from here on; empty if they stay as they are.
@@ -285,30 +284,32 @@ def _leaving(requests: Sequence[Proposal], view: View, limits: Limits, refused: 
             continue
         elif left < max(1, limits.min_ranks):
             few = f"{left} ranks would be left, and min_ranks is {limits.min_ranks}"
-            what = _LAST if left < 1 else few
+            what = "it is the last rank" if left < 1 else few
             refused[proposal.id] = f"{proposal.member} cannot leave: {what}"
         else:
             leaving.add(proposal.member)
     return tuple(m for m in view.members if m in leaving)
 
 
-def those_that_go(leaving: Collection[str], view: View) -> tuple[str, ...]:
-    """Who of the living goes, of those that were granted it: one stays if all others have died since. Pure."""
+def those_that_go(leaving: Collection[str], view: View, min_ranks: int) -> tuple[str, ...]:
+    """Who of the living goes, of those that were granted it: not all if too many others have died since. Pure."""
     going = tuple(m for m in view.members if m in leaving)
-    return going if len(going) < view.size else going[1:]
+    lacking = max(1, min_ranks) - (view.size - len(going))
+    return going[max(0, lacking) :]
 
 
-def with_last(outcome: Outcome, last: str, proposals: Iterable[Proposal]) -> Outcome:
-    """What follows if a member that was to go is the last one that is left, and stays. Pure.
+def with_stayers(outcome: Outcome, stayers: Collection[str], proposals: Iterable[Proposal]) -> Outcome:
+    """What follows if members that were to go have to stay, because others have died. Pure.
 
     Args:
         outcome: as negotiated.
-        last: the member.
+        stayers: the members.
         proposals: those that were negotiated.
     """
-    wishes = [p.id for p in proposals if p.kind == "leave" and p.member == last]
-    refused = dict.fromkeys(wishes, f"{last} cannot leave: {_LAST}")
-    return replace(outcome, leave=tuple(m for m in outcome.leave if m != last), refused={**outcome.refused, **refused})
+    wishes = {p.id: p.member for p in proposals if p.kind == "leave" and p.member in stayers}
+    refused = {id_: f"{member} cannot leave: too few ranks would be left" for id_, member in wishes.items()}
+    leave = tuple(member for member in outcome.leave if member not in stayers)
+    return replace(outcome, leave=leave, refused={**outcome.refused, **refused})
 
 
 def _order(proposals: Iterable[Proposal], view: View) -> tuple[str, ...]:

@@ -56,6 +56,7 @@ class Channel:
     def __init__(self, world: World) -> None:
         self._world = world
         self._sent: list[tuple[MPI.Request, bytes]] = []
+        self._gone: set[int] = set()
 
     @property
     def rank(self) -> int:
@@ -83,9 +84,14 @@ class Channel:
         """The next message from a rank, if one is here.
 
         Raises:
-            PeerFailedError: it is dead.
+            PeerFailedError: it is dead, or another rank has said (``{"dead": [...]}``) that it is gone.
         """
-        return receive_message(self._world.comm, source, _MESSAGE_TAG)
+        message = receive_message(self._world.comm, source, _MESSAGE_TAG)
+        if message is not None:
+            self._gone.update(message.get("dead", ()))
+        elif source in self._gone:
+            raise PeerFailedError(f"rank {source} is gone, as others say")
+        return message
 
     def send_data(self, to: int, number: int, pieces: Sequence[Piece]) -> Transfer:
         """Start sending memory as transfer ``number``, which is to be unique among those under way between the two.

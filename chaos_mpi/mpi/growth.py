@@ -209,7 +209,11 @@ def _merged(connect: Callable[[], MPI.Intercomm], newcomer: bool, limit_s: float
             world = World(inter.Merge(newcomer))
     except MPI.Exception as error:
         raise PeerFailedError(f"{error}") from error
-    _connect(world, limit_s)
+    try:
+        _connect(world, limit_s)
+    except PeerFailedError:
+        world.revoke()  # others may have got through, and wait for this process
+        raise
     return world
 
 

@@ -255,7 +255,8 @@ class RecordingSource(StateSource):
                 self._lose_silent()
                 self._speak_up()
         except Exception:  # the training thread must not wait for a thread that is no more
-            log.exception("serving the newcomers failed; they are left out")
+            log.exception("serving the newcomers failed; they are started again")
+            self.silent |= self._waiting
             self._waiting.clear()
             self._speak_up()
         finally:

@@ -11,8 +11,9 @@ member dies or is slow. Requests and answers are JSON messages, bytes go straigh
 ======================================  ====================================================================
 
 Unasked, a member says ``{"dead": [ranks]}`` when it learns of a death: a newcomer may be the last to notice, because
-launchers tell only processes that were started together. At last it says ``{"complete": ...}``: whether all newcomers
-have all they need, so that members and newcomers can go on together.
+launchers tell only processes that were started together. When all newcomers have all they need, it asks each of them
+``{"there": true}``, to be answered with ``{"here": true}``; at last it says ``{"complete": ...}``: whether members and
+newcomers go on together.
 """
 
 from __future__ import annotations
@@ -87,6 +88,20 @@ class StateSource:
             else:
                 os.sched_yield()
 
+    def confirm(self, limit_s: float, what: Callable[[], str]) -> None:
+        """Have all guests that are left say that they are still there: some may have had all they need for long.
+
+        Raises:
+            WaitTimeoutError: one has not answered within ``limit_s`` seconds.
+        """
+        self._waiting = set(self._guests) - self.lost
+        for guest in sorted(self._waiting):
+            try:
+                self._transport.send(guest, {"there": True})
+            except PeerFailedError:
+                self._lose(guest)
+        self.serve(limit_s, what)
+
     def conclude(self, complete: bool) -> None:
         """Tell the guests that are left whether all of them have all they need, as the members have agreed."""
         for guest in self._guests:
@@ -129,7 +144,7 @@ class StateSource:
                 self._transport.send(guest, {"dead": sorted(dead)})
             except PeerFailedError:
                 self._lose(guest)
-        for guest in sorted(self._waiting & dead):
+        for guest in sorted(dead.intersection(self._guests)):  # also those that had all, while others still fetch
             self._lose(guest)
         return bool(dead)
 
@@ -143,7 +158,7 @@ class StateSource:
             self._transport.send(guest, answer)
         elif "invitation" in message:
             self._transport.send(guest, self._invitation)
-        elif "received" in message:
+        elif "received" in message or "here" in message:
             self._waiting.discard(guest)
 
     def _pieces(self, span: Sequence[int]) -> list[Piece]:

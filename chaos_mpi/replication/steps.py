@@ -71,7 +71,7 @@ def can_follow(optimizers: Sequence[torch.optim.Optimizer]) -> bool:
             hyper_parameters(optimizer)
         except CheckpointError:
             return False
-    return True
+    return bool(optimizers)  # without any, what changes the parameters is not known
 
 
 def hyper_parameters(optimizer: torch.optim.Optimizer) -> str:

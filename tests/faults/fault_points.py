@@ -121,7 +121,8 @@ class FaultPoints:
             (growth, "arrange", "members:arrange"),
             (session, "change_view", "members:change_view"),
             (overlap.Overlap, "cut", "members:cut"),
-            (overlap.Overlap, "activate", "members:activate"),
+            (overlap.Overlap, "stop", "members:activate"),
+            (session, "depart", "members:depart"),
             (catchup, "_measured", "newcomer:measure"),
             (catchup, "_await_cut", "newcomer:await_cut"),
             (catchup.StatePuller, "fetch_planned", "newcomer:fetch_planned"),
@@ -132,6 +133,7 @@ class FaultPoints:
             (growth, "enter", "newcomer:enter"),
             (newcomer.StatePuller, "fetch", "newcomer:fetch"),
             (newcomer.StatePuller, "verify", "newcomer:verify"),
+            (newcomer, "await_word", "newcomer:await_word"),
             (session, "enter_view", "newcomer:enter_view"),
         ):
             setattr(owner, name, self._before_call(getattr(owner, name), lambda *_, point=point: point))

@@ -8,11 +8,11 @@ import pytest
 from fault_points import Rule
 from jobs import start_training
 from problem import Problem, as_trained
-from test_membership_changes import FIRST, SECOND, check_changes, rule
+from test_membership_changes import FIRST, SECOND, check_changes, rule, until_ready
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(150, method="signal")]
 
-THIRD = 300
+THIRD, FOURTH = 300, 400
 #: Trains until it is told to stop. All of it is computed once more afterwards, so it is not to be too many steps.
 ENDLESS = Problem(ranks=3, epochs=100_000, pause_s=0.02)
 JOIN = rule(1, "boundary", "join", step=3)
@@ -21,6 +21,12 @@ JOIN = rule(1, "boundary", "join", step=3)
 CASES: dict[str, tuple[str, list[Rule], int, set[int]]] = {
     "ends before MPI knows of it": ("blocking", [rule(FIRST, "start", "die")], FIRST, {SECOND}),
     "hangs when it fetches": ("blocking", [rule(FIRST, "newcomer:fetch", "stop")], FIRST, {SECOND}),
+    "hangs when it has all, and another one has not": (
+        "blocking",
+        [rule(2, "boundary", "join", step=3), *until_ready(FIRST), *until_ready(SECOND, rank=1),
+         rule(FIRST, "newcomer:await_word", "stop"), rule(SECOND, "newcomer:fetch", None, "newcomer:await_word.100")],
+        FIRST, {THIRD, FOURTH},
+    ),
     "hangs when it measures": ("overlap", [rule(FIRST, "newcomer:measure", "stop")], FIRST, {SECOND}),
     "hangs when it follows": ("overlap", [rule(FIRST, "newcomer:follow", "stop")], FIRST, {SECOND}),
     "hangs while it waits for its turn": (
@@ -38,7 +44,7 @@ def test_a_newcomer(case: str, tmp_path: Path) -> None:
     policy, rules, lost, joined = CASES[case]
     rules = [JOIN, *rules]
     # Long enough for a process to start on a busy machine, and for one to wait for others that start.
-    limit_s = 60 if case == "hangs while it waits for its turn" else 15
+    limit_s = 60 if "another" in case or case == "hangs while it waits for its turn" else 15
     environment = {"CHAOS_JOIN_POLICY": policy, "CHAOS_JOIN_TIMEOUT_S": str(limit_s)}
     with start_training(tmp_path, ENDLESS, rules, environment=environment, limit_s=120) as job:
 

@@ -184,7 +184,16 @@ def test_a_death_in_a_leave(case: str, tmp_path: Path) -> None:
     with start_training(tmp_path, problem, rules) as job:
         finished = job.finish()
         check_changes(finished, problem, dead=dead, left=left)
-    assert ("cannot leave: it is the last rank" in finished.output) == (len(dead) > 1)
+    assert ("cannot leave: too few ranks would be left" in finished.output) == (len(dead) > 1)
+
+
+def test_a_death_in_a_leave_that_would_leave_too_few(tmp_path: Path) -> None:
+    problem = Problem(ranks=3)
+    rules = [LEAVE, rule(2, "members:part", "die")]
+    with start_training(tmp_path, problem, rules, options=["--min-ranks", "2"]) as job:
+        finished = job.finish()
+        check_changes(finished, problem, dead={2})
+    assert "cannot leave: too few ranks would be left" in finished.output
 
 
 def test_a_source_dies_in_the_middle_of_a_large_transfer(tmp_path: Path) -> None:

@@ -113,6 +113,30 @@ def test_a_member_leaves_while_a_newcomer_catches_up(tmp_path: Path) -> None:
     assert WAITED in finished.output
 
 
+def test_a_member_that_leaves_and_does_not_end_holds_nobody_up(tmp_path: Path) -> None:
+    """It is in the communicator with the newcomer, which could not be shrunk while its process lives."""
+    rules = [
+        *JOIN, rule(FIRST, "newcomer:follow", None, "members:depart.2"),
+        rule(2, "boundary", "leave", "newcomer:follow.100", step=100),
+        rule(2, "members:depart", None, f"newcomer:register.{SECOND}"), *RETRY,
+    ]  # fmt: skip
+    with start(tmp_path, LONG, rules) as job:
+        finished = job.finish()
+        check_changes(finished, LONG, left=[2], dead={FIRST}, joined={SECOND})
+
+
+def test_one_of_two_newcomers_dies_while_both_catch_up(tmp_path: Path) -> None:
+    third = 300
+    rules = [rule(1, "boundary", "join", step=3), rule(2, "boundary", "join", step=3)]
+    rules += [*until_ready(FIRST), *until_ready(SECOND, rank=1), rule(FIRST, "newcomer:follow", "die")]
+    rules += [rule(SECOND, "newcomer:follow", None, "dead:100"), rule(third, "newcomer:register")]
+    rules += [rule(0, "boundary", None, f"newcomer:register.{third}", step=200)]
+    with start(tmp_path, LONG, rules) as job:
+        finished = job.finish()
+        steps = check_changes(finished, LONG, dead={FIRST}, joined=[SECOND, third])
+    assert len(steps[max(steps)]) == 5
+
+
 def test_a_large_state_that_stands_still_is_fetched_once(tmp_path: Path) -> None:
     """Frozen parts are compared when the newcomer is activated, and need not come again."""
     problem = Problem(ranks=3, epochs=45, ballast_bytes=100 << 20, pause_s=0.04)

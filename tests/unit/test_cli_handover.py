@@ -70,32 +70,31 @@ def test_new_ranks_are_told_that_the_job_goes_on_as_it_was(jobs: Jobs) -> None:
     assert hand_over(jobs).endswith("goes on as it was: there is no state")
 
 
-def test_how_to_go_on_is_said_when_nobody_knows_what_became_of_the_job(
-    jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_new_ranks_look_for_the_state_when_nobody_knows_what_became_of_the_job(
+    jobs: Jobs, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(kept, "SHM_DIRECTORY", tmp_path)
     old, new, told = jobs
-    handover = HandOver(old, name := kept.new_name(), new, ranks=1, limit_s=1)
-    kept.keep(name, 1, lambda place: None)
-    handover.run()
-    assert "no member of the job" in told[0]
-    assert f"go on with it by: {kept.VARIABLE}={name} chaosrun" in told[0]
+    HandOver(old, kept.new_name(), new, ranks=1, limit_s=1).run()
+    assert told == [""]
+    assert "its state is looked for on all hosts" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("lives", [False, True])
-def test_who_was_slower_than_another_launcher_does_not_say_how_to_go_on(
-    lives: bool, jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_a_job_that_says_nothing_and_does_not_end(
+    is_kept: bool, jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kept, "SHM_DIRECTORY", tmp_path)
     monkeypatch.setattr("chaos_mpi.cli.handover._END_LIMIT_S", 0.1)
     old, new, told = jobs
-    kept.keep(kept.new_name(), 1, lambda place: None)  # for the other one
-    if lives:
-        note_down(old, "member", {})
-    HandOver(old, kept.new_name(), new, ranks=1, limit_s=1).run()
-    assert "no member of the job" in told[0] and kept.VARIABLE not in told[0]
-    assert ("still runs" if lives else "it moved to another one, or is over") in told[0]
-    told.clear()
+    name = kept.new_name()
+    kept.keep(name if is_kept else kept.new_name(), 1, lambda place: None)
+    note_down(old, "member", {})
+    HandOver(old, name, new, ranks=1, limit_s=1).run()
+    assert "no member of the job" in told[0]
+    assert (f"go on by: {kept.VARIABLE}={name} chaosrun" if is_kept else "still runs") in told[0]
+
+
+def test_who_was_slower_than_another_launcher_does_not_say_how_to_go_on(jobs: Jobs) -> None:
     assert hand_over(jobs, "refused", reason=f"{MOVES} already") == f"the job was not handed over: {MOVES} already"
 
 

@@ -32,7 +32,7 @@ from chaos_mpi.membership import (
     orphaned,
     restart,
     those_that_go,
-    with_last,
+    with_stayers,
 )
 from chaos_mpi.membership.negotiation import MAX_ATTEMPTS
 
@@ -123,15 +123,19 @@ def test_the_last_rank_cannot_leave() -> None:
     assert outcome.refused == {"3": "c cannot leave: it is the last rank"}
 
 
-def test_one_of_those_that_were_to_go_stays_if_all_others_have_died() -> None:
-    assert those_that_go({"a", "c"}, ABC) == ("a", "c")
-    assert those_that_go({"a", "c"}, View(0, ("b", "c"))) == ("c",)
-    assert those_that_go({"a", "c"}, View(0, ("a", "c"))) == ("c",)
-    assert those_that_go({"a", "c"}, View(0, ("c",))) == ()
+def test_some_of_those_that_were_to_go_stay_if_too_many_others_have_died() -> None:
+    assert those_that_go({"a", "c"}, ABC, 1) == ("a", "c")
+    assert those_that_go({"a", "c"}, View(0, ("b", "c")), 1) == ("c",)
+    assert those_that_go({"a", "c"}, View(0, ("a", "c")), 1) == ("c",)
+    assert those_that_go({"a", "c"}, View(0, ("c",)), 1) == ()
+    assert those_that_go({"a", "c"}, ABC, 2) == ("c",)
+    assert those_that_go({"a", "c"}, View(0, ("a", "c")), 3) == ()
+    assert those_that_go({"a", "c"}, ABC, 0) == ("a", "c")
     wishes = [leave("1", "c"), leave("2", "a"), leave("3", "a"), leave("4", "x")]
-    outcome = with_last(settle(Agenda(), ABC, wishes), "a", wishes)
+    outcome = with_stayers(settle(Agenda(), ABC, wishes), {"a"}, wishes)
     assert outcome.leave == ("c",)
-    assert dict.fromkeys(("2", "3"), "a cannot leave: it is the last rank").items() <= outcome.refused.items()
+    why = "a cannot leave: too few ranks would be left"
+    assert dict.fromkeys(("2", "3"), why).items() <= outcome.refused.items()
     assert set(outcome.refused) == {"2", "3", "4"}
 
 

@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chaos_mpi.agent.environment import THREADS_BY_HOST
-from chaos_mpi.agent.relaunch import facts, hosts_of, launch_of
+from chaos_mpi.agent.relaunch import hosts_of, launch_of
 from chaos_mpi.agent.spawning import variables
 from chaos_mpi.agent.ssh import DEFAULT_SSH, arguments_of, ssh_command
 from chaos_mpi.cli.cluster import cluster_of
 from chaos_mpi.cli.handover import ready
 from chaos_mpi.elastic import kept
+from chaos_mpi.elastic.launching import facts
 from chaos_mpi.errors import CheckpointError, ConfigError, EngineError
 from chaos_mpi.membership import host_of
 
