@@ -22,7 +22,8 @@ _Z85 = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?
 _MEMBER = re.compile(r"[^\s:]+:[0-9]{1,10}")
 #: Longer names are no names.
 _MOST_CHARACTERS = 255
-_MOST_ADDRESSES = 256
+#: More are not told.
+MOST_ADDRESSES = 256
 
 
 class Placed(NamedTuple):
@@ -148,8 +149,8 @@ def nearest(addresses: Sequence[str], own: Iterable[Interface], same_machine: bo
 
 
 def _addresses(member: str, value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not 0 < len(value) <= _MOST_ADDRESSES:
-        raise ConfigError(f"{member}: {_short(value)} is not a list of 1 to {_MOST_ADDRESSES} addresses")
+    if not isinstance(value, list) or not 0 < len(value) <= MOST_ADDRESSES:
+        raise ConfigError(f"{member}: {_short(value)} is not a list of 1 to {MOST_ADDRESSES} addresses")
     for address in value:
         try:
             if not isinstance(address, str) or "%" in address:

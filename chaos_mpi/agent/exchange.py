@@ -150,6 +150,13 @@ def posted(directory: Path, without: Collection[int] = ()) -> Iterable[Posted]:
             )  # fmt: skip
 
 
+def is_taken(directory: Path, contact: Contact) -> bool:
+    """Whether another agent was there under this name: a container that is started again may give the same numbers."""
+    return any(
+        entry.contact.member == contact.member and entry.contact.key != contact.key for entry in posted(directory)
+    )
+
+
 def first_members(entries: Iterable[Posted], job: str, size: int) -> list[str] | None:
     """The names of the ranks that a job begins with, in order of rank; None while some are missing.
 

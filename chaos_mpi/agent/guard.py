@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chaos_mpi.agent import probing
-from chaos_mpi.agent.contacts import Contact, Interface, own_interfaces, select
+from chaos_mpi.agent.contacts import MOST_ADDRESSES, Contact, Interface, own_interfaces, select
 from chaos_mpi.agent.detouring import KINDS, Detouring
 from chaos_mpi.agent.frames import Frame, Kind, encode_json
 from chaos_mpi.agent.link_server import LinkServer
@@ -149,7 +149,7 @@ class Guard:
         """The rank of this name runs: tell the proxy how this agent is reached."""
         assert self._mesh is not None
         mesh = self._mesh
-        me = Contact(name, self._settings.host, mesh.addresses, mesh.port, mesh.key)
+        me = Contact(name, self._settings.host, mesh.addresses[:MOST_ADDRESSES], mesh.port, mesh.key)
         timing = self._settings.timing
         self._watch = Watch(me, mesh, timing, self._removed, self._stopped, self._link.crashed)
         self._detouring = Detouring(
@@ -303,14 +303,14 @@ class Guard:
             self._kill()
 
     def _stopped(self, reason: str) -> None:
+        self._killing = asyncio.get_running_loop().call_later(STOP_LIMIT_S, self._kill)
+        self._link.stop(reason)
+        if self._watch is not None:  # it may be waiting for others, in MPI
+            self._link.sever(self._watch.elsewhere, ())
         self._say(
             f"chaos_mpi: {self._settings.host or socket.gethostname()}: {reason}; this rank ends, and whoever has the "
             "majority trains on without it"
         )
-        self._link.stop(reason)
-        if self._watch is not None:  # it may be waiting for others, in MPI
-            self._link.sever(self._watch.elsewhere, ())
-        self._killing = asyncio.get_running_loop().call_later(STOP_LIMIT_S, self._kill)
 
 
 def _mesh(addresses: Sequence[Interface], receive: Callable[[str, dict[str, Any]], None]) -> Mesh:

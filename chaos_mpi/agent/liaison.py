@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from chaos_mpi.agent.contacts import Contact
-from chaos_mpi.agent.exchange import Exchange
+from chaos_mpi.agent.exchange import Exchange, is_taken
 from chaos_mpi.agent.frames import Frame, Kind, encode_json
 from chaos_mpi.agent.registry import fence
 from chaos_mpi.errors import ChaosError
 
 log = logging.getLogger("chaos_mpi.agent")
+
+#: How long a directory that cannot be used is left alone.
+RETRY_S = 1.0
 
 
 class Liaison:
@@ -58,9 +62,21 @@ class Liaison:
             write(encode_json(Kind.CONTACTS, news))
 
         exchange = Exchange(self._directory, *self._place, send, self._launcher)
-        try:
-            exchange.post(contact)
-            await exchange.follow()
-        except (OSError, ChaosError) as error:
-            log.error("%s is not watched: the contacts in %s cannot be exchanged: %s", contact.member,
-                      self._directory, error)  # fmt: skip
+        complaint = "%s is not watched: the contacts in %s cannot be exchanged: %s"
+        complained = False
+        while True:
+            try:
+                if is_taken(self._directory, contact):
+                    log.error("%s ends: the job has had a rank of this name, process id and all", contact.member)
+                    write(encode_json(Kind.SIGNAL, signal.SIGKILL))
+                    return
+                exchange.post(contact)
+                await exchange.follow()
+            except OSError as error:  # it may be full for a while, or there are too many open files
+                if not complained:
+                    log.error(f"{complaint}; it is tried again", contact.member, self._directory, error)
+                complained = True
+                await asyncio.sleep(RETRY_S)
+            except ChaosError as error:
+                log.error(complaint, contact.member, self._directory, error)
+                return

@@ -218,7 +218,11 @@ class AgentLink:
     def _listen(self) -> None:
         with contextlib.suppress(OSError, ValueError), self._stream:
             while line := self._stream.readline():
-                self._heed(json.loads(line))
+                message = json.loads(line)
+                try:
+                    self._heed(message)
+                except Exception:  # what comes next may be that a host is lost
+                    log.exception("a message of this node's agent could not be heeded: %s", message)
         self._end("the agent of this node is gone")
         self._connection.close()
 

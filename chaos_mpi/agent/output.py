@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import threading
+from collections import deque
 from pathlib import Path
 
 from chaos_mpi.agent.frames import Frame, Kind, encode
@@ -11,6 +14,9 @@ from chaos_mpi.agent.streams import PipeWriter
 
 #: A launcher that takes nothing for so long is not waited for: the rank would wait in its next ``print``.
 STALL_S = 5.0
+#: A file system that takes nothing keeps so much waiting, at most; and an agent that ends waits so long for it.
+MOST_WAITING_BYTES = 8 << 20
+CLOSE_LIMIT_S = 1.0
 _CHUNK_BYTES = 1 << 16
 
 
@@ -28,8 +34,7 @@ class Output:
 
     def __init__(self, launcher: PipeWriter, log_file: Path, stall_s: float = STALL_S) -> None:
         self._launcher = launcher
-        self._log_file, self._stall_s = log_file, stall_s
-        self._descriptor: int | None = None
+        self._file, self._stall_s = LogFile(log_file), stall_s
         self._stalled = False
         self.lost = False
 
@@ -37,7 +42,7 @@ class Output:
         """Pass on all that comes from ``source``, to its end."""
         while data := await _read(source):
             if not self._takes():
-                self._write_log(data)
+                self._file.write(data)
                 continue
             self._launcher.write(encode(Frame(kind, data)))
             try:
@@ -53,13 +58,11 @@ class Output:
         data = line.encode(errors="replace") + b"\n"
         if self._takes():
             self._launcher.write(encode(Frame(Kind.STDERR, data)))
-        self._write_log(data)
+        self._file.write(data)
 
     def close(self) -> None:
-        """Close the file."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        """Close the file, once all is in it or after a limit."""
+        self._file.close()
 
     def _takes(self) -> bool:
         """Whether the launcher is there and takes output."""
@@ -69,15 +72,62 @@ class Output:
             self._stalled = False
         return not self._stalled
 
-    def _write_log(self, data: bytes) -> None:
-        """Append to the file. That it cannot be written to must not end the rank: the output is lost then."""
-        try:
-            if self._descriptor is None:
-                self._log_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                self._descriptor = os.open(self._log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-            os.write(self._descriptor, data)
-        except OSError:
-            return
+
+class LogFile:
+    """A file that is written to by a thread: a file system that hangs must not keep the agent from its heartbeats.
+
+    Args:
+        path: of the file; made when first needed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._changed = threading.Condition()
+        self._waiting: deque[bytes] = deque()
+        self._waiting_bytes = 0
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def write(self, data: bytes) -> None:
+        """Append. What cannot be written is lost: that must not end the rank, nor take its host's memory."""
+        with self._changed:
+            if self._closed or self._waiting_bytes > MOST_WAITING_BYTES:
+                return
+            self._waiting.append(data)
+            self._waiting_bytes += len(data)
+            self._changed.notify()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="chaos_mpi-output", daemon=True)
+                self._thread.start()
+
+    def close(self, limit_s: float = CLOSE_LIMIT_S) -> None:
+        """Return when all is written, or after a limit."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join(limit_s)
+
+    def _run(self) -> None:
+        with contextlib.suppress(OSError):
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            try:
+                while (data := self._next()) is not None:
+                    os.write(descriptor, data)
+            finally:
+                os.close(descriptor)
+        with self._changed:
+            self._closed = True
+
+    def _next(self) -> bytes | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closed)
+            if not self._waiting:
+                return None
+            data = self._waiting.popleft()
+            self._waiting_bytes -= len(data)
+            return data
 
 
 def default_log_directory(environ: dict[str, str] | None = None) -> Path:

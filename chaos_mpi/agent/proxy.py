@@ -42,6 +42,8 @@ log = logging.getLogger("chaos_mpi.agent")
 SUPERVISOR_MODULE = "chaos_mpi.agent.supervisor"
 #: How long the last word to a supervisor may take.
 FAREWELL_LIMIT_S = 5.0
+#: How often it is looked whether mpirun is there. Not every Python has ``os.pidfd_open``, nor every kernel.
+_PARENT_PERIOD_S = 0.05
 #: Exit status when the rank could not be started.
 EXIT_NOT_STARTED = 1
 #: Tells this process to have the rank killed, and then end.
@@ -141,9 +143,7 @@ class Proxy:
         """Run the rank; returns how this process is to end: a status, or a negated signal number."""
         loop = asyncio.get_running_loop()
         self._gone = loop.create_future()
-        with contextlib.suppress(OSError):  # a parent that has ended is noticed by the end of its PMIx server
-            parent = os.pidfd_open(os.getppid())
-            loop.add_reader(parent, self._launcher_gone, parent)
+        watching = loop.create_task(self._watch_launcher(os.getppid()))
         command = supervisor_command(self._placement)
         try:
             self._process = await asyncio.create_subprocess_exec(
@@ -161,11 +161,28 @@ class Proxy:
         self._process.stdin.write(MAGIC + encode_json(Kind.START, message))
         reading = asyncio.create_task(self._read())
         await asyncio.wait({reading, self._gone}, return_when=asyncio.FIRST_COMPLETED)
+        watching.cancel()
         if self._control is not None:
             await self._control.close()
         if self._gone.done():
             return await self._farewell(reading)
+        if (failure := reading.exception()) is not None:
+            return await self._break_off(failure)
         return await self._outcome(command)
+
+    async def _watch_launcher(self, pid: int) -> None:
+        while os.getppid() == pid:
+            await asyncio.sleep(_PARENT_PERIOD_S)
+        if not self._gone.done():
+            self._gone.set_result(None)
+
+    async def _break_off(self, error: BaseException) -> int:
+        """What comes from the other side is not understood: end the rank, of which nothing more will be heard."""
+        assert self._process is not None
+        self._forward(signal.SIGKILL)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._process.wait(), FAREWELL_LIMIT_S)
+        return self._fail(f"{error}" or type(error).__name__)
 
     async def _read(self) -> None:
         assert self._process is not None
@@ -238,12 +255,6 @@ class Proxy:
             self._send(Frame(Kind.LAUNCHER_LOST))
         await asyncio.wait({reading}, timeout=FAREWELL_LIMIT_S)
         return 0
-
-    def _launcher_gone(self, descriptor: int) -> None:
-        asyncio.get_running_loop().remove_reader(descriptor)
-        os.close(descriptor)
-        if not self._gone.done():
-            self._gone.set_result(None)
 
     def _forward(self, number: int) -> None:
         self._write(encode_json(Kind.SIGNAL, number))

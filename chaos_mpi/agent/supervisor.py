@@ -87,6 +87,8 @@ class Supervisor:
         assert self._process is not None
         beside = [asyncio.create_task(self._listen()), asyncio.create_task(self._report())]
         status = await self._process.wait()
+        if status != 0:  # what it has forked holds its connections, by which the others tell that it is dead
+            kill_group(self._process.pid, signal.SIGKILL)
         crash = self._crash(status)
         announced = self._guard.rank_ended(crash) if self._guard is not None else None
         await self._finish_output()

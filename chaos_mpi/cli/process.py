@@ -138,7 +138,8 @@ class MpirunJob:
                 self._process.wait(_POLL_S)
             except subprocess.TimeoutExpired:
                 continue
-        lost = self._outlived and self._process.returncode == -signal.SIGKILL and not self._killed
+        crashed = self._process.returncode < 0 and self.interrupted_by is None
+        lost = self._outlived and (crashed or self._process.returncode == -signal.SIGKILL) and not self._killed
         if lost:
             # They tell the loss of mpirun from its end by its directory, which goes when this process ends.
             registry.wait_for_end(self._run_dir, _FAREWELL_LIMIT_S)
@@ -148,10 +149,11 @@ class MpirunJob:
             pump.join(GRACE_S)
         self._restore_handlers()
         if lost:
+            how = signal.Signals(-self._process.returncode).name
             raise LauncherLostError(
-                "mpirun was killed; the ranks train on without it. None can be added before 'chaosctl takeover' is run "
-                "on one of their hosts. chaosctl works on each of these, and what they print goes to the directory of "
-                "--log-dir there"
+                f"mpirun was killed ({how}); the ranks train on without it. None can be added before 'chaosctl "
+                "takeover' is run on one of their hosts. chaosctl works on each of these, and what they print goes to "
+                "the directory of --log-dir there"
             )
         return self._process.returncode
 

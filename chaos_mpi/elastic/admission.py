@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -102,17 +102,22 @@ def replicate(session: Session, operation: Admit, joins: Sequence[Join], state: 
     return go_on_together(session, world, view, newcomers, operation.reports, ready, moved, begun)
 
 
-def serve(session: Session, source: StateSource, newcomers: Sequence[str]) -> bool:
+def serve(session: Session, source: StateSource, newcomers: Sequence[str], lost: Collection[int] = frozenset()) -> bool:
     """Give newcomers what they ask for, until they have all, and tell them whether all of them came to that, in time.
 
     With one that is known to be dead no view is begun, and those that came with it are started again: what is sent to
     it then, and has not left this host when its connection is closed, ends this process ("Send error after request
     freed", Open MPI 5.0). A newcomer that hangs must not keep the members from going on: they agree among themselves.
 
+    Args:
+        session: this member's part in the job.
+        source: serves them.
+        newcomers: they.
+        lost: ranks of others that came with them, and that all members know to be dead.
+
     Returns:
         Whether the members are ready to go on together with the newcomers; the same at all of them.
     """
-    before = set(source.lost)
     try:
         source.serve(session.settings.guest_limit_s, lambda: f"{', '.join(newcomers)} to take the state")
         source.confirm(ANSWER_LIMIT_S, lambda: f"{', '.join(newcomers)} to say that they are still there")
@@ -120,7 +125,7 @@ def serve(session: Session, source: StateSource, newcomers: Sequence[str]) -> bo
         log.error("%s; it is left out", error)
         complete = False
     else:
-        complete = bool(newcomers) and source.lost <= before
+        complete = bool(newcomers) and source.lost <= set(lost)
     complete = session.agree(complete)
     source.conclude(complete)
     return complete

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from chaos_mpi.elastic.session import Session
 
 log = logging.getLogger("chaos_mpi.elastic")
+
+#: How often it is tried to end connections, and the time between, seconds.
+_SEVER_TRIES, _SEVER_PERIOD_S = 50, 0.1
 
 
 def open_link(member: str) -> AgentLink | None:
@@ -87,7 +91,15 @@ def fate_of(lost: Collection[str], link: AgentLink | None) -> str:
 
 
 def _sever(addresses: Collection[str]) -> None:
-    count = sever(addresses)
+    for _ in range(_SEVER_TRIES):
+        try:
+            count = sever(addresses)
+            break
+        except OSError as error:  # too many open files: /proc cannot be looked at
+            log.warning("the connections with %s cannot be ended yet: %s", ", ".join(addresses), error)
+            time.sleep(_SEVER_PERIOD_S)
+    else:
+        return
     log.info("ended %d connections with %s, which the job has given up", count, ", ".join(addresses))
 
 

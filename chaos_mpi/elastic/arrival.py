@@ -128,20 +128,20 @@ def await_word(channel: Channel, members: Sequence[int], word: str, limit_s: flo
         WaitTimeoutError: nothing was said within ``limit_s`` seconds.
     """
     begun = time.monotonic()
-    living = list(members)
-    while living:
-        for rank in list(living):
+    gone: set[int] = set()
+    while living := [rank for rank in members if rank not in gone]:
+        for rank in living:
             try:
                 message = channel.poll(rank)
             except PeerFailedError:
-                living.remove(rank)
+                gone.add(rank)
                 continue
             if message is not None and word in message:
                 return message[word]
             if message is not None and "there" in message:
                 with contextlib.suppress(PeerFailedError):
                     channel.send(rank, {"here": True})
-            living = [other for other in living if message is None or other not in message.get("dead", ())]
+            gone.update(message.get("dead", ()) if message is not None else ())
         waited = time.monotonic() - begun
         if waited > limit_s:
             raise WaitTimeoutError(f"waited {limit_s:.0f} s for {what}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from chaos_mpi.elastic import kept
 from chaos_mpi.elastic.collectives import CollectiveCalls
+from chaos_mpi.elastic.launching import Sizes
 from chaos_mpi.elastic.lifecycle import write_record
 from chaos_mpi.elastic.sponsor import versions
 from chaos_mpi.errors import ConfigError, StopRequestedError
@@ -203,7 +204,8 @@ class ChangingSession(CollectiveCalls):
 
     def requirements(self) -> dict[str, Any]:
         """What a newcomer has to be like."""
-        return {"versions": versions(), "signature": self._persistence.signature()}
+        sizes = Sizes(self.initial_size, self.size)
+        return {"versions": versions(), "signature": self._persistence.signature(), "sizes": sizes}
 
     def pack_for_newcomers(self) -> Packed:
         """The training state and where the samplers are; its tensors are the live ones."""

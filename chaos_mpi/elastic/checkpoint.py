@@ -5,6 +5,7 @@ Written here by hand, since a file must be synced before it gets its name; read 
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -55,6 +57,20 @@ _DTYPES = {
 
 class _DamagedError(CheckpointError):
     """The file is not what was written; an older checkpoint may be good."""
+
+
+def unused_directory(directory: Path) -> Path:
+    """This directory, or one with a number behind its name, that holds no checkpoints of another run.
+
+    What this process's job has just written there, by another rank, counts as its own.
+    """
+    started = psutil.Process().create_time()
+    numbered = (directory.with_name(f"{directory.name}-{number}") for number in itertools.count(2))
+    return next(
+        place
+        for place in itertools.chain([directory], numbered)
+        if all(path.stat().st_mtime >= started for path in list_checkpoints(place))
+    )
 
 
 class CheckpointWriter:

@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -22,6 +22,8 @@ from chaos_mpi.mpi import growth
 from chaos_mpi.mpi.growth import Bridge
 
 _LOOK_PERIOD_S = 0.25
+#: Tells the process of a newcomer how many ranks there were and are: its script may ask for the length of an epoch.
+_SIZES_OPTION = "chaos_mpi_sizes"
 #: Variables of one rank, of its host or of its launcher, which make no sense under another one.
 _OF_ONE_RANK = frozenset({
     VARIABLE, THREADS_BY_HOST, "CHAOS_RUN_DIR", "CHAOS_HOST", "CHAOS_LAUNCHER_PIPE", "CHAOS_AGENT_SOCKET",
@@ -30,11 +32,19 @@ _OF_ONE_RANK = frozenset({
 _THREADS = "OMP_NUM_THREADS"
 
 
-def start(join: Join, directory: str) -> Bridge:
+class Sizes(NamedTuple):
+    """How many ranks a job has begun with, and has."""
+
+    initial: int
+    present: int
+
+
+def start(join: Join, sizes: Sizes, directory: str) -> Bridge:
     """Start another process like this one and return the bridge to it. Blocks; call it in a thread.
 
     Args:
         join: which it is started for.
+        sizes: of the job.
         directory: its working directory.
 
     Raises:
@@ -47,26 +57,33 @@ def start(join: Join, directory: str) -> Bridge:
             "mpirun, which starts ranks, is gone; those that are left train on, but none can be added before another "
             "launcher takes over: run 'chaosctl takeover' on one of their hosts"
         )
-    own = own_arguments(join)
+    own = own_arguments(join, sizes)
     proxied = spawn_command(os.environ, join.host, directory, own)
     if proxied is not None:
         return growth.spawn(proxied, host="", directory="")
     return growth.spawn([sys.executable, *own], host=join.host, directory=directory)
 
 
-def own_arguments(join: Join) -> list[str]:
+def own_arguments(join: Join, sizes: Sizes) -> list[str]:
     """The arguments of this Python process, to start another one like it, which bears the name of the join."""
-    return ["-X", mark(join), *arguments()]
+    return ["-X", mark(join), "-X", f"{_SIZES_OPTION}={sizes.initial},{sizes.present}", *arguments()]
 
 
 def arguments() -> list[str]:
-    """The arguments of this Python process, without the name of a join."""
-    found = list(sys.orig_argv[1:])
-    for index in range(len(found) - 1):
-        if found[index] == "-X" and found[index + 1].startswith(f"{JOIN_OPTION}="):
-            del found[index : index + 2]
-            break
+    """The arguments of this Python process, without what a sponsor has added."""
+    given, found = list(sys.orig_argv[1:]), list[str]()
+    while given:
+        if given[0] == "-X" and len(given) > 1 and given[1].partition("=")[0] in (JOIN_OPTION, _SIZES_OPTION):
+            del given[:2]
+        else:
+            found.append(given.pop(0))
     return found
+
+
+def told_sizes() -> Sizes | None:
+    """What the sponsor of this process has said of the job; None if it has none."""
+    told = str(sys._xoptions.get(_SIZES_OPTION, ""))
+    return Sizes(*map(int, told.split(","))) if told else None
 
 
 def facts(environ: Mapping[str, str], arguments: Sequence[str], directory: str) -> dict[str, Any]:

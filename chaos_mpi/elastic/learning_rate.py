@@ -6,7 +6,8 @@ schedulers, which compute the next rate from the present one, never see it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch.optim import Optimizer
@@ -43,23 +44,47 @@ class StepHooks:
             self._after()
 
 
-def scale_learning_rate(optimizer: Optimizer, factor: Callable[[], float]) -> None:
-    """Make every step of ``optimizer`` use its learning rate times ``factor()``."""
-    saved: list[Any] = []
+class ScaledRate:
+    """Makes every step of ``optimizer`` use its learning rate times ``factor()``."""
 
-    def before() -> None:
-        scale = factor()
+    def __init__(self, optimizer: Optimizer, factor: Callable[[], float]) -> None:
+        self._optimizer, self._factor = optimizer, factor
+        self._saved: list[Any] = []
+        StepHooks(optimizer, self._scale, self._take_back)
+
+    @contextlib.contextmanager
+    def taken_back(self) -> Iterator[None]:
+        """Within it, the learning rate is that which others are to have: a step may be under way, in its closure."""
+        groups = self._optimizer.param_groups
+        scaled = [group["lr"] for group in groups] if self._saved else []
+        for group, rate in zip(groups, self._saved, strict=False):
+            group["lr"] = rate
+        try:
+            yield
+        finally:
+            for group, rate in zip(groups, scaled, strict=False):
+                group["lr"] = rate
+
+    def _scale(self) -> None:
+        scale = self._factor()
         if scale == 1.0:
             return
-        for group in optimizer.param_groups:
-            saved.append(group["lr"])
+        for group in self._optimizer.param_groups:
+            self._saved.append(group["lr"])
             group["lr"] = group["lr"] * scale
 
-    def after() -> None:
-        if not saved:
+    def _take_back(self) -> None:
+        if not self._saved:
             return
-        for group, rate in zip(optimizer.param_groups, saved, strict=True):
+        for group, rate in zip(self._optimizer.param_groups, self._saved, strict=True):
             group["lr"] = rate
-        saved.clear()
+        self._saved.clear()
 
-    StepHooks(optimizer, before, after)
+
+@contextlib.contextmanager
+def unscaled(rates: Iterable[ScaledRate]) -> Iterator[None]:
+    """Within it, no learning rate is scaled."""
+    with contextlib.ExitStack() as stack:
+        for rate in rates:
+            stack.enter_context(rate.taken_back())
+        yield

@@ -265,6 +265,9 @@ class Negotiator:
     def _admit(self, joins: tuple[Join, ...], begun: float) -> None:
         session = self._session
         mine = {join.id: self._sponsorships.pop(join.id) for join in joins if join.id in self._sponsorships}
+        for join in joins:
+            if join.id in mine and join.sponsor != session.member:  # it was to leave, and another one took over
+                mine.pop(join.id).give_up("another member has it started")
         for sponsorship in mine.values():
             sponsorship.call_in()
         ready = all(join.id in mine and mine[join.id].is_there() for join in joins if join.sponsor == session.member)

@@ -76,7 +76,7 @@ class Overlap:
         self._members = operation.view.members
         self._hooks: list[StepHooks] = []
         self._left: set[int] = set()
-        self._lost: tuple[Join, ...] = ()
+        self._lost: frozenset[int] = frozenset()
         self._stopped: tuple[View, list[Any]] | None = None  # with whom, and how far their samplers were
         self._recording_s = 0.0  # of all steps together, what recording has kept them
         invitation: dict[str, Any] = {
@@ -141,8 +141,8 @@ class Overlap:
         lost = {rank for report in operation.reports for rank in report["lost"]}
         assert operation.view is not None
         self._stopped = operation.view, [report["samplers"] for report in operation.reports]
-        self._lost = tuple(join for rank, join in zip(self._guests, self._joins, strict=True) if rank in lost)
-        return self._lost
+        self._lost = frozenset(lost)
+        return tuple(join for rank, join in self._numbered() if rank in lost)
 
     def activate(self, begun: float) -> bool:
         """After :meth:`stop`: let the newcomers fetch what they lack, and go on together with them.
@@ -156,7 +156,7 @@ class Overlap:
         session, limit_s, lost = self._session, self._session.settings.timeout_s, self._lost
         assert self._stopped is not None
         view, reports = self._stopped
-        newcomers = [join.newcomer for join in self._joins if join not in lost]
+        newcomers = [join.newcomer for rank, join in self._numbered() if rank not in lost]
         shrink = view.members != self._members or bool(lost)
         state = LiveState.of(session)
         invitation: dict[str, Any] = {
@@ -169,8 +169,8 @@ class Overlap:
             "shrink": shrink,
             **session.situation(),
         }
-        self._source.stop_training(state.layout, state.tensors, invitation)
-        ready = admission.serve(session, self._source, newcomers)
+        self._source.stop_training(state.layout, state.tensors, invitation, lost)
+        ready = admission.serve(session, self._source, newcomers, lost)
         world = self._wide
         if ready and shrink:
             world = world.shrink(limit_s, lambda: "the members to go on without those that died")
@@ -195,6 +195,10 @@ class Overlap:
         """This member goes; the others may go on with the newcomers."""
         self._forget()
         self._source.abandon()
+
+    def _numbered(self) -> list[tuple[int, Join]]:
+        """The joins, with the ranks of their newcomers."""
+        return list(zip(self._guests, self._joins, strict=True))
 
     @property
     def _guests(self) -> range:

@@ -12,7 +12,7 @@ import torch
 
 from chaos_mpi.elastic import checkpoint, kept
 from chaos_mpi.elastic.awaited import AwaitedState
-from chaos_mpi.elastic.learning_rate import scale_learning_rate
+from chaos_mpi.elastic.learning_rate import ScaledRate, unscaled
 from chaos_mpi.elastic.lifecycle import write_record
 from chaos_mpi.elastic.rng import capture_rng, of_rank, restore_rng
 from chaos_mpi.elastic.scaling import lr_factor
@@ -46,6 +46,7 @@ class Persistence:
         self._session = session
         self._settings = session.settings
         self._state: TrainingState | None = None
+        self._scaled: list[ScaledRate] = []
         self._writer: checkpoint.CheckpointWriter | None = None
         self._saved_step = -1
         #: The random number generators: where they were at the last boundary, of every rank at the last checkpoint, and
@@ -78,7 +79,7 @@ class Persistence:
             raise ConfigError("this session has a TrainingState already; name everything in one")
         self._refuse_differences(state)
         for optimizer in state.optimizers():
-            scale_learning_rate(optimizer, self._lr_factor)
+            self._scaled.append(ScaledRate(optimizer, self._lr_factor))
         self._state = state
         self._made_as = state.signature()
         if newcomer:
@@ -137,15 +138,16 @@ class Persistence:
     def close(self) -> None:
         """Wait for the checkpoint that is being written."""
         if self._writer is not None:
-            self._writer.close(FLUSH_LIMIT_S)
-            if self._writer.last_error is not None:
+            if not self._writer.close(FLUSH_LIMIT_S):
+                log.error("the last checkpoint took over %.0f s to write, and is not waited for", FLUSH_LIMIT_S)
+            elif self._writer.last_error is not None:
                 log.error("the last checkpoint was not written: %s", self._writer.last_error)
 
     def save_emergency(self) -> str:
         """Write the state at once, and say where, or why not."""
         if self._state is None:
             return "No state was saved, because the script names none (chaos_mpi.TrainingState)."
-        directory = self._settings.checkpoint_dir or Path.cwd() / "chaos-state"
+        directory = self._settings.checkpoint_dir or checkpoint.unused_directory(Path.cwd() / "chaos-state")
         step = self._session.step
         path = checkpoint.checkpoint_path(directory, step)
         try:
@@ -199,13 +201,15 @@ class Persistence:
     def pack_with(self, samplers: list[dict[str, Any]]) -> Packed:
         """The state, with live tensors, and what the samplers hand over."""
         assert self._state is not None
-        return pack({"state": self._state.capture(), "samplers": samplers, "rng": self._rng}, clone=False)
+        with unscaled(self._scaled):
+            return pack({"state": self._state.capture(), "samplers": samplers, "rng": self._rng}, clone=False)
 
     def _packed(self, *, clone: bool) -> Packed:
         assert self._state is not None
-        tree = {"state": self._state.capture(), "session": self._progress(), "rng": self._rng_of_ranks}
         await_devices(tensor for _, tensor in self._state.named_tensors())  # others may read them
-        return pack(tree, clone=clone)
+        with unscaled(self._scaled):
+            tree = {"state": self._state.capture(), "session": self._progress(), "rng": self._rng_of_ranks}
+            return pack(tree, clone=clone)
 
     def _progress(self) -> dict[str, int]:
         # The first size goes along: batch size and learning rate are relative to it, also after a resume.
@@ -292,7 +296,12 @@ class Persistence:
     def _restore(self, state: TrainingState, packed: Packed, source: str) -> None:
         session = self._session
         tree = unpack(packed)
-        state.restore(tree["state"])
+        before, session.initial_size = session.initial_size, int(tree["session"]["initial_size"])  # samplers go by it
+        try:
+            state.restore(tree["state"])
+        except BaseException:
+            session.initial_size = before
+            raise
         session.resumed(tree["session"]["step"], tree["session"]["initial_size"])
         self._saved_step = session.step
         if state.keeps_rng and tree.get("rng"):

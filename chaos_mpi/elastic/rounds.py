@@ -22,6 +22,10 @@ class SamplerSession(Protocol):
         """Ids of the members, in rank order."""
 
     @property
+    def expected_size(self) -> int:
+        """The number of members that there will be when this process is one."""
+
+    @property
     def batch_policy(self) -> str:
         """The rule for the batch size on a change of size."""
 

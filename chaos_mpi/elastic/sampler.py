@@ -122,6 +122,9 @@ class ElasticSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         if self._is_complete():
             self._next_lap(self._epoch + 1)
+        if not self._backwards and self._taken > self._done:  # seen (next(iter(loader))), but never trained on
+            self._taken = self._done
+            self._in_flight.clear()
         # What a loop that was left had fetched but not seen is handed out again.
         self._issued = self.loop_start = self._taken
         self._generation += 1
@@ -133,6 +136,8 @@ class ElasticSampler(Sampler[list[int]]):
         It may change when members die. Asked within one and the same round, all ranks get the same answer,
         even if some ask before and some after a death: a script may decide by it where a step ends.
         """
+        if (size := self._session.expected_size) != len(self._session.members):  # this process is not in the job yet
+            return self._fresh_plan(self._epoch, list(map(str, range(size))), shuffle=False).rounds
         if self._ended:
             return self._fresh_plan(self._epoch + 1, self._session.members, shuffle=False).rounds
         rounds = self._current_plan().rounds

@@ -19,7 +19,7 @@ from chaos_mpi.elastic.attached import AttachedSamplers
 from chaos_mpi.elastic.changes import Companion
 from chaos_mpi.elastic.control import ControlSocket, leave_on_sigterm, open_control
 from chaos_mpi.elastic.ending import EndingSession
-from chaos_mpi.elastic.launching import refuse_orphan
+from chaos_mpi.elastic.launching import refuse_orphan, told_sizes
 from chaos_mpi.elastic.lifecycle import ExitGuard, set_log_level, write_record
 from chaos_mpi.elastic.negotiator import Negotiator
 from chaos_mpi.elastic.newcomer import enter_job
@@ -28,7 +28,7 @@ from chaos_mpi.elastic.persistence import Persistence
 from chaos_mpi.elastic.sequence import OperationSequence
 from chaos_mpi.elastic.submission import BackgroundCalls
 from chaos_mpi.errors import ChaosError, ConfigError, CutOffError
-from chaos_mpi.events import EventLog
+from chaos_mpi.events import RESERVED, EventLog
 from chaos_mpi.membership import View
 from chaos_mpi.mpi import runtime
 from chaos_mpi.mpi.growth import bridge_to_sponsor
@@ -105,6 +105,9 @@ class Session(EndingSession):
         write_record(settings.run_dir, "connected", {})
         runtime.bound_threads()
         self.initial_size = self.started_with = world.size
+        self._told_sizes = told_sizes()
+        if self._told_sizes is not None:
+            self.initial_size = self._told_sizes.initial
         self._bridge = bridge_to_sponsor()
         if settings.min_ranks > world.size and self._bridge is None:
             raise ConfigError(f"min_ranks is {settings.min_ranks}, but the job was started with {world.size} ranks")
@@ -177,8 +180,19 @@ class Session(EndingSession):
         """The rule for batch size and learning rate on a change of size."""
         return self.settings.batch_policy
 
+    @property
+    def expected_size(self) -> int:
+        """The number of ranks; for a process that is to join a job, that of the job when it was started."""
+        return self._told_sizes.present if self.awaits_entry and self._told_sizes is not None else self.size
+
     def record(self, **values: float) -> None:
-        """Add values, ``loss`` for one, to the event log's line of the present step."""
+        """Add values, ``loss`` for one, to the event log's line of the present step.
+
+        Raises:
+            ConfigError: a name is one that every line has already, ``epoch`` for one.
+        """
+        if taken := sorted(RESERVED.intersection(values)):
+            raise ConfigError(f"session.record() cannot take {', '.join(taken)}: every line of the event log has that")
         self._recorded.update(values)
 
     # -- the life of a session -----------------------------------------------------------------------
@@ -270,6 +284,12 @@ class Session(EndingSession):
     def at_boundary(self) -> bool:
         """Whether no step was finished since the last boundary."""
         return self.step == self._boundary_step
+
+    @property
+    def gradient_step_is_open(self) -> bool:
+        """Whether a gradient step was begun, and has not come to its end."""
+        operation = self._sequence.in_flight
+        return operation is not None and operation.is_gradient_step
 
     @property
     def talk_is_due(self) -> bool:

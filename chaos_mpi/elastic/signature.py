@@ -13,6 +13,7 @@ import torch
 
 #: Keys of a parameter group that are not hyper-parameters.
 _NOT_HYPER = frozenset({"params", "param_names"})
+_RATES = frozenset({"lr", "initial_lr"})
 
 
 def class_name(thing: object) -> str:
@@ -82,6 +83,18 @@ def with_groups_of(now: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]
         ]
         optimizers[name] = {**optimizer, "groups": groups}
     return {**first, "optimizers": optimizers}
+
+
+def without_rates(signature: dict[str, Any]) -> dict[str, Any]:
+    """A signature without learning rates: a newcomer gets the members', and may have computed its own from the size."""
+    optimizers = {}
+    for name, optimizer in signature["optimizers"].items():
+        groups = [
+            {**group, "hyper": {key: value for key, value in group["hyper"].items() if key not in _RATES}}
+            for group in optimizer["groups"]
+        ]
+        optimizers[name] = {**optimizer, "groups": groups}
+    return {**signature, "optimizers": optimizers}
 
 
 def first_difference(a: dict[str, Any], b: dict[str, Any]) -> str | None:

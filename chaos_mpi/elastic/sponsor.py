@@ -16,7 +16,7 @@ from typing import Any
 
 from chaos_mpi.elastic import launching
 from chaos_mpi.elastic.launching import LaunchWatch
-from chaos_mpi.elastic.signature import first_difference
+from chaos_mpi.elastic.signature import first_difference, without_rates
 from chaos_mpi.errors import ChaosError, PeerFailedError, WaitTimeoutError
 from chaos_mpi.membership import Join, Proposal
 from chaos_mpi.mpi import growth
@@ -37,7 +37,8 @@ class Sponsorship:
 
     Args:
         join: what was agreed on.
-        requirements: what the newcomer has to be like: ``versions``, and the ``signature`` of the training state.
+        requirements: what the newcomer has to be like: ``versions``, the ``signature`` of the training state, and the
+            ``sizes`` of the job, which it is told.
         limit_s: seconds it has until it is ready to take the state.
         propose: hands a proposal to all members; called from the thread.
 
@@ -95,7 +96,7 @@ class Sponsorship:
 
     def _run(self) -> None:
         try:
-            bridge = launching.start(self.join, START_DIRECTORY)
+            bridge = launching.start(self.join, self._requirements["sizes"], START_DIRECTORY)
             self.bridge = bridge
             self._watch.stop()
             bridge.send({"welcome": self.join.id, "requirements": self._requirements["versions"]})
@@ -156,7 +157,7 @@ class Sponsorship:
         for name, version in versions.items():
             if word["versions"].get(name) != version:
                 return f"{name} is {version} here and {word['versions'].get(name)} at {word['host']}"
-        return first_difference(self._requirements["signature"], word["signature"])
+        return first_difference(without_rates(self._requirements["signature"]), without_rates(word["signature"]))
 
     def _ended(self, reason: str = "the process ended before it was connected; its output says why") -> None:
         self._tell("failed", reason=reason)

@@ -139,7 +139,7 @@ class ChaosCallback:
         self._in_backward = self._end_queued = False
         everything = [p.detach() for p in model.parameters()] + [b.detach() for b in model.buffers()]
         self.session.share("initial parameters", everything)
-        self._synced = StableBuffers(self.session, model.buffers() if broadcast_buffers else ())
+        self._synced = StableBuffers(self.session, model if broadcast_buffers else None)
         self.state = TrainingState(
             model=model, optimizer=optimizer, scheduler=scheduler, sampler=sampler, rng=rng, session=self.session,
             **extras,

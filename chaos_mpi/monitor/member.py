@@ -63,6 +63,9 @@ from chaos_mpi.monitor.reachability import Diagnosis, Hearing
 from chaos_mpi.monitor.succession import Succession
 from chaos_mpi.monitor.topology import LinkEstimate
 
+#: How far apart nodes connect again after an outage, at most: see the reconnect intervals of the agents' mesh.
+RECONNECT_S = 2.5
+
 
 class State(enum.Enum):
     """Whether a node acts."""
@@ -109,6 +112,7 @@ class Member:
         self._proposer: Proposer | None = None
         self._highest = NO_BALLOT  # of this epoch, that was seen
         self._stopped, self.leaving = "", False
+        self._hears_quorum = True
         self._ran_s = self._next_beat_s = self._next_send_s = self._licensed_s = now_s
 
     def status(self, now_s: float) -> Status:
@@ -242,6 +246,7 @@ class Member:
         return [Sent(asked.ballot.proposer, accepted)]
 
     def _propose_if_needed(self, now_s: float) -> list[Sent]:
+        self._notice_isolation(now_s)
         if self._proposer is not None and now_s - self._proposer.started_s > 2 * self.timing.limit_s:
             self._proposer = None
             self._succession.saw_rival(now_s)
@@ -299,6 +304,19 @@ class Member:
             self._proposer = None
             self._licensed_s = now_s
         self._ran_s = max(now_s, self._ran_s)
+
+    def _notice_isolation(self, now_s: float) -> None:
+        """After a time without a quorum, everybody gets the time to connect again.
+
+        An outage of the whole network ends for some nodes earlier than for others, and whoever was first would put all
+        others out, although they live.
+        """
+        before = self._hears_quorum
+        self._hears_quorum = self.view.is_quorum(self._hearing.diagnosis(now_s).alive, self.timing.even_split)
+        if self._hears_quorum and not before:
+            self._hearing.listen_again(now_s + max(0.0, RECONNECT_S - self.timing.limit_s))
+            self._succession.paused()
+            self._proposer = None
 
     def _stop_if_alone(self, now_s: float) -> None:
         if self.status(now_s).state is State.GOING:

@@ -27,7 +27,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,9 +173,22 @@ class RecordingSource(StateSource):
                 self._lost_track = f"a step cannot be kept: {type(error).__name__}: {error}"
         return time.perf_counter() - begun
 
-    def stop_training(self, layout: Layout, tensors: Mapping[str, torch.Tensor], invitation: dict[str, Any]) -> None:
-        """The members have stopped: serve the live state from here on, and say so; :meth:`serve` does the rest."""
+    def stop_training(
+        self,
+        layout: Layout,
+        tensors: Mapping[str, torch.Tensor],
+        invitation: dict[str, Any],
+        lost: Collection[int] = frozenset(),
+    ) -> None:
+        """The members have stopped: serve the live state from here on, and say so; :meth:`serve` does the rest.
+
+        Args:
+            layout, tensors, invitation: see :class:`~chaos_mpi.replication.source.StateSource`.
+            lost: guests that are dead, as other members know.
+        """
         self._end_thread()
+        for guest in set(lost) - self.lost:
+            self._lose(guest)
         self._layout, self._tensors, self._invitation = layout, tensors, invitation
         self._final, self._snapshot = True, None
         self._release_parked()

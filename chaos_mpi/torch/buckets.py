@@ -257,7 +257,7 @@ class GradientStep(Operation):
     def deliver(self) -> None:
         """Put the averages into ``param.grad`` and rank 0's values into the module buffers.
 
-        A parameter that no contributing member used keeps its ``grad`` as it is, as with one process.
+        A parameter that no member used keeps its ``grad`` as it is, as with one process.
         """
         control = self.memory.control.tolist()
         count = max(control[0], 1.0)
@@ -277,7 +277,7 @@ class GradientStep(Operation):
             unpack_bytes(self.memory.shared, self._buffers)
 
     def write_average(self, param: int, target: torch.Tensor) -> None:
-        """Put the average of one parameter's gradients there, unless no contributing member used the parameter."""
+        """Put the average of one parameter's gradients there, unless no member used the parameter."""
         if self.memory.control[_CONTROL_HEADER + param] == 0.0:
             return
         for bucket, views in zip(self._buckets, self.memory.views, strict=True):
@@ -340,6 +340,7 @@ class GradientStep(Operation):
 
     def _fill_control(self) -> None:
         counts = self.contributes
-        used = [1.0 if counts and p.grad is not None else 0.0 for p in self._params]
+        # Of a member that does not count, too: it has a gradient now, of zeros, so all others need one.
+        used = [0.0 if p.grad is None else 1.0 for p in self._params]
         header = [1.0 if counts else 0.0, 1.0 if self._proposes() else 0.0, self._model, self._model**2]
         self.memory.control.copy_(torch.tensor([*header, *used]))

@@ -17,6 +17,9 @@ from chaos_mpi.torch.buckets import GradientStep, make_buckets
 from chaos_mpi.torch.modules import refuse_unusable_module
 from chaos_mpi.torch.reducer import Reducer
 
+#: The steps of modules in one backward end one after the other; one that does not, after an error, never will.
+_MOST_WAITS = 1000
+
 
 class DistributedDataParallel(torch.nn.Module):
     """Averages the gradients of ``module`` over all members, at the end of every ``backward()``.
@@ -81,11 +84,11 @@ class DistributedDataParallel(torch.nn.Module):
         if init_sync:
             everything = [p.detach() for p in module.parameters()] + [b.detach() for b in module.buffers()]
             self._session.share("initial parameters", everything)
-        buffers = module.buffers() if broadcast_buffers else ()
-        self._reducer = Reducer(self._session, self._params, self._buckets, buffers)
+        self._reducer = Reducer(self._session, self._params, self._buckets, module if broadcast_buffers else None)
         self._in_backward = False
         self._end_queued = False
         self._reached: set[int] = set()
+        self._is_late, self._waits = False, 0
         self._step: GradientStep | None = None
         for position, bucket in enumerate(self._buckets):
             for index in bucket.params:
@@ -134,6 +137,7 @@ class DistributedDataParallel(torch.nn.Module):
             if not self._in_backward:
                 self._backward_begins()
             if self._step is None:
+                self._reached.add(index)
                 return
             if index in self._reached:  # it was not final
                 self._step.more(bucket)
@@ -149,9 +153,25 @@ class DistributedDataParallel(torch.nn.Module):
         self._queue_end()
         if not self.require_backward_grad_sync:
             return
+        # Another wrapped module may be in the same backward (a GAN's); this one's turn comes when that is done.
+        self._is_late = self._session.gradient_step_is_open
+        if not self._is_late:
+            self._step = self._reducer.begin()
+
+    def _begin_late(self) -> None:
+        self._is_late, self._waits = False, 0
         self._step = self._reducer.begin()
+        for position, bucket in enumerate(self._buckets):
+            for _ in self._reached.intersection(bucket.params):
+                self._step.ready(position)
 
     def _backward_ends(self) -> None:
+        if self._is_late and self._session.gradient_step_is_open and self._waits < _MOST_WAITS:
+            self._waits += 1
+            Variable._execution_engine.queue_callback(self._backward_ends)
+            return
+        if self._is_late:
+            self._begin_late()
         step, self._step = self._step, None
         self._end_queued = False
         if not self._in_backward:

@@ -55,9 +55,9 @@ class ElasticState:
         self._index = {id(param): index for index, param in enumerate(self._params)}
         self._buckets = make_buckets(self._params, int(getattr(model, "bucket_bytes_cap", _DEFAULT_CAP_BYTES)))
         self._bucket_of = {index: place for place, bucket in enumerate(self._buckets) for index in bucket.params}
-        buffers = model.module.buffers() if model.broadcast_buffers else ()
+        synced = model.module if model.broadcast_buffers else None
         model.broadcast_buffers = False  # they travel with the gradients
-        self._reducer = Reducer(self._session, self._params, self._buckets, buffers)
+        self._reducer = Reducer(self._session, self._params, self._buckets, synced)
         self._step: GradientStep | None = None
         self._waiting: list[tuple[GradBucket, torch.futures.Future[torch.Tensor]]] = []
         self._in_backward = self._synchronised = False

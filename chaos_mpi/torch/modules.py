@@ -9,8 +9,6 @@ import torch
 from chaos_mpi.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from chaos_mpi.elastic.session import Session
 
 
@@ -21,19 +19,46 @@ class StableBuffers:
 
     Args:
         session: the session.
-        buffers: those that all members have alike after each step (none, if they may differ).
+        module: whose buffers all members have alike after each step; None if they may differ.
 
     Attributes:
-        live: the buffers themselves.
         nbytes: size of all of them.
     """
 
-    def __init__(self, session: Session, buffers: Iterable[torch.Tensor]) -> None:
-        self.live = [buffer.detach() for buffer in buffers]
-        self.nbytes = sum(buffer.nbytes for buffer in self.live)
-        self._kept = [buffer.clone() for buffer in self.live]
+    def __init__(self, session: Session, module: torch.nn.Module | None) -> None:
+        self._places: list[tuple[dict[str, torch.Tensor | None], str]] = []
+        self._tensors: list[torch.Tensor] = []
+        known: set[int] = set()
+        for part in module.modules() if module is not None else ():
+            for name, buffer in part._buffers.items():
+                if buffer is not None and id(buffer) not in known:
+                    known.add(id(buffer))
+                    self._places.append((part._buffers, name))
+                    self._tensors.append(buffer)
+        self._live = [buffer.detach() for buffer in self._tensors]
+        self.nbytes = sum(buffer.nbytes for buffer in self._live)
+        self._kept = [buffer.clone() for buffer in self._live]
         session.on_rollback(self._restore)
         session.on_restore(self.keep)
+
+    @property
+    def live(self) -> list[torch.Tensor]:
+        """The buffers themselves. A module may have put others in their place (``self.mean = 0.9 * self.mean + ...``).
+
+        Raises:
+            ConfigError: one is of another shape or dtype than at first.
+        """
+        for index, (owner, name) in enumerate(self._places):
+            tensor = owner.get(name)
+            if tensor is self._tensors[index]:
+                continue
+            kept = self._kept[index]
+            if tensor is None or tensor.shape != kept.shape or tensor.dtype != kept.dtype:
+                raise ConfigError(
+                    f"the buffer '{name}' was of {kept.dtype}, shape {tuple(kept.shape)}, and must stay so"
+                )
+            self._tensors[index], self._live[index] = tensor, tensor.detach()
+        return self._live
 
     def keep(self) -> None:
         """A step is finished: these are the ones to go back to."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +22,7 @@ class Reducer:
         session: the session.
         params: the parameters that are trained.
         buckets: their split.
-        buffers: module buffers that all members are to have alike after each step (none, if they may differ).
+        module: whose buffers all members are to have alike after each step; None if they may differ.
 
     Attributes:
         rounds: what is done before each forward pass and after each backward pass.
@@ -33,11 +33,11 @@ class Reducer:
         session: Session,
         params: Sequence[torch.nn.Parameter],
         buckets: Sequence[Bucket],
-        buffers: Iterable[torch.Tensor],
+        module: torch.nn.Module | None,
     ) -> None:
         self._session, self._params, self._buckets = session, params, buckets
         self._number = session.number_model()
-        self._synced = StableBuffers(session, buffers)
+        self._synced = StableBuffers(session, module)
         staged = make_staging(buckets, params)
         self._memory = [BufferSet(buckets, params, self._synced.nbytes, staged) for _ in range(2)]
         self.rounds = Rounds(session, params)

@@ -29,7 +29,9 @@ class Rounds:
     def begin(self) -> None:
         """Before a forward pass that is trained on: the place between two steps."""
         self._session.boundary()
-        if any(sampler.ghost_round() for sampler in self._session.samplers) and not self._muted:
+        if not any(sampler.ghost_round() for sampler in self._session.samplers):
+            self.unmute()  # a ghost's forward may have had no backward
+        elif not self._muted:
             # The next backward adds nothing: this round repeats a sample only to keep the ranks in step.
             self._muted = [p.register_hook(torch.zeros_like) for p in self._params if p.requires_grad]  # type: ignore[no-untyped-call]
 

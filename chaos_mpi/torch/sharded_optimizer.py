@@ -93,6 +93,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the parts that this member keeps, by ``part`` and number."""
+        for part in self._kept.values():
+            self._take_settings(part)
         return {f"part{number}": part.state_dict() for number, part in sorted(self._kept.items())}
 
     def allocate(self) -> None:
@@ -162,6 +164,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return split([param.nbytes for param in self._flat], parts)
 
     def _hand_over(self, missing: Sequence[int], keepers: Mapping[int, Sequence[str]], mine: Sequence[int]) -> None:
+        for part in self._kept.values():
+            self._take_settings(part)  # a scheduler may have changed them since the last step
         is_new = not self._kept
         given = {n: self._kept[n].state_dict() for n in missing if keepers[n][0] == self._session.member}
         buffer = io.BytesIO()

@@ -35,22 +35,25 @@ def shared_store(session: Session) -> Store:
         alone = len(set(session.gather(session.host))) == 1
         store: Store | None = None
         where: dict[str, Any] = {}
-        if session.rank == 0:
-            store, where = serve(alone)
-        where = session.gather(where)[0]
         problem = ""
-        if store is None and where:
-            try:
+        try:
+            if session.rank == 0:
+                store, where = serve(alone)
+        except (ConfigError, OSError, RuntimeError) as error:
+            problem = f"rank 0 ({session.host}): {error}"
+        where = session.gather(where)[0]
+        try:
+            if store is None and where:
                 store = connect(where)
-            except (OSError, RuntimeError, ValueError) as error:
-                problem = f"rank {session.rank} ({session.host}): {error}"
+        except (OSError, RuntimeError, ValueError) as error:
+            problem = f"rank {session.rank} ({session.host}): {error}"
         answers = session.gather([store is not None, problem])
         if store is not None and all(reached for reached, _ in answers):
             return store
         if problems := [problem for _, problem in answers if problem and session.members == members]:
             raise ConfigError(
-                f"rank 0 ({members[0]}) cannot be reached by all ranks: {'; '.join(problems)}. If hosts have several "
-                "networks, name the one to use with --network"
+                f"rank 0 ({members[0]}) cannot serve torch's store to all ranks: {'; '.join(problems)}. If hosts have "
+                "several networks, name the one to use with --network"
             )
     return HashStore()
 

@@ -64,12 +64,15 @@ def main() -> None:
     for state.epoch in range(state.epoch, args.epochs):
         sampler.set_epoch(state.epoch)
         model.train()
+        loss = None
         for images, labels in loader:
             optimizer.zero_grad()
             loss = F.cross_entropy(model(images), labels)
             loss.backward()
             optimizer.step()
             session.record(loss=loss.item())
+        if loss is None:  # resumed at the end of this epoch
+            continue
         scheduler.step()
         model.eval()
         with torch.no_grad():

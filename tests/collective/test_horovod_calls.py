@@ -302,6 +302,7 @@ def test_sync_batch_norm_of_half_precision(job: Session, dtype: torch.dtype) -> 
     assert got.dtype == dtype
     assert torch.allclose(got.float(), expected[mine], atol=0.02)
     assert torch.allclose(together.running_var, alone_.running_var, rtol=1e-3)
+    assert hvd.SyncBatchNorm(3).to(dtype)(whole[mine]).dtype == dtype
 
 
 def test_grouped_allgather_of_several_kinds(job: Session) -> None:

@@ -64,6 +64,7 @@ def test_a_member_that_lacks_its_part_gets_it(session: Session) -> None:
         ours.parameters(), torch.optim.AdamW, parts=2, node_of=halves(session).__getitem__, lr=0.01
     )
     reference = torch.optim.AdamW(plain.parameters(), lr=0.01)
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in (optimizer, reference)]
     for step in range(4):
         set_gradients([ours, plain], step)
         if step == 2 and session.rank == 0:  # as a rank that has just joined
@@ -71,6 +72,8 @@ def test_a_member_that_lacks_its_part_gets_it(session: Session) -> None:
             optimizer.param_groups[0]["lr"] = 0.5
         optimizer.step()
         reference.step()
+        for scheduler in schedulers:
+            scheduler.step()
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), plain.parameters(), strict=True))
 
 

@@ -36,7 +36,7 @@ trace = folder / f"trace-{session.member}.jsonl"
 entries: list[dict[str, Any]] = []
 
 
-def train_epoch(state: hvd.elastic.TorchState) -> None:
+def train_epoch(state: hvd.elastic.TorchState, pair: hvd.ProcessSet | None) -> None:
     """What is left of one epoch."""
     for batch, (indices, inputs, targets) in enumerate(loader):
         faults.enter(session.step)
@@ -46,6 +46,8 @@ def train_epoch(state: hvd.elastic.TorchState) -> None:
         loss = nn.functional.mse_loss(model(inputs), targets)
         if batch % 2 == 0:
             hvd.allreduce(loss.detach())  # without a name: calls are counted, and newcomers have made none
+        if pair is not None and pair.included():
+            assert hvd.allreduce(torch.ones(1), op=hvd.Sum, process_set=pair).item() == 2
         loss.backward()
         faults.reach("before optimizer")
         optimizer.synchronize()
@@ -65,9 +67,11 @@ def train_epoch(state: hvd.elastic.TorchState) -> None:
 @hvd.elastic.run
 def train(state: hvd.elastic.TorchState) -> None:
     """All epochs."""
+    wanted = job.get("process_set") and hvd.size() > 2  # two of two would be all
+    pair = hvd.add_process_set([0, 1]) if wanted else None  # anew at each entry
     entries.append({"epoch": state.epoch, "step": session.step, "size": hvd.size(), "seen": state.seen})
     while state.epoch < job["epochs"]:
-        train_epoch(state)
+        train_epoch(state, pair)
         state.epoch += 1
         sampler.set_epoch(state.epoch)
         state.commit()

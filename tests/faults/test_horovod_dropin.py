@@ -128,7 +128,7 @@ def test_join_and_leave(tmp_path: Path) -> None:
         {"rank": 1, "at": "boundary", "step": 2, "do": "join"},
         {"rank": 2, "at": "boundary", "step": 6, "do": "leave"},
     ]
-    job = run(tmp_path, "horovod_elastic.py", rules, epochs=30, pause_s=0.02)
+    job = run(tmp_path, "horovod_elastic.py", rules, epochs=30, pause_s=0.02, process_set=True)
     newcomer = next(iter(job.events("join_active")))["member"]
     steps = check(job, {job.member(0), job.member(1), newcomer})
     assert newcomer in steps[len(steps)]

@@ -23,7 +23,7 @@ from torch import nn
 from chaos_mpi.elastic import catchup
 from chaos_mpi.elastic.arrival import UNUSABLE_LINK_BYTES_PER_S, known_rates
 from chaos_mpi.elastic.catchup import not_repeated, planned
-from chaos_mpi.elastic.learning_rate import StepHooks, scale_learning_rate
+from chaos_mpi.elastic.learning_rate import ScaledRate, StepHooks
 from chaos_mpi.elastic.overlap import merged, overlaps
 from chaos_mpi.errors import PeerFailedError
 from chaos_mpi.membership import Join
@@ -512,7 +512,7 @@ def test_the_learning_rate_is_scaled_once_and_taken_back() -> None:
     model = build_model()
     (optimizer,) = decaying(model)
     used: list[float] = []
-    scale_learning_rate(optimizer, lambda: 3.0)
+    ScaledRate(optimizer, lambda: 3.0)
     StepHooks(optimizer, lambda: used.append(optimizer.param_groups[0]["lr"]), lambda: None)
     for _ in range(2):
         model(torch.randn(2, 6)).sum().backward()

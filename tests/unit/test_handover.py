@@ -26,6 +26,10 @@ class FakeSession:
         self.member, self.members = member, members
         self.initial_size, self.batch_policy = initial_size, policy
 
+    @property
+    def expected_size(self) -> int:
+        return len(self.members)
+
     def attach_sampler(self, sampler: ElasticSampler) -> None:
         pass
 

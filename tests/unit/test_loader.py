@@ -18,6 +18,10 @@ class FakeSession:
         self.initial_size = len(members)
         self.batch_policy = "none"
 
+    @property
+    def expected_size(self) -> int:
+        return len(self.members)
+
     def attach_sampler(self, sampler: ElasticSampler) -> None:
         """Nothing to keep."""
 

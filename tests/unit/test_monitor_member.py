@@ -37,6 +37,38 @@ def test_a_healthy_cluster_changes_nothing() -> None:
     assert list(net.chosen) == [0]
 
 
+@pytest.mark.parametrize("outage_s", [0.8, 2.0, 6.0])
+@pytest.mark.parametrize("count", [3, 4, 5, 8])
+@pytest.mark.parametrize("seed", range(3))
+def test_an_outage_of_the_whole_network_costs_nobody(count: int, outage_s: float, seed: int) -> None:
+    """Links come back one after the other, as connections are made again."""
+    net = network(count, seed=seed)
+    nodes = list(net.first.members)
+    net.partition(*([node] for node in nodes))
+    net.run(outage_s)
+    links = sorted(net.cut)
+    random.Random(seed).shuffle(links)
+    for link in links:
+        net.cut.discard(link)
+        net.run(1.5 / len(links))
+    net.run(5.0)
+    assert list(net.chosen) == [0]
+    assert net.going() == nodes
+
+
+@pytest.mark.parametrize("dead", [A, E])
+def test_who_dies_in_an_outage_of_the_whole_network_is_removed_after_it(dead: Node) -> None:
+    net = network()
+    net.partition(*([node] for node in FIVE))
+    net.run(1.0)
+    net.crash(dead)
+    net.heal()
+    net.run(3.5)
+    left = [node for node in FIVE if node != dead]
+    assert net.chosen[1].members == tuple(left)
+    assert net.going() == left
+
+
 @pytest.mark.parametrize("dead", FIVE)
 def test_a_dead_node_is_removed_within_the_limit_and_a_few_round_trips(dead: Node) -> None:
     net = network()

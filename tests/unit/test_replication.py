@@ -164,6 +164,7 @@ class Port:
     network: Network
     rank: int
     driving: bool = False
+    gone: set[int] = field(default_factory=set)
 
     def look(self) -> None:
         self.network.happen()
@@ -186,8 +187,9 @@ class Port:
         self.look()
         if mail := self.network.mail(source, self.rank):
             message: dict[str, Any] = json.loads(mail.popleft())
+            self.gone.update(message.get("dead", ()))
             return message
-        if source in self.network.dead:
+        if source in self.network.dead or source in self.gone:
             raise PeerFailedError(f"rank {source} is dead")
         return None
 
@@ -776,6 +778,7 @@ def test_newcomers_learn_that_nobody_is_left_to_say_a_word() -> None:
     network = Network()
     newcomer, *members = (Port(network, rank) for rank in range(4))
     network.kill(1)
+    members[0].send(0, {"dead": [3]})
     members[1].send(0, {"dead": [1, 3]})
     members[1].send(0, {"dead": [2]})
     assert await_word(newcomer, [1, 2, 3], "complete", 5.0, "their word") is None  # type: ignore[arg-type]

@@ -25,6 +25,10 @@ class FakeSession:
         self.batch_policy = policy
         self.samplers: list[ElasticSampler] = []
 
+    @property
+    def expected_size(self) -> int:
+        return len(self.members)
+
     def attach_sampler(self, sampler: ElasticSampler) -> None:
         self.samplers.append(sampler)
 
@@ -46,6 +50,27 @@ def change(samplers: list[ElasticSampler]) -> None:
     for sampler in samplers:
         sampler.apply_change(reports, session_of(sampler).members, new)
         session_of(sampler).members = new
+
+
+def test_what_was_fetched_and_never_trained_on_comes_again() -> None:
+    (one,) = make(1, 12, 4)
+    first = next(iter(one))
+    batches = iter(one)
+    assert next(batches) == first
+    one.note_backward()
+    one.commit()
+    again = iter(one)
+    assert next(again) != first
+    assert len(one) == 2
+
+
+@pytest.mark.parametrize("policy", ["keep_global_batch", "none"])
+def test_a_process_that_is_to_join_knows_how_long_an_epoch_is(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    members = make(4, 6400, 16, policy)
+    (newcomer,) = make(1, 6400, 16, policy)
+    session_of(newcomer).initial_size = 4
+    monkeypatch.setattr(FakeSession, "expected_size", 4)
+    assert len(newcomer) == len(members[0]) == 100
 
 
 class Rank:
@@ -208,8 +233,10 @@ def test_going_on_to_the_next_epoch_without_set_epoch() -> None:
 def test_breaking_off_and_going_on() -> None:
     (sampler,) = make(1, 10, 2, shuffle=False)
     for batch in sampler:
-        if batch[0] == 2:
+        if batch[0] == 4:  # not trained on
             break
+        sampler.note_backward()
+        sampler.commit()
     assert list(sampler) == [[4, 5], [6, 7], [8, 9]]
     for _ in sampler:
         break

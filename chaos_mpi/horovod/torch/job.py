@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _BOUNDARY = "step boundary"
 #: Calls that leave a process as it is which has not entered the job yet.
-_LOCAL_BEFORE_ENTRY = ("broadcast", "barrier", "add process set", "remove process set", "shutdown")
+_LOCAL_BEFORE_ENTRY = ("broadcast", "barrier", "shutdown")
 
 
 class Job:

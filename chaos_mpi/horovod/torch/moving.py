@@ -80,9 +80,12 @@ def gather(
 
 
 def _packed(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The bytes of several tensors, after the number of rows of each."""
-    rows = torch.tensor([tensor.shape[0] if tensor.dim() else 1 for tensor in tensors])
-    return torch.cat([tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (rows, *tensors)])
+    """The bytes of several tensors, after the number of rows of each, in words of eight bytes: MPI counts them."""
+    words = [torch.tensor([tensor.shape[0] if tensor.dim() else 1 for tensor in tensors])]
+    for tensor in tensors:
+        flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+        words.append(torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(torch.int64))
+    return torch.cat(words)
 
 
 def _unpacked(packed: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -90,16 +93,17 @@ def _unpacked(packed: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.
     found: list[list[torch.Tensor]] = [[] for _ in like]
     place = 0
 
-    def take(nbytes: int, dtype: torch.dtype) -> torch.Tensor:
+    def take(words: int) -> torch.Tensor:
         nonlocal place
-        place += nbytes
-        return packed[place - nbytes : place].clone().view(dtype)  # a copy, where an element may be aligned
+        place += words
+        return packed[place - words : place]
 
     while place < packed.numel():
-        rows = take(8 * len(like), torch.int64).tolist()
+        rows = take(len(like)).tolist()
         for parts, tensor, count in zip(found, like, rows, strict=True):
             shape = [count, *tensor.shape[1:]]
-            parts.append(take(prod(shape) * tensor.element_size(), tensor.dtype).view(shape))
+            nbytes = prod(shape) * tensor.element_size()
+            parts.append(take(-(-nbytes // 8)).view(torch.uint8)[:nbytes].clone().view(tensor.dtype).view(shape))
     return [torch.cat(parts) for parts in found]
 
 

@@ -1,18 +1,19 @@
 """Sets of some of the ranks, for calls among them.
 
 They are not elastic: a set ends when one of its ranks dies or leaves. Its calls then raise
-:class:`HorovodInternalError`, while the job goes on, and a new set can be made of those that are left.
+:class:`HorovodInternalError`, while the job goes on, and a new set can be made of those that are left. When
+``hvd.elastic.run`` enters the training function again, all sets have ended, as with Horovod, and are made anew there.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from chaos_mpi.elastic.exchanges import Barrier
-from chaos_mpi.elastic.operations import GatherRows
+import torch
+
+from chaos_mpi.elastic.exchanges import AllGather, Barrier
 from chaos_mpi.elastic.subgroup import Subgroup
 from chaos_mpi.horovod.common.exceptions import HorovodInternalError
 from chaos_mpi.horovod.torch.calls import CallQueue, Request
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger("chaos_mpi.horovod")
-
-_NUMBER_BYTES = 24
 
 
 class ProcessSet:
@@ -203,6 +202,15 @@ def begin(_: Job) -> None:
     _sets.clear()
 
 
+def forget() -> None:
+    """All ranks enter the training function anew, where the sets are to be made again: with those that came."""
+    for process_set in list(_sets.values()):
+        queue = process_set._invalidate()
+        if queue is not None and isinstance(queue.group, Subgroup):
+            queue.group.free()
+    _sets.clear()
+
+
 def replace(process_sets: Sequence[ProcessSet]) -> None:
     """These sets, in this order, and no others."""
     for process_set in list(_sets.values()):
@@ -217,11 +225,7 @@ def end() -> None:
         if process_set._queue is not None:
             process_set._queue.drain()
     _together("shutdown")
-    for process_set in list(_sets.values()):
-        queue = process_set._invalidate()
-        if queue is not None and isinstance(queue.group, Subgroup):
-            queue.group.free()
-    _sets.clear()
+    forget()
 
 
 def ids_and_ranks() -> dict[int, list[int]]:
@@ -237,11 +241,11 @@ def _next_number(what: str, members: tuple[str, ...]) -> int:
     """
     global _last_number
 
-    def finish(operation: GatherRows, _: object) -> tuple[list[int], tuple[str, ...]]:
-        return operation.decoded(), operation.contributors
+    def finish(operation: AllGather, _: object) -> tuple[list[int], tuple[str, ...]]:
+        return operation.result.tolist(), operation.contributors
 
-    def make(_: object) -> GatherRows:
-        return GatherRows(what, json.dumps(_last_number).encode(), _NUMBER_BYTES)
+    def make(_: object) -> AllGather:
+        return AllGather(what, torch.tensor([_last_number]))
 
     numbers, living = job().waiting.wait(job().queue.put(Request(Asked(what, what), make, finish)))
     _last_number = int(max(numbers)) + 1

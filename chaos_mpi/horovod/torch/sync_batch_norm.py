@@ -29,7 +29,7 @@ class SyncBatchNorm(_BatchNorm):
             return super().forward(input)
         dims = [d for d in range(input.dim()) if d != 1]
         shape = [1, -1] + [1] * (input.dim() - 2)
-        # Half precision has not got the range for sums over a batch; running statistics are float32 in any case.
+        # Half precision has not got the range for sums over a batch.
         wide = input if input.dtype == torch.float64 else input.float()
         local = torch.cat([wide.sum(dims), wide.new_tensor([input.numel() / input.shape[1]])])
         total = allreduce(local, op=Sum)
@@ -50,5 +50,5 @@ class SyncBatchNorm(_BatchNorm):
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         momentum = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
-        self.running_mean.lerp_(mean, momentum)
-        self.running_var.lerp_(variance, momentum)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), momentum)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from chaos_mpi.elastic.exchanges import Barrier
+from chaos_mpi.elastic.exchanges import AllGather, Barrier
 from chaos_mpi.elastic.state import TrainingState
 from chaos_mpi.errors import CheckpointError, ConfigError
 from chaos_mpi.horovod.common.exceptions import HorovodInternalError, HostsUpdatedInterrupt
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from chaos_mpi.horovod.torch.elastic.state import State
 
 
-_RESET = "reset after an error"
+_RESET, _CHECK = "reset after an error", "check for changes of the ranks"
 #: The others may be in several calls, one after the other, each of which fails.
 _ATTEMPTS = 8
 
@@ -82,9 +82,17 @@ def enter(state: State) -> None:
         session.gather_with_contributors(None)  # the last of what the members do in :func:`check`
 
 
-def note_members() -> None:
-    """All ranks enter the training function: changes are told relative to who is there now."""
+def note_members(*, again: bool) -> None:
+    """All ranks enter the training function: changes are told relative to who is there now.
+
+    Args:
+        again: whether this rank does not enter it for the first time.
+    """
+    from chaos_mpi.horovod.torch import process_sets
+
     here = job()
+    if again:
+        process_sets.forget()
     here.queue.drain()
     here.entered = here.session.gather_with_contributors(None)[1]
     here.queue.renumber()
@@ -121,7 +129,16 @@ def check(told: bool) -> None:
     here = job()
     here.queue.drain()
     session = here.session
-    rows, members = session.gather_with_contributors([session.wants_to_talk(), told])
+    flags = torch.tensor([[session.wants_to_talk(), told]])
+    rows, members = here.waiting.wait(
+        here.queue.put(
+            Request(
+                Asked(_CHECK, _CHECK),
+                lambda _: AllGather(_CHECK, flags),
+                lambda operation, _: (operation.result.tolist(), operation.contributors),
+            )
+        )
+    )
     if here.elastic:
         talk = session.talk_is_due or any(wants for wants, _ in rows)
         if talk:

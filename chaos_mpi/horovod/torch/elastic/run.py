@@ -27,12 +27,13 @@ def run(func: Callable[..., T]) -> Callable[..., T]:
     @functools.wraps(func)
     def wrapper(state: State, *args: Any, **kwargs: Any) -> T:
         membership.enter(state)
-        in_step = False
+        in_step = again = False
         while True:
             try:
                 if not in_step:
                     state.sync()
-                membership.note_members()
+                membership.note_members(again=again)
+                again = True
                 return func(state, *args, **kwargs)
             except HorovodInternalError:
                 membership.come_together()
