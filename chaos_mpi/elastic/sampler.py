@@ -30,8 +30,8 @@ class ElasticSampler(Sampler[list[int]]):
     index on the others to keep the ranks in step; the gradient of such a *ghost* round counts nothing.
 
     Iterating again after a whole epoch begins the next one, with or without :meth:`set_epoch`. After breaking
-    out of the loop, iterating again goes on with the next batch; ``set_epoch`` with another number leaves the
-    rest.
+    out of the loop, iterating again goes on after the last batch that was trained on; ``set_epoch`` with another
+    number leaves the rest.
 
     Args:
         data_source: the dataset, or the number of its samples.

@@ -296,6 +296,39 @@ def test_backward_twice_through_one_graph(session: Session) -> None:
     assert_close(gradients(module), expected)
 
 
+def test_two_modules_in_one_backward(session: Session) -> None:
+    generator, critic = net(1), nn.Sequential(nn.Linear(4, 1), nn.Tanh()).double()
+    both = nn.Sequential(generator, critic)
+    wrapped = [DistributedDataParallel(part, bucket_cap_mb=SMALL_BUCKETS) for part in (generator, critic)]
+    for _ in range(2):
+        both.zero_grad()
+        steps = session.step
+        squared(nn.Sequential(*wrapped), session.rank).backward()
+        assert session.step == steps + 2
+        assert_close(gradients(both), averaged(both, session.size, squared))
+
+
+def test_buffers_that_a_module_replaces(session: Session) -> None:
+    class Running(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+            self.register_buffer("mean", torch.zeros(8, dtype=torch.float64))
+            self.mean: torch.Tensor
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.mean = 0.9 * self.mean + x.detach().mean(0)
+            return self.net(x)
+
+    module = Running()
+    model = DistributedDataParallel(module)
+    for _ in range(2):
+        squared(model, session.rank).backward()
+    means = session.gather(module.mean.tolist())
+    assert all(mean == means[0] for mean in means)
+    assert module.mean.abs().sum() > 0
+
+
 class Repeated(nn.Module):
     """A part that is used twice, and recomputed in backward, each time by itself."""
 

@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -215,9 +216,13 @@ def test_too_few_ranks(tmp_path: Path) -> None:
     assert f"stopped at step {STEP}: 2 of 4 ranks are left, and min_ranks is 3" in lines[0]
     assert str(saved / f"step-{STEP:09d}.safetensors") in lines[0]
 
-    second = run_again(first, tmp_path / "b", problem, "--checkpoint-dir", str(saved), "--resume")
+    left = replace(problem, ranks=2)
+    second = run_again(first, tmp_path / "b", left, "--checkpoint-dir", str(saved), "--resume")
     assert second.status == 0
     _check_continued(problem, first, second, STEP)
+    batches = [trace.batches for trace in read_traces(second.folder).values()]
+    sizes = {sum(len(of_rank[step]["indices"]) for of_rank in batches) for step in batches[0]}
+    assert sizes == {problem.ranks * problem.batch_size}, "the global batch is not what it was"
 
 
 def test_too_few_ranks_of_a_job_that_was_resumed_with_more(tmp_path: Path) -> None:
