@@ -24,6 +24,8 @@ from chaos_mpi.errors import EngineError
 RECORDS = ("starting", "connected", "member", "ready", "outcome")
 #: What its agent writes down when it has crashed.
 CRASH = "crash"
+#: What a proxy writes down when the connection with the host of its rank broke.
+LOST = "lost"
 
 
 def note_down(directory: Path, kind: str, fields: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from chaos_mpi.agent.crashes import how_ended
 from chaos_mpi.agent.environment import SESSION_DIRECTORY, carried, server_endpoint
 from chaos_mpi.agent.frames import MAGIC, Decoder, Frame, Kind, encode, encode_json
 from chaos_mpi.agent.guard import Settings
-from chaos_mpi.agent.home import CRASH, RECORDS, note_down
+from chaos_mpi.agent.home import CRASH, LOST, RECORDS, note_down
 from chaos_mpi.agent.liaison import Liaison
 from chaos_mpi.agent.processes import die_with_parent, end_like, start_time
 from chaos_mpi.agent.registry import note_end, register
@@ -240,6 +240,9 @@ class Proxy:
         status = await self._process.wait()
         if self._decoder.begun:
             log.error("the connection to %s is lost; its rank counts as dead", self._where())
+            if self._run_dir is not None:
+                with contextlib.suppress(OSError):
+                    note_down(self._run_dir, LOST, {"host": self._where()})
             return -signal.SIGKILL
         return self._fail(f"'{shlex.join(command)}' ended with status {status} before the rank was started; see above")
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from chaos_mpi.agent.home import CRASH
+from chaos_mpi.agent.home import CRASH, LOST
 
 EXIT_FINISHED = 0
 EXIT_FAILED = 1
@@ -25,7 +25,7 @@ _SIGNALLED = 128
 
 Record = Mapping[str, Any]
 #: In the order of the attributes of :class:`Records`.
-_KINDS = ("starting", "member", "outcome", "ended", CRASH, "connected")
+_KINDS = ("starting", "member", "outcome", "ended", CRASH, "connected", LOST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,7 @@ class Records:
         ended: proxies of newcomers on other hosts, at their end, however that came about.
         crashes: ranks that crashed, as the agents beside them saw it, also where these could not write anything down.
         connected: ranks that have started MPI; they may have to find out first who of the others is alive.
+        lost: proxies whose connections with the hosts of their ranks broke.
     """
 
     starting: Mapping[int, Record]
@@ -47,6 +48,7 @@ class Records:
     ended: Mapping[int, Record] = field(default_factory=dict)
     crashes: Mapping[int, Record] = field(default_factory=dict)
     connected: Mapping[int, Record] = field(default_factory=dict)
+    lost: Mapping[int, Record] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,13 @@ def judge(records: Records, mpirun_status: int) -> Verdict:
         if not crashed and not speechless:
             return Verdict(EXIT_FINISHED)
         return Verdict(EXIT_FINISHED, _crashes(records, crashed, speechless))
+    if records.lost and not crashed:
+        hosts = ", ".join(sorted({str(record.get("host")) for record in records.lost.values()}))
+        return Verdict(
+            EXIT_GOES_ON,
+            f"the connections with {hosts} were lost, and the ranks there may train on without this launcher: look there "
+            "with 'chaosctl status' before you start it anew; 'chaosctl takeover' gives it another launcher",
+        )
     if by_kind["cut off"]:
         return Verdict(EXIT_STOPPED, f"no part of the job has a majority: {_first_message(by_kind['cut off'])}")
     if crashed:

@@ -276,10 +276,15 @@ class Persistence:
                 break
             time.sleep(_LOOK_PERIOD_S)
         else:
+            problem = offers[0]["problem"]
+            if self._settings.awaits_state:
+                raise CheckpointError(
+                    f"the job was not handed over: no host has its state ({problem}). It moved to another launcher, "
+                    "runs on, or is over: see chaosctl status"
+                )
             raise CheckpointError(
-                f"no host has the state of the job that was to go on here ({offers[0]['problem']}); if it does not run "
-                f"any more, start it without {kept.VARIABLE}, from its last checkpoint if it has one "
-                "(--checkpoint-dir, --resume)"
+                f"no host has the state of the job that was to go on here ({problem}); start it without "
+                f"{kept.VARIABLE}, from its last checkpoint if it has one (--checkpoint-dir, --resume)"
             )
         lacking = [
             offer["member"] for offer in offers if (offer["step"], offer["digest"]) != (best["step"], best["digest"])

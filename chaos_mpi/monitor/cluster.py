@@ -116,7 +116,7 @@ class Timing:
         limit_s: a node that nobody has heard for so long is dead. To be several times the round-trip time.
         period_s: time between two heartbeats; None for a fifth of the limit.
         heal_s: how long a cut link may stay cut (a detour may heal it) before one end is removed.
-        give_up_s: a node that is cut off from the quorum for so long stops.
+        give_up_s: a node that is cut off from the quorum for so long stops: longer than a switch takes to start again.
         drift: by how much, relatively, the clocks of two nodes may differ in speed.
         even_split: see :meth:`ClusterView.is_quorum`.
     """
@@ -124,7 +124,7 @@ class Timing:
     limit_s: float = 0.5
     period_s: float | None = None
     heal_s: float = 3.0
-    give_up_s: float = 10.0
+    give_up_s: float = 30.0
     drift: float = 0.1
     even_split: str = "lowest"
 

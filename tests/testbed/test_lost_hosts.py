@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -82,6 +83,21 @@ def test_two_hosts_vanish_at_once(launched: Start, ssh_bed: Bed) -> None:
     ssh_bed[0].power_off("edge4")
     train(job, 20)
     check_survivors(job, "edge1", "edge3", "edge5")
+
+
+@pytest.mark.parametrize("outage_s", [2.0, 12.0])
+def test_an_outage_of_the_whole_network_costs_nobody(launched: Start, ssh_bed: Bed, outage_s: float) -> None:
+    bed, _ = ssh_bed
+    job = launched(ENDLESS, HOSTS)
+    train(job)
+    links = list(itertools.combinations(HOSTS.split(","), 2))
+    for link in links:
+        bed.cut(*link)
+    time.sleep(outage_s)
+    for link in links:
+        bed.restore(*link)
+    train(job, 20)
+    check_survivors(job, "edge1", "edge2", "edge3")
 
 
 def send(pids: list[int], number: signal.Signals) -> None:

@@ -73,6 +73,17 @@ CASES: dict[str, tuple[Records, int, Verdict]] = {
     "failed, with no word why": (records({"outcome": "failed", "message": ""}), 1, Verdict(1, "the job failed")),
     "failed outweighs finished": (records(FINISHED, FAILED), 0, Verdict(1, "waited in vain")),
     "stopped outweighs failed": (records(FAILED, STOPPED), 1, Verdict(3, STOPPED["message"])),
+    "connections were lost": (
+        Records({}, {100: {}, 101: {}}, {}, lost={101: {"host": "edge2"}, 100: {"host": "edge1"}}), 137,
+        Verdict(
+            4,
+            "the connections with edge1, edge2 were lost, and the ranks there may train on without this launcher: look "
+            "there with 'chaosctl status' before you start it anew; 'chaosctl takeover' gives it another launcher",
+        ),
+    ),
+    "connections were lost, and the rest finished": (
+        Records({}, {100: {}, 101: {}}, {100: FINISHED}, lost={101: {"host": "edge2"}}), 137, Verdict(0),
+    ),
     "all are cut off": (
         records(CUT_OFF, {"outcome": "cut off", "message": "b"}, CRASHED), 1,
         Verdict(3, "no part of the job has a majority: a is not heard"),
