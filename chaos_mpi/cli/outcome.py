@@ -113,8 +113,8 @@ def judge(records: Records, mpirun_status: int) -> Verdict:
         hosts = ", ".join(sorted({str(record.get("host")) for record in records.lost.values()}))
         return Verdict(
             EXIT_GOES_ON,
-            f"the connections with {hosts} were lost, and the ranks there may train on without this launcher: look there "
-            "with 'chaosctl status' before you start it anew; 'chaosctl takeover' gives it another launcher",
+            f"the connections with {hosts} were lost, and the ranks there may train on without this launcher: look "
+            "there with 'chaosctl status' before you start it anew; 'chaosctl takeover' gives it another launcher",
         )
     if by_kind["cut off"]:
         return Verdict(EXIT_STOPPED, f"no part of the job has a majority: {_first_message(by_kind['cut off'])}")
