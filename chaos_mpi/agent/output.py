@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import threading
 from collections import deque
@@ -109,16 +108,18 @@ class LogFile:
             self._thread.join(limit_s)
 
     def _run(self) -> None:
-        with contextlib.suppress(OSError):
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        descriptor = -1
+        while (data := self._next()) is not None:
             try:
-                while (data := self._next()) is not None:
-                    os.write(descriptor, data)
-            finally:
-                os.close(descriptor)
-        with self._changed:
-            self._closed = True
+                if descriptor < 0:
+                    self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                    descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+                while data:
+                    data = data[os.write(descriptor, data) :]
+            except OSError:  # it may be full for a while
+                continue
+        if descriptor >= 0:
+            os.close(descriptor)
 
     def _next(self) -> bytes | None:
         with self._changed:

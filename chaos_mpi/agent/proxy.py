@@ -240,7 +240,7 @@ class Proxy:
         status = await self._process.wait()
         if self._decoder.begun:
             log.error("the connection to %s is lost; its rank counts as dead", self._where())
-            if self._run_dir is not None:
+            if self._run_dir is not None and self._placement.remote:
                 with contextlib.suppress(OSError):
                     note_down(self._run_dir, LOST, {"host": self._where()})
             return -signal.SIGKILL

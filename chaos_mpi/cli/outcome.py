@@ -109,7 +109,7 @@ def judge(records: Records, mpirun_status: int) -> Verdict:
         if not crashed and not speechless:
             return Verdict(EXIT_FINISHED)
         return Verdict(EXIT_FINISHED, _crashes(records, crashed, speechless))
-    if records.lost and not crashed:
+    if records.lost and records.members and not crashed and not speechless:
         hosts = ", ".join(sorted({str(record.get("host")) for record in records.lost.values()}))
         return Verdict(
             EXIT_GOES_ON,

@@ -21,7 +21,7 @@ import psutil
 from chaos_mpi.agent import registry
 from chaos_mpi.agent.proxy import KILL_SIGNAL
 from chaos_mpi.cli.control import end_ranks
-from chaos_mpi.cli.outcome import Records, read_records
+from chaos_mpi.cli.outcome import Records, describe_status, read_records
 from chaos_mpi.cli.output import OutputFilter
 from chaos_mpi.cli.terminal import write
 from chaos_mpi.elastic.lifecycle import alike, write_record
@@ -138,7 +138,9 @@ class MpirunJob:
                 self._process.wait(_POLL_S)
             except subprocess.TimeoutExpired:
                 continue
-        crashed = self._process.returncode < 0 and self.interrupted_by is None
+        records = read_records(self._run_dir)
+        under_way = bool(records.members.keys() - records.outcomes.keys())
+        crashed = self._process.returncode < 0 and under_way and self.interrupted_by is None
         lost = self._outlived and (crashed or self._process.returncode == -signal.SIGKILL) and not self._killed
         if lost:
             # They tell the loss of mpirun from its end by its directory, which goes when this process ends.
@@ -149,11 +151,10 @@ class MpirunJob:
             pump.join(GRACE_S)
         self._restore_handlers()
         if lost:
-            how = signal.Signals(-self._process.returncode).name
             raise LauncherLostError(
-                f"mpirun was killed ({how}); the ranks train on without it. None can be added before 'chaosctl "
-                "takeover' is run on one of their hosts. chaosctl works on each of these, and what they print goes to "
-                "the directory of --log-dir there"
+                f"mpirun {describe_status(self._process.returncode)}; the ranks train on without it. None can be added "
+                "before 'chaosctl takeover' is run on one of their hosts. chaosctl works on each of these, and what "
+                "they print goes to the directory of --log-dir there"
             )
         return self._process.returncode
 

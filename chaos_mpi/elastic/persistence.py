@@ -147,10 +147,13 @@ class Persistence:
         """Write the state at once, and say where, or why not."""
         if self._state is None:
             return "No state was saved, because the script names none (chaos_mpi.TrainingState)."
-        directory = self._settings.checkpoint_dir or checkpoint.unused_directory(Path.cwd() / "chaos-state")
+        directory = self._settings.checkpoint_dir or Path.cwd() / "chaos-state"
         step = self._session.step
         path = checkpoint.checkpoint_path(directory, step)
         try:
+            if self._settings.checkpoint_dir is None:
+                directory = checkpoint.unused_directory(directory)
+                path = checkpoint.checkpoint_path(directory, step)
             if self._writer is not None:
                 self._writer.flush(FLUSH_LIMIT_S)
             # The others cannot be asked any more.
@@ -219,6 +222,8 @@ class Persistence:
         # The contributors of the finished step, not the view: they are the same everywhere, while a member
         # may learn of a death one step later than another.
         session = self._session
+        if session.awaits_entry:  # it repeats the members' steps, with the rates that they had
+            return 1.0
         return lr_factor(session.batch_policy, session.initial_size, session.gradient_contributors)
 
     def _refuse_differences(self, state: TrainingState) -> None:

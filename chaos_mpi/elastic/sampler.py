@@ -86,6 +86,8 @@ class ElasticSampler(Sampler[list[int]]):
         self._in_flight: list[Taken] = []
         self._last_is_ghost = False
         self._backwards = 0
+        #: Whether the next iteration belongs to the loop that there is, for :class:`chaos_mpi.DataLoader`.
+        self.loop_goes_on = False
         self._warned = False
         # Per lap, from the present one on: another rank may be a lap ahead when a member dies.
         self._changes: dict[int, list[Change]] = {}
@@ -122,8 +124,9 @@ class ElasticSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         if self._is_complete():
             self._next_lap(self._epoch + 1)
-        if not self._backwards and self._taken > self._done:  # seen (next(iter(loader))), but never trained on
-            self._taken = self._done
+        goes_on, self.loop_goes_on = self.loop_goes_on, False
+        if not (goes_on or self._backwards) and self._taken > self._done:
+            self._taken = self._done  # what was seen since (next(iter(loader))) was never trained on
             self._in_flight.clear()
         # What a loop that was left had fetched but not seen is handed out again.
         self._issued = self.loop_start = self._taken

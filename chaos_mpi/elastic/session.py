@@ -124,6 +124,7 @@ class Session(EndingSession):
         self._negotiator = Negotiator(self, settings.limits)
         follow(self, self._negotiator)
         self._arrival: Arrival | None = None
+        self._has_entered = False
         self._control: ControlSocket | None = None
         self._guard = ExitGuard(self.close, self._crashed, lambda: self.size > 1, settings.run_dir)
         if self._bridge is None:  # a newcomer is known, and asked for something, when it is a member
@@ -244,6 +245,7 @@ class Session(EndingSession):
         self._persistence.attach(state, newcomer=self._bridge is not None)
         if self._bridge is not None:
             self._arrival = enter_job(self, self._bridge, state)
+            self._has_entered = True
             self._write_identity()
             self._control = open_control(self, self.settings.run_dir)
 
@@ -356,7 +358,7 @@ class Session(EndingSession):
     @property
     def awaits_entry(self) -> bool:
         """Whether this process was started to join a running job, and has not got so far."""
-        return self._bridge is not None and self._control is None
+        return self._bridge is not None and not self._has_entered
 
     # -- what the sequence of operations tells -------------------------------------------------------
 

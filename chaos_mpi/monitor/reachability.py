@@ -96,7 +96,8 @@ class Hearing:
 
     def listen_again(self, now_s: float) -> None:
         """Count everybody as heard now: after a pause of this node, silence says nothing about others."""
-        self._heard_s = {node: now_s for node in self.members if node != self.me}
+        before = self._heard_s  # later than now, perhaps
+        self._heard_s = {node: max(now_s, before.get(node, now_s)) for node in self.members if node != self.me}
         self._rows.clear()
 
     def change_members(self, members: tuple[Node, ...], now_s: float) -> None:

@@ -72,6 +72,7 @@ class _CountedBatches(Iterator[Any]):
                 self._batches = None
                 if self._sampler.has_more:
                     start = self._sampler.loop_start
+                    self._sampler.loop_goes_on = True
                     self._batches = self._loader.fetch()
                     self._sampler.loop_start = start  # it is still the same loop to the user
                     self._generation = self._sampler.generation

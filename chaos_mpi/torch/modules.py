@@ -45,19 +45,15 @@ class StableBuffers:
     def live(self) -> list[torch.Tensor]:
         """The buffers themselves. A module may have put others in their place (``self.mean = 0.9 * self.mean + ...``).
 
-        Raises:
-            ConfigError: one is of another shape or dtype than at first.
+        One of another shape or dtype than at first, a cache that grows for instance, is left alone: what all members
+        would have alike is the tensor that there was before.
         """
         for index, (owner, name) in enumerate(self._places):
-            tensor = owner.get(name)
-            if tensor is self._tensors[index]:
+            tensor, kept = owner.get(name), self._kept[index]
+            if tensor is self._tensors[index] or tensor is None:
                 continue
-            kept = self._kept[index]
-            if tensor is None or tensor.shape != kept.shape or tensor.dtype != kept.dtype:
-                raise ConfigError(
-                    f"the buffer '{name}' was of {kept.dtype}, shape {tuple(kept.shape)}, and must stay so"
-                )
-            self._tensors[index], self._live[index] = tensor, tensor.detach()
+            if tensor.shape == kept.shape and tensor.dtype == kept.dtype and tensor.device == kept.device:
+                self._tensors[index], self._live[index] = tensor, tensor.detach()
         return self._live
 
     def keep(self) -> None:

@@ -61,6 +61,7 @@ def test_learning_rates_follow_the_size(tmp_path: Path) -> None:
         finished = job.finish()
         check_changes(finished, problem, joined=[FIRST])
     assert repeated(finished) > 0
+    assert "in other ways than by optimizer steps" not in finished.output
 
 
 def test_a_job_that_ends_sends_the_newcomer_home(tmp_path: Path) -> None:

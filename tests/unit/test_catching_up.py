@@ -23,7 +23,7 @@ from torch import nn
 from chaos_mpi.elastic import catchup
 from chaos_mpi.elastic.arrival import UNUSABLE_LINK_BYTES_PER_S, known_rates
 from chaos_mpi.elastic.catchup import not_repeated, planned
-from chaos_mpi.elastic.learning_rate import ScaledRate, StepHooks
+from chaos_mpi.elastic.learning_rate import ScaledRate, StepHooks, unscaled
 from chaos_mpi.elastic.overlap import merged, overlaps
 from chaos_mpi.errors import PeerFailedError
 from chaos_mpi.membership import Join
@@ -594,3 +594,22 @@ def test_the_policy_follows_from_what_all_members_know() -> None:
     assert overlaps("auto", [first], 1 << 30, [sgd])
     assert not overlaps("overlap", [first], 10, [torch.optim.LBFGS(model.parameters())])
     assert not can_follow([sgd, WithTensor(model.parameters())])
+
+
+def test_what_is_kept_within_a_closure_has_the_rate_as_it_is() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.25)
+    scaled = ScaledRate(optimizer, lambda: 3.0)
+    seen = []
+
+    def closure() -> float:
+        seen.append(optimizer.param_groups[0]["lr"])
+        with unscaled([scaled]):
+            seen.append(optimizer.param_groups[0]["lr"])
+        seen.append(optimizer.param_groups[0]["lr"])
+        return 0.0
+
+    optimizer.step(closure)
+    assert seen == [0.75, 0.25, 0.75]
+    with unscaled([scaled]):
+        assert optimizer.param_groups[0]["lr"] == 0.25
+    assert optimizer.param_groups[0]["lr"] == 0.25

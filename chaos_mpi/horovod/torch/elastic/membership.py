@@ -82,17 +82,9 @@ def enter(state: State) -> None:
         session.gather_with_contributors(None)  # the last of what the members do in :func:`check`
 
 
-def note_members(*, again: bool) -> None:
-    """All ranks enter the training function: changes are told relative to who is there now.
-
-    Args:
-        again: whether this rank does not enter it for the first time.
-    """
-    from chaos_mpi.horovod.torch import process_sets
-
+def note_members() -> None:
+    """All ranks enter the training function: changes are told relative to who is there now."""
     here = job()
-    if again:
-        process_sets.forget()
     here.queue.drain()
     here.entered = here.session.gather_with_contributors(None)[1]
     here.queue.renumber()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from chaos_mpi.horovod.common.exceptions import HorovodInternalError, HostsUpdatedInterrupt
+from chaos_mpi.horovod.torch import process_sets
 from chaos_mpi.horovod.torch.elastic import membership
 from chaos_mpi.horovod.torch.elastic.state import State
 
@@ -27,13 +28,12 @@ def run(func: Callable[..., T]) -> Callable[..., T]:
     @functools.wraps(func)
     def wrapper(state: State, *args: Any, **kwargs: Any) -> T:
         membership.enter(state)
-        in_step = again = False
+        in_step = False
         while True:
             try:
                 if not in_step:
                     state.sync()
-                membership.note_members(again=again)
-                again = True
+                membership.note_members()
                 return func(state, *args, **kwargs)
             except HorovodInternalError:
                 membership.come_together()
@@ -41,6 +41,7 @@ def run(func: Callable[..., T]) -> Callable[..., T]:
                 in_step = False
             except HostsUpdatedInterrupt as interrupt:
                 in_step = interrupt.skip_sync
+            process_sets.forget()
             state.on_reset()
 
     return wrapper
