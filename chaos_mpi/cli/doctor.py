@@ -154,6 +154,8 @@ def judge_probe(answer: Answer) -> Finding:
         return Finding(subject, FAIL, f"two ranks could not run: {answer.problem or 'they said nothing'}", again)
     if found.get("size") != 2:
         return Finding(subject, FAIL, "two ranks did not meet: mpirun and mpi4py do not go together", _REINSTALL_MPI)
+    if found.get("sum") != 2:
+        return Finding(subject, FAIL, f"two ranks have summed 1 and 1 to {found.get('sum')}", _REINSTALL_MPI)
     if "detect_ms" not in found or found.get("left") != 1 or found.get("agreed") is not True:
         return Finding(subject, FAIL, f"a killed rank was not noticed, or not got rid of: {json.dumps(found)}", again)
     text = f"a killed rank was noticed after {found['detect_ms']} ms, the rest regrouped in {found['shrink_ms']} ms"

@@ -53,7 +53,10 @@ def _asked(event: Event) -> Line | None:
         text, key = f"no rank joins{host} ({event['id']}): {event['reason']}", event["id"]
     elif name == "rank_crashed":
         fate = f"not started again: {event['obstacle']}" if event["obstacle"] else "started again"
-        text, key = f"the rank on {event['host']} crashed ({event['how']}) and is {fate}", f"{key} {event['host']}"
+        text, key = (
+            f"the rank on {event['host']} crashed ({event['how']}) and is {fate}",
+            f"{key} {event['host']} {fate} {event.get('number')}",
+        )
     elif name == "hosts_changed":
         hosts = ", ".join(f"{host}:{slots}" for host, slots in event["hosts"].items())
         text = f"the hosts are now {hosts or 'none'}"

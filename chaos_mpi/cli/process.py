@@ -125,10 +125,11 @@ class MpirunJob:
             meanwhile(now)
             if self._deadline is not None and now > self._deadline:
                 self._kill_everything()
-            if (loss := self._start.loss(read_records(self._run_dir), now)) is not None:
+            records = read_records(self._run_dir)
+            if (loss := self._start.loss(records, now)) is not None:
                 write_record(self._run_dir, "outcome", {"outcome": "failed", "message": loss})
                 self._kill_everything()
-            if (allowance_s := self._allowance_s()) is None:
+            if (allowance_s := self._allowance_s(records)) is None:
                 over_at = None
             else:
                 over_at = over_at or now
@@ -188,12 +189,11 @@ class MpirunJob:
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGINT)
 
-    def _allowance_s(self) -> float | None:
+    def _allowance_s(self, records: Records) -> float | None:
         """How long the job may go on; None if it is not over.
 
         It is when all ranks have ended, or one has ended the whole job: mpirun waits for ever for a stopped process.
         """
-        records = read_records(self._run_dir)
         alive = [pid for pid in records.members if psutil.pid_exists(pid)]
         # Ranks that have started MPI may end before they are members: of too small a job, for one.
         up = {*records.starting, *records.connected} if records.connected and not records.members else ()

@@ -9,6 +9,7 @@ process that was killed, but not of one that exits with a status above zero. A s
 from __future__ import annotations
 
 import atexit
+import builtins
 import fcntl
 import gc
 import hashlib
@@ -153,6 +154,9 @@ class ExitGuard:
         self._previous, self._exit, self._exit_at_once = sys.excepthook, sys.exit, os._exit
         self._pid = os.getpid()
         self._status: object = None
+        self._unhandled_before = getattr(sys, "last_value", None)
+        self._exits: dict[str, object] = {n: vars(builtins)[n] for n in ("exit", "quit") if n in vars(builtins)}
+        vars(builtins).update(dict.fromkeys(self._exits, self._noting_exit))
         self.is_quiet = False
         sys.excepthook = self._on_exception
         sys.exit = self._noting_exit
@@ -161,12 +165,19 @@ class ExitGuard:
 
     @property
     def failing(self) -> bool:
-        """Whether the script has called ``sys.exit`` with a status that tells of a failure."""
-        return self._status not in (None, 0)
+        """Whether the script has called ``sys.exit``, ``exit`` or ``quit`` with a status that tells of a failure, or
+        ends by an exception that another hook has dealt with."""
+        return self._status not in (None, 0) or self._unhandled is not None
+
+    @property
+    def _unhandled(self) -> BaseException | None:
+        error: BaseException | None = getattr(sys, "last_value", None)
+        return error if error is not self._unhandled_before else None
 
     def release(self) -> None:
         """The session is over; the process may end as any other."""
         sys.excepthook, sys.exit, os._exit = self._previous, self._exit, self._exit_at_once
+        vars(builtins).update(self._exits)
         atexit.unregister(self._at_exit)
 
     def release_finished(self, failed: Callable[[str], None]) -> None:
@@ -196,6 +207,8 @@ class ExitGuard:
         self._exit_at_once(status)
 
     def _at_exit(self) -> None:
+        if (unhandled := self._unhandled) is not None:
+            self._end(f"{type(unhandled).__name__}: {unhandled}", 1)
         if self.failing:
             self._end(f"the script called sys.exit({self._status!r})", 1)
         if not self.is_quiet:

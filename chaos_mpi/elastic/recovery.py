@@ -17,11 +17,14 @@ from typing import Any
 
 import torch
 
-from chaos_mpi.errors import ChaosError, CutOffError, PeerFailedError
+from chaos_mpi.errors import ChaosError, CutOffError, PeerFailedError, RecoveryError
 from chaos_mpi.membership import Decision, Report, View, decide
 from chaos_mpi.mpi.world import World
 
 log = logging.getLogger("chaos_mpi.elastic")
+
+#: So often survivors meet again after a failure that cost nobody, before they give up.
+_MOST_FRUITLESS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,7 @@ class Regrouping:
         """
         spent = {"shrink_ms": 0.0, "exchange_ms": 0.0}
         members = view.members
+        fruitless = 0
         while True:
             begun = time.perf_counter()
             self._await_word(tuple(members[rank] for rank in world.failed_ranks()))
@@ -117,7 +121,13 @@ class Regrouping:
             self._set_phase("shrink")
             smaller = world.shrink(self._limit_s, lambda: "the survivors to shrink the communicator")
             self._retired.append(world)
-            members = tuple(members[rank] for rank in smaller.ranks_in(world))
+            before, members = members, tuple(members[rank] for rank in smaller.ranks_in(world))
+            fruitless = fruitless + 1 if members == before else 0
+            if fruitless > _MOST_FRUITLESS:
+                raise RecoveryError(
+                    f"the survivors met {fruitless} times and could not go on, although nobody died meanwhile: what "
+                    "MPI says is in the log at level debug"
+                )
             world = smaller
             spent["shrink_ms"] += (time.perf_counter() - begun) * 1e3
             begun = time.perf_counter()
@@ -181,8 +191,8 @@ class Regrouping:
                 buffers = mine.in_flight() if world.rank in decision.behind else mine.adoptable()
                 world.broadcast(buffers, decision.source, lambda: "the last finished result", self._limit_s)
                 contributors = tuple(messages[decision.source]["contributors"])
-        except PeerFailedError:
-            log.debug("another member failed during the recovery; starting it again")
+        except PeerFailedError as error:
+            log.debug("another member failed during the recovery (%s); starting it again", error)
             return None
         following = view.next(r.member for r in reports)
         samplers = [m["samplers"] for m in messages]

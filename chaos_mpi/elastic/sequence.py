@@ -85,6 +85,8 @@ class OperationSequence:
         self._fruitless = 0
         #: Whether other threads, which may wait for messages, are not to attend: this one changes the membership.
         self._undisturbed = False
+        #: Whether this member has nothing left to do.
+        self.closing = False
         self._attending = threading.RLock()
         self._regrouping = Regrouping(timeout_s, self._set_phase, listener.why_not_without)
         self.view = self._assemble()
@@ -161,7 +163,9 @@ class OperationSequence:
                 return
             if self._in_flight is None and self.world.is_broken():
                 before = self.phase
-                self._recover(None, PeerFailedError("seen while this member was in another group's call"), {})
+                recovery = {"detect_ms": 0.0, "_detected": time.perf_counter()}
+                self._recover(None, PeerFailedError("seen while this member was in another group's call"), recovery)
+                self._report_recovery(recovery)
                 self.phase = before
         finally:
             self._attending.release()
@@ -178,6 +182,7 @@ class OperationSequence:
 
     def close(self) -> None:
         """Return once every living member has called it: from then on nobody needs a recovery."""
+        self.closing = True
         while (regrouped := self._regroup(closing=True)) is not None:
             self._enter_view(regrouped)
 

@@ -61,7 +61,7 @@ class Subgroup:
         self._holder = holder
         self._broken = ""
         try:
-            self._world = world.subset(ranks, number % _TAGS)
+            self._world = world.subset(ranks, number % _TAGS, limit_s)
         except PeerFailedError as error:
             raise self._break(error, "it was made") from error
         self._world.meanwhile = holder.attend

@@ -25,8 +25,14 @@ class BackgroundCalls:
         self._thread: threading.Thread | None = None
 
     def submit(self, call: Callable[[], object]) -> Future[object]:
-        """Have ``call`` made in its turn; the future has what it returns, or the exception that it raises."""
+        """Have ``call`` made in its turn; the future has what it returns, or the exception that it raises.
+
+        One that is handed in by what the end of another one has set off is made at once.
+        """
         future: Future[object] = Future()
+        if threading.current_thread() is self._thread:  # within another call's end, whose thread nobody is to wait for
+            _carry_out(call, future)
+            return future
         with self._changed:
             self._waiting.append((call, future))
             self._changed.notify_all()
@@ -52,13 +58,7 @@ class BackgroundCalls:
 
     def _run(self) -> None:
         while (work := self._next()) is not None:
-            call, future = work
-            try:
-                result = call()
-            except BaseException as error:
-                future.set_exception(error)
-            else:
-                future.set_result(result)
+            _carry_out(*work)
             with self._changed:
                 self._under_way = False
                 self._changed.notify_all()
@@ -70,3 +70,12 @@ class BackgroundCalls:
                 return None
             self._under_way = True
             return self._waiting.popleft()
+
+
+def _carry_out(call: Callable[[], object], future: Future[object]) -> None:
+    try:
+        result = call()
+    except BaseException as error:
+        future.set_exception(error)
+    else:
+        future.set_result(result)

@@ -53,8 +53,6 @@ _MPI_OPS: dict[str, MPI.Op] = {
     "bxor": MPI.BXOR,
 }
 
-#: How long the ranks of a part of a communicator wait for each other when it is made.
-SUBSET_LIMIT_S = 300.0
 #: How long a request of a revoked communicator may take to end before it is left to itself.
 DRAIN_LIMIT_S = 5.0
 #: Ask who has failed this often while waiting: a rank whose own partners live would not notice otherwise.
@@ -325,8 +323,10 @@ class World:
 
         self._complete(start, what, limit_s)
 
-    def subset(self, ranks: Sequence[int], tag: int) -> World:
+    def subset(self, ranks: Sequence[int], tag: int, limit_s: float) -> World:
         """A communicator of these ranks, which alone call this, with the same tag; in the order given.
+
+        The process ends when MPI has not done it within ``limit_s`` seconds.
 
         Raises:
             PeerFailedError: one of them has died.
@@ -334,7 +334,7 @@ class World:
         group = self.comm.Get_group()
         chosen = group.Incl(list(ranks))
         try:
-            with Watchdog(f"a communicator of ranks {list(ranks)}", SUBSET_LIMIT_S):
+            with Watchdog(f"a communicator of ranks {list(ranks)}", limit_s):
                 made = self.comm.Create_group(chosen, tag)
         except MPI.Exception as error:
             raise PeerFailedError(f"{error}") from error

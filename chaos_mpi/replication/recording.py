@@ -242,6 +242,11 @@ class RecordingSource(StateSource):
 
     # -- the serving thread ----------------------------------------------------------------------------
 
+    def _lose(self, guest: int) -> None:
+        if any(other == guest for other, _ in self._under_way):
+            _abandoned.append(self._snapshot)
+        super()._lose(guest)
+
     def step(self) -> bool:
         busy = super().step()
         for _ in range(len(self._asked)):

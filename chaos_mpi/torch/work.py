@@ -109,6 +109,10 @@ class MessageWork(Work):
             raise self._error
         return True
 
+    def __del__(self) -> None:
+        if not self._ended:  # MPI goes on with the memory of the tensor
+            self._message.give_up()
+
     def is_completed(self) -> bool:
         """Whether it has come to its end, good or bad."""
         self._advance(self._message.test, wait=False)

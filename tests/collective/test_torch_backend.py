@@ -9,6 +9,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
 import chaos_mpi.torch
@@ -65,6 +66,35 @@ def test_an_asynchronous_call_has_a_future() -> None:
     future = dist.all_reduce(tensor, async_op=True).get_future()
     doubled = future.then(lambda done: done.value()[0] * 2)
     assert torch.equal(doubled.wait(), torch.full((3,), 2.0 * dist.get_world_size()))
+
+
+def test_a_call_in_what_follows_another_one() -> None:
+    """As in torch's communication hooks that compress."""
+    size = dist.get_world_size()
+
+    def again(done: torch.futures.Future[list[torch.Tensor]]) -> torch.Tensor:
+        total = dist.all_reduce(done.value()[0], async_op=True).get_future().wait()[0]
+        assert isinstance(total, torch.Tensor)
+        return total
+
+    future = dist.all_reduce(torch.ones(3), async_op=True).get_future().then(again)
+    assert torch.equal(future.wait(), torch.full((3,), float(size) ** 2))
+    after = torch.ones(1)
+    dist.all_reduce(after)
+    assert after.item() == size
+
+
+def test_gradients_that_are_compressed_by_power_sgd() -> None:
+    torch.manual_seed(2)
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(32, 16))
+    hook = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=2, start_powerSGD_iter=2)
+    model.register_comm_hook(hook, powerSGD_hook.powerSGD_hook)
+    for step in range(4):
+        model.zero_grad()
+        model(torch.full((4, 32), float(dist.get_rank() + step))).square().mean().backward()
+    gradients: list[object] = [None] * dist.get_world_size()
+    dist.all_gather_object(gradients, [parameter.grad.tolist() for parameter in model.parameters()])  # type: ignore[union-attr]
+    assert all(gradient == gradients[0] for gradient in gradients)
 
 
 def test_non_contiguous_and_gradient_tensors() -> None:

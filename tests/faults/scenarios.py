@@ -69,6 +69,32 @@ def raises_an_exit_afterwards(session: chaos_mpi.Session) -> None:
     raise SystemExit(5 if rank == 1 else 0)
 
 
+def _one_ends(session: chaos_mpi.Session, end: Callable[[], object]) -> None:
+    """The last rank ends as ``end`` has it, and the others go on."""
+    session.all_reduce(torch.ones(1))
+    if session.rank == 2:
+        end()
+        return
+    while session.size == 3:
+        session.all_reduce(torch.ones(1))
+    chaos_mpi.finalize()
+
+
+def exits_by_the_builtin(session: chaos_mpi.Session) -> None:
+    """One rank calls exit(1), as people do who know the prompt."""
+    _one_ends(session, lambda: exit(1))
+
+
+def raises_under_another_hook(session: chaos_mpi.Session) -> None:
+    """One rank fails after a library has put an exception hook of its own in place of ours."""
+    sys.excepthook = lambda *_: print("a prettier traceback", file=sys.stderr)
+
+    def fail() -> None:
+        raise ValueError("no such file")
+
+    _one_ends(session, fail)
+
+
 def exits_at_once(session: chaos_mpi.Session) -> None:
     """Rank 1 ends without any of Python's ceremonies, and the others go on."""
     session.barrier()

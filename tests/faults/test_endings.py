@@ -170,12 +170,20 @@ def test_an_exit_status_that_only_the_launcher_sees(tmp_path: Path) -> None:
     assert "training finished, but the script failed after it: a rank exited with 5" in finished.output
 
 
-def test_a_rank_that_exits_at_once_is_noticed(tmp_path: Path) -> None:
-    with start("scenarios.py", tmp_path, "exits_at_once", ranks=3) as job:
+ENDS = {
+    "exits_at_once": "it called os._exit(1) (",
+    "exits_by_the_builtin": "the script called sys.exit(1) (",
+    "raises_under_another_hook": "ValueError: no such file (",
+}
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_a_rank_that_ends_by_itself_is_noticed(how: str, tmp_path: Path) -> None:
+    with start("scenarios.py", tmp_path, how, ranks=3) as job:
         finished = job.finish()
-    assert finished.status == 0
+    assert finished.status == 0, finished.output
     assert finished.output.count("came to the end") == 2
-    assert "1 of 3 ranks crashed on the way: it called os._exit(1) (" in finished.output
+    assert f"1 of 3 ranks crashed on the way: {ENDS[how]}" in finished.output
 
 
 # -- when the job cannot go on --------------------------------------------------------------------------
