@@ -109,8 +109,9 @@ def judge(records: Records, mpirun_status: int) -> Verdict:
         if not crashed and not speechless:
             return Verdict(EXIT_FINISHED)
         return Verdict(EXIT_FINISHED, _crashes(records, crashed, speechless))
-    if records.lost and records.members and not crashed and not speechless:
-        hosts = ", ".join(sorted({str(record.get("host")) for record in records.lost.values()}))
+    unsure = (records.lost.keys() & records.members.keys()) - records.outcomes.keys() - records.crashes.keys()
+    if unsure:
+        hosts = ", ".join(sorted({str(records.lost[pid].get("host")) for pid in unsure}))
         return Verdict(
             EXIT_GOES_ON,
             f"the connections with {hosts} were lost, and the ranks there may train on without this launcher: look "

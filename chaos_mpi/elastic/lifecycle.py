@@ -156,7 +156,7 @@ class ExitGuard:
         self._status: object = None
         self._unhandled_before = getattr(sys, "last_value", None)
         self._exits: dict[str, object] = {n: vars(builtins)[n] for n in ("exit", "quit") if n in vars(builtins)}
-        vars(builtins).update(dict.fromkeys(self._exits, self._noting_exit))
+        vars(builtins).update(dict.fromkeys(self._exits, lambda code=None: self._noting_exit(code)))
         self.is_quiet = False
         sys.excepthook = self._on_exception
         sys.exit = self._noting_exit
@@ -171,6 +171,8 @@ class ExitGuard:
 
     @property
     def _unhandled(self) -> BaseException | None:
+        if sys.excepthook == self._on_exception:
+            return None  # it would have been told
         error: BaseException | None = getattr(sys, "last_value", None)
         return error if error is not self._unhandled_before else None
 

@@ -57,6 +57,7 @@ class Regrouped:
         contributors: who contributed to operation ``decision.finished``.
         samplers: the sampler reports of the survivors, in rank order.
         lost: members of the old view that are gone.
+        closing: whether any of the survivors has nothing left to do.
         milliseconds: time spent in each part.
     """
 
@@ -66,6 +67,7 @@ class Regrouped:
     contributors: tuple[str, ...]
     samplers: list[list[dict[str, Any]]]
     lost: tuple[str, ...]
+    closing: bool = False
     milliseconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -131,7 +133,7 @@ class Regrouping:
             world = smaller
             spent["shrink_ms"] += (time.perf_counter() - begun) * 1e3
             begun = time.perf_counter()
-            outcome = self._exchange(world, view, position)
+            outcome = self._exchange(world, view, position, closing)
             if isinstance(outcome, Regrouped) and outcome.lost:
                 # Those that cannot be reached may think the same of this side.
                 self._set_phase("quorum")
@@ -169,13 +171,16 @@ class Regrouping:
             world.free()
         self._retired.clear()
 
-    def _exchange(self, world: World, view: View, position: Callable[[], Position]) -> Regrouped | ChaosError | None:
+    def _exchange(
+        self, world: World, view: View, position: Callable[[], Position], closing: bool
+    ) -> Regrouped | ChaosError | None:
         self._set_phase("exchange")
         mine = position()
         message = {
             "report": mine.report.to_json(),
             "contributors": mine.contributors,
             "samplers": mine.samplers,
+            "closing": closing,
         }
         try:
             rows = world.all_gather(json.dumps(message).encode(), lambda: "the survivors' reports", self._limit_s)
@@ -196,4 +201,6 @@ class Regrouping:
             return None
         following = view.next(r.member for r in reports)
         samplers = [m["samplers"] for m in messages]
-        return Regrouped(world, following, decision, contributors, samplers, view.gone(following.members))
+        regrouped = Regrouped(world, following, decision, contributors, samplers, view.gone(following.members))
+        regrouped.closing = any(m["closing"] for m in messages)
+        return regrouped

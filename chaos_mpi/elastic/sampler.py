@@ -124,8 +124,7 @@ class ElasticSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         if self._is_complete():
             self._next_lap(self._epoch + 1)
-        goes_on, self.loop_goes_on = self.loop_goes_on, False
-        if not (goes_on or self._backwards) and self._taken > self._done:
+        if not (self.loop_goes_on or self._backwards) and self._taken > self._done:
             self._taken = self._done  # what was seen since (next(iter(loader))) was never trained on
             self._in_flight.clear()
         # What a loop that was left had fetched but not seen is handed out again.

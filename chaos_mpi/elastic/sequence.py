@@ -85,8 +85,6 @@ class OperationSequence:
         self._fruitless = 0
         #: Whether other threads, which may wait for messages, are not to attend: this one changes the membership.
         self._undisturbed = False
-        #: Whether this member has nothing left to do.
-        self.closing = False
         self._attending = threading.RLock()
         self._regrouping = Regrouping(timeout_s, self._set_phase, listener.why_not_without)
         self.view = self._assemble()
@@ -182,7 +180,6 @@ class OperationSequence:
 
     def close(self) -> None:
         """Return once every living member has called it: from then on nobody needs a recovery."""
-        self.closing = True
         while (regrouped := self._regroup(closing=True)) is not None:
             self._enter_view(regrouped)
 

@@ -393,7 +393,7 @@ class Session(EndingSession):
                 "step %d: %s; training goes on with %d of %d ranks",
                 self.step, fate_of(lost, self._agent), self.size, old.size,
             )  # fmt: skip
-        if self.size < self.settings.min_ranks and not self._sequence.closing:
+        if self.size < self.settings.min_ranks and not regrouped.closing:
             self._stop_too_few(saver=regrouped.decision.furthest)
         self._tell_companions()
 

@@ -16,6 +16,8 @@ from chaos_mpi.mpi.world import World
 
 #: Tags of subgroups in MPI, which must be alike at the members of one and different for two that are made at a time.
 _TAGS = 1 << 14
+#: How long ranks are waited for when it is made, at least: then this process ends, and not with an error to catch.
+_MAKING_LIMIT_S = 300.0
 
 
 class GroupHolder(Protocol):
@@ -61,7 +63,7 @@ class Subgroup:
         self._holder = holder
         self._broken = ""
         try:
-            self._world = world.subset(ranks, number % _TAGS, limit_s)
+            self._world = world.subset(ranks, number % _TAGS, max(limit_s, _MAKING_LIMIT_S))
         except PeerFailedError as error:
             raise self._break(error, "it was made") from error
         self._world.meanwhile = holder.attend

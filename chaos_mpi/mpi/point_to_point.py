@@ -124,6 +124,11 @@ class Message:
                 self._request.Cancel()  # or it would take a message that is meant for a later one
         self._lines.keep(self._request, self._tensor)
 
+    def let_go(self) -> None:
+        """Nobody asks for it any more; it stays under way. Calls no MPI, so that it may be called anywhere."""
+        if self._request is not None and not self._done:
+            self._lines.keep(self._request, self._tensor)
+
     def _fail(self, error: MPI.Exception | None) -> None:
         self._done = True
         if error is not None and error.Get_error_class() == MPI.ERR_TRUNCATE:
@@ -154,7 +159,7 @@ class PointToPoint:
         self.world = world
         self.meanwhile = meanwhile
         self.under_way = 0
-        self._kept: list[object] = []
+        self._kept: list[tuple[MPI.Request, torch.Tensor]] = []
 
     def send(self, tensor: torch.Tensor, to: int, tag: int) -> Message:
         """Start to send; done when the other side receives it.
@@ -162,6 +167,7 @@ class PointToPoint:
         Raises:
             GroupBrokenError: the receiver is dead.
         """
+        self._forget_finished()
         return Message(self, tensor, to, tag, True)
 
     def receive(self, tensor: torch.Tensor, source: int | None, tag: int) -> Message:
@@ -172,6 +178,17 @@ class PointToPoint:
         """
         return Message(self, tensor, source, tag, False)
 
-    def keep(self, *memory: object) -> None:
+    def keep(self, request: MPI.Request, tensor: torch.Tensor) -> None:
         """Keep the memory of a message that is not waited for any more, since MPI may still use it."""
-        self._kept.append(memory)
+        self._kept.append((request, tensor))
+
+    def _forget_finished(self) -> None:
+        kept, self._kept = self._kept, []
+        self._kept += [(request, tensor) for request, tensor in kept if _is_under_way(request)]
+
+
+def _is_under_way(request: MPI.Request) -> bool:
+    try:
+        return not request.Test()
+    except MPI.Exception:
+        return False  # its other side is dead

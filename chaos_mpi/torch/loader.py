@@ -73,7 +73,10 @@ class _CountedBatches(Iterator[Any]):
                 if self._sampler.has_more:
                     start = self._sampler.loop_start
                     self._sampler.loop_goes_on = True
-                    self._batches = self._loader.fetch()
+                    try:
+                        self._batches = self._loader.fetch()
+                    finally:
+                        self._sampler.loop_goes_on = False
                     self._sampler.loop_start = start  # it is still the same loop to the user
                     self._generation = self._sampler.generation
                 continue

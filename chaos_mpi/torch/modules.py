@@ -52,7 +52,7 @@ class StableBuffers:
             tensor, kept = owner.get(name), self._kept[index]
             if tensor is self._tensors[index] or tensor is None:
                 continue
-            if tensor.shape == kept.shape and tensor.dtype == kept.dtype and tensor.device == kept.device:
+            if tensor.shape == kept.shape and tensor.dtype == kept.dtype:
                 self._tensors[index], self._live[index] = tensor, tensor.detach()
         return self._live
 

@@ -111,7 +111,7 @@ class MessageWork(Work):
 
     def __del__(self) -> None:
         if not self._ended:  # MPI goes on with the memory of the tensor
-            self._message.give_up()
+            self._message.let_go()
 
     def is_completed(self) -> bool:
         """Whether it has come to its end, good or bad."""

@@ -81,6 +81,18 @@ CASES: dict[str, tuple[Records, int, Verdict]] = {
             "there with 'chaosctl status' before you start it anew; 'chaosctl takeover' gives it another launcher",
         ),
     ),
+    "a connection was lost, and a rank had crashed before": (
+        Records({}, {100: {}, 101: {}}, {}, crashes={100: {"how": "SIGSEGV"}}, lost={101: {"host": "edge2"}}), 137,
+        Verdict(
+            4,
+            "the connections with edge2 were lost, and the ranks there may train on without this launcher: look there "
+            "with 'chaosctl status' before you start it anew; 'chaosctl takeover' gives it another launcher",
+        ),
+    ),
+    "connections were lost, and later the ranks crashed": (
+        Records({}, {100: {}}, {}, crashes={100: {"how": "SIGSEGV"}}, lost={100: {"host": "edge1"}}), 137,
+        Verdict(1, "training did not finish: all 1 ranks died (mpirun ended with status 137)"),
+    ),
     "connections were lost, and the rest finished": (
         Records({}, {100: {}, 101: {}}, {100: FINISHED}, lost={101: {"host": "edge2"}}), 137, Verdict(0),
     ),
