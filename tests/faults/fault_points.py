@@ -13,7 +13,7 @@ reached. It waits for 40 seconds at most, or for ``limit_s``.
 Points: ``start`` (before init), ``opened`` (after init), ``forward``, ``between buckets``, ``settle`` (all
 gradients are on their way), ``before optimizer``, ``boundary``, ``evaluate``, ``close``, ``end`` (about to leave MPI),
 ``members:X`` (a member is about to call function X of a join or leave), ``members:observe N`` (it proposes a list of
-hosts with N slots), ``newcomer:X`` (a newcomer is about to),
+hosts with N slots), ``members:propose X`` (something else), ``newcomer:X`` (a newcomer is about to),
 ``phase:X`` (about to begin part X of a recovery), and ``inside:X``: X is what ``session.phase`` begins with, and the
 main thread is inside a call to MPI; such rules act from a thread of their own.
 
@@ -137,6 +137,8 @@ class FaultPoints:
             (session, "enter_view", "newcomer:enter_view"),
         ):
             setattr(owner, name, self._before_call(getattr(owner, name), lambda *_, point=point: point))
+        negotiator = session._negotiator
+        negotiator.propose = self._before_call(negotiator.propose, lambda proposal: f"members:propose {proposal.kind}")
         autoscaler = session._negotiator._autoscaler
         autoscaler._propose = self._before_call(
             autoscaler._propose, lambda proposal: f"members:observe {sum(slots for _, slots in proposal.hosts)}"

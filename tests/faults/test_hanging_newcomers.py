@@ -8,7 +8,7 @@ import pytest
 from fault_points import Rule
 from jobs import start_training
 from problem import Problem, as_trained
-from test_membership_changes import FIRST, SECOND, check_changes, rule, until_ready
+from test_membership_changes import FIRST, SECOND, check_changes, rule, until_both_are_ready
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(150, method="signal")]
 
@@ -23,7 +23,7 @@ CASES: dict[str, tuple[str, list[Rule], int, set[int]]] = {
     "hangs when it fetches": ("blocking", [rule(FIRST, "newcomer:fetch", "stop")], FIRST, {SECOND}),
     "hangs when it has all, and another one has not": (
         "blocking",
-        [rule(2, "boundary", "join", step=3), *until_ready(FIRST), *until_ready(SECOND, rank=1),
+        [rule(2, "boundary", "join", step=3), *until_both_are_ready(),
          rule(FIRST, "newcomer:await_word", "stop"), rule(SECOND, "newcomer:fetch", None, "newcomer:await_word.100")],
         FIRST, {THIRD, FOURTH},
     ),

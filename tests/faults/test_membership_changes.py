@@ -34,6 +34,15 @@ def until_ready(newcomer: int = FIRST, rank: int = 0, step: int = 8) -> list[Rul
     ]
 
 
+def until_both_are_ready(step: int = 8) -> list[Rule]:
+    """Rank 2 keeps all from going on until the first two newcomers can be taken in, so that they are, together."""
+    arrived = "members:propose arrived"
+    return [
+        *(rule(sponsor, arrived) for sponsor in (0, 1)),
+        rule(2, "boundary", None, f"{arrived}.0", f"{arrived}.1", step=step),
+    ]
+
+
 def check_changes(
     job: Finished,
     problem: Problem,
@@ -149,7 +158,7 @@ def test_a_newcomer_dies_when_it_fetches_beside_another_one(tmp_path: Path) -> N
     """No view is begun with one that is known to be dead: both are started again, and both come in."""
     again = [300, 400]
     rules = [rule(1, "boundary", "join", step=3), rule(2, "boundary", "join", step=3)]
-    rules += [*until_ready(FIRST), *until_ready(SECOND, rank=1), rule(FIRST, "newcomer:fetch", "die")]
+    rules += [*until_both_are_ready(), rule(FIRST, "newcomer:fetch", "die")]
     rules += [rule(label, "newcomer:register") for label in again]
     rules += [rule(0, "boundary", None, *(f"newcomer:register.{label}" for label in again), step=40)]
     with start_training(tmp_path, LONG, rules) as job:

@@ -8,7 +8,7 @@ import pytest
 from fault_points import Rule
 from jobs import Finished, Job, start_training
 from problem import Problem
-from test_membership_changes import FIRST, SECOND, check_changes, rule, until_ready
+from test_membership_changes import FIRST, SECOND, check_changes, rule, until_both_are_ready, until_ready
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(150, method="signal")]
 
@@ -129,7 +129,7 @@ def test_a_member_that_leaves_and_does_not_end_holds_nobody_up(tmp_path: Path) -
 def test_one_of_two_newcomers_dies_while_both_catch_up(tmp_path: Path) -> None:
     third = 300
     rules = [rule(1, "boundary", "join", step=3), rule(2, "boundary", "join", step=3)]
-    rules += [*until_ready(FIRST), *until_ready(SECOND, rank=1), rule(FIRST, "newcomer:follow", "die")]
+    rules += [*until_both_are_ready(), rule(FIRST, "newcomer:follow", "die")]
     rules += [rule(SECOND, "newcomer:follow", None, "dead:100"), rule(third, "newcomer:register")]
     rules += [rule(0, "boundary", None, f"newcomer:register.{third}", step=200)]
     with start(tmp_path, LONG, rules) as job:
