@@ -59,7 +59,10 @@ def test_training_survives_a_kill(case: str, tmp_path: Path) -> None:
     rules, dead = KILLS[case]
     problem = Problem(ranks=3)
     with start(tmp_path, problem, rules) as job:
-        check_survival(job.finish(), problem, dead, is_named=False)
+        finished = job.finish()
+        if "ompi_comm_set_rank_failed" in finished.output:
+            pytest.xfail("Open MPI 5.0 crashed over a death while a communicator was made: see the limits in README")
+        check_survival(finished, problem, dead, is_named=False)
 
 
 OPTIONS: dict[str, tuple[Problem, dict[str, Any]]] = {
