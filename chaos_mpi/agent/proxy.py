@@ -142,8 +142,7 @@ class Proxy:
     async def run(self) -> int:
         """Run the rank; returns how this process is to end: a status, or a negated signal number."""
         loop = asyncio.get_running_loop()
-        self._gone = loop.create_future()
-        watching = loop.create_task(self._watch_launcher(os.getppid()))
+        watching = loop.create_task(_parent_ends(os.getppid()))
         command = supervisor_command(self._placement)
         try:
             self._process = await asyncio.create_subprocess_exec(
@@ -160,21 +159,16 @@ class Proxy:
         message = order(self._placement, self._argv, self._environ, os.isatty(1), job)
         self._process.stdin.write(MAGIC + encode_json(Kind.START, message))
         reading = asyncio.create_task(self._read())
-        await asyncio.wait({reading, self._gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({reading, watching}, return_when=asyncio.FIRST_COMPLETED)
+        launcher_gone = watching.done()
         watching.cancel()
         if self._control is not None:
             await self._control.close()
-        if self._gone.done():
+        if launcher_gone:
             return await self._farewell(reading)
         if (failure := reading.exception()) is not None:
             return await self._break_off(failure)
         return await self._outcome(command)
-
-    async def _watch_launcher(self, pid: int) -> None:
-        while os.getppid() == pid:
-            await asyncio.sleep(_PARENT_PERIOD_S)
-        if not self._gone.done():
-            self._gone.set_result(None)
 
     async def _break_off(self, error: BaseException) -> int:
         """What comes from the other side is not understood: end the rank, of which nothing more will be heard."""
@@ -276,6 +270,11 @@ class Proxy:
 
     def _where(self) -> str:
         return self._placement.host or socket.gethostname()
+
+
+async def _parent_ends(pid: int) -> None:
+    while os.getppid() == pid:
+        await asyncio.sleep(_PARENT_PERIOD_S)
 
 
 def supervisor_command(placement: Placement) -> list[str]:

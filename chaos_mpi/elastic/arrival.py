@@ -141,7 +141,6 @@ def await_word(channel: Channel, members: Sequence[int], word: str, limit_s: flo
             if message is not None and "there" in message:
                 with contextlib.suppress(PeerFailedError):
                     channel.send(rank, {"here": True})
-            gone.update(message.get("dead", ()) if message is not None else ())
         waited = time.monotonic() - begun
         if waited > limit_s:
             raise WaitTimeoutError(f"waited {limit_s:.0f} s for {what}")

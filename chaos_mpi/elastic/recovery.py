@@ -67,7 +67,7 @@ class Regrouped:
     contributors: tuple[str, ...]
     samplers: list[list[dict[str, Any]]]
     lost: tuple[str, ...]
-    closing: bool = False
+    closing: bool
     milliseconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -201,6 +201,5 @@ class Regrouping:
             return None
         following = view.next(r.member for r in reports)
         samplers = [m["samplers"] for m in messages]
-        regrouped = Regrouped(world, following, decision, contributors, samplers, view.gone(following.members))
-        regrouped.closing = any(m["closing"] for m in messages)
-        return regrouped
+        lost, anyone_closes = view.gone(following.members), any(m["closing"] for m in messages)
+        return Regrouped(world, following, decision, contributors, samplers, lost, anyone_closes)

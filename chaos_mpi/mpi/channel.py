@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 
 from chaos_mpi.errors import PeerFailedError
-from chaos_mpi.mpi.world import MPI, World
+from chaos_mpi.mpi.world import MPI, World, is_under_way
 
 #: Address and length in bytes.
 Piece = tuple[int, int]
@@ -74,7 +74,7 @@ class Channel:
             PeerFailedError: it is dead.
         """
         data = json.dumps(message).encode()
-        self._sent = [(request, kept) for request, kept in self._sent if _under_way(request)]
+        self._sent = [(request, kept) for request, kept in self._sent if is_under_way(request)]
         try:
             self._sent.append((self._world.comm.Issend([data, MPI.BYTE], to, _MESSAGE_TAG), data))
         except MPI.Exception as error:
@@ -133,13 +133,6 @@ def receive_message(comm: MPI.Intracomm, source: int, tag: int) -> dict[str, Any
     except MPI.Exception as error:
         raise PeerFailedError(f"{error}") from error
     return cast("dict[str, Any]", json.loads(data.tobytes()))
-
-
-def _under_way(request: MPI.Request) -> bool:
-    try:
-        return not request.Test()
-    except MPI.Exception:
-        return False  # that receiver is dead, which says nothing of the others
 
 
 def _data_tag(number: int) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from chaos_mpi.errors import GroupBrokenError, MismatchError, WaitTimeoutError
-from chaos_mpi.mpi.world import MPI, World, moved
+from chaos_mpi.mpi.world import MPI, World, is_under_way, moved
 
 #: Ask who has failed, and let others have the core, this often while waiting.
 _LIVENESS_PERIOD_S = 0.002
@@ -184,11 +184,4 @@ class PointToPoint:
 
     def _forget_finished(self) -> None:
         kept, self._kept = self._kept, []
-        self._kept += [(request, tensor) for request, tensor in kept if _is_under_way(request)]
-
-
-def _is_under_way(request: MPI.Request) -> bool:
-    try:
-        return not request.Test()
-    except MPI.Exception:
-        return False  # its other side is dead
+        self._kept += [(request, tensor) for request, tensor in kept if is_under_way(request)]

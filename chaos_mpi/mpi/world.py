@@ -41,7 +41,7 @@ _MPI_TYPES: dict[torch.dtype, MPI.Datatype] = {
 #: For what is only moved: the largest type that divides an element, because MPI counts no more than 2**31 of them.
 _MOVED_AS = {1: MPI.BYTE, 2: MPI.INT16_T, 4: MPI.INT32_T, 8: MPI.INT64_T, 16: MPI.C_DOUBLE_COMPLEX}
 
-__all__ = ["MPI", "PeerFailedError", "Pending", "World", "transportable"]
+__all__ = ["MPI", "PeerFailedError", "Pending", "World", "is_under_way", "transportable"]
 
 _MPI_OPS: dict[str, MPI.Op] = {
     "sum": MPI.SUM,
@@ -389,3 +389,11 @@ def moved(tensor: torch.Tensor, counts: int | Sequence[int]) -> list[object]:
 
 def _bytes_buffer(tensor: torch.Tensor) -> list[object]:
     return [MPI.buffer.fromaddress(tensor.data_ptr(), tensor.nbytes), MPI.BYTE]
+
+
+def is_under_way(request: MPI.Request) -> bool:
+    """Whether a message has not come to its end, good or bad."""
+    try:
+        return not request.Test()
+    except MPI.Exception:
+        return False  # its other side is dead, which says nothing of others

@@ -34,7 +34,11 @@ class Transport(Protocol):
         """Send a JSON message to a rank; does not wait."""
 
     def poll(self, source: int) -> dict[str, Any] | None:
-        """The next message from a rank, if one is here."""
+        """The next message from a rank, if one is here.
+
+        Raises:
+            PeerFailedError: it is dead, or another rank has said (``{"dead": [...]}``) that it is gone.
+        """
 
     def send_data(self, to: int, number: int, pieces: Sequence[Piece]) -> DataTransfer:
         """Start sending memory as transfer ``number``."""

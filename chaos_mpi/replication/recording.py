@@ -302,7 +302,6 @@ class RecordingSource(StateSource):
             elif now - self._heard[guest] > self._limit_s:
                 log.error("a newcomer has said nothing for %.0f s; it is started again", self._limit_s)
                 self.silent.add(guest)
-                _abandoned.append((self._snapshot, self._under_way))
                 self._lose(guest)
 
     def _tell_of_deaths(self) -> bool:

@@ -85,16 +85,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         keepers = self._redistribute()
+        self._pass_settings_on()
         for part in self._kept.values():
-            self._take_settings(part)
             part.step()
         self._share(keepers)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the parts that this member keeps, by ``part`` and number."""
-        for part in self._kept.values():
-            self._take_settings(part)
+        self._pass_settings_on()
         return {f"part{number}": part.state_dict() for number, part in sorted(self._kept.items())}
 
     def allocate(self) -> None:
@@ -164,8 +163,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return split([param.nbytes for param in self._flat], parts)
 
     def _hand_over(self, missing: Sequence[int], keepers: Mapping[int, Sequence[str]], mine: Sequence[int]) -> None:
-        for part in self._kept.values():
-            self._take_settings(part)  # a scheduler may have changed them since the last step
+        self._pass_settings_on()
         is_new = not self._kept
         given = {n: self._kept[n].state_dict() for n in missing if keepers[n][0] == self._session.member}
         buffer = io.BytesIO()
@@ -244,9 +242,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for group, mine in zip(state["param_groups"], self.param_groups, strict=True):
             mine.update({name: value for name, value in group.items() if name != "params"})
 
-    def _take_settings(self, part: torch.optim.Optimizer) -> None:
-        for group, mine in zip(part.param_groups, self.param_groups, strict=True):
-            group.update({name: value for name, value in mine.items() if name != "params"})
+    def _pass_settings_on(self) -> None:
+        """Have the parts go by the present learning rate and so on; a scheduler may have changed them since."""
+        for part in self._kept.values():
+            for group, mine in zip(part.param_groups, self.param_groups, strict=True):
+                group.update({name: value for name, value in mine.items() if name != "params"})
 
 
 def split(sizes: Sequence[int], parts: int) -> list[list[int]]:

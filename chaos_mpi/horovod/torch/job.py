@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from chaos_mpi.elastic.current import current_session_or_none
-from chaos_mpi.elastic.exchanges import AllReduce, Barrier
+from chaos_mpi.elastic.exchanges import AllGather, AllReduce, Barrier
 from chaos_mpi.errors import NoSessionError
 from chaos_mpi.horovod.common.exceptions import HorovodInternalError
 from chaos_mpi.horovod.torch.calls import CallQueue, Request, Waiting
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from chaos_mpi.horovod.torch.step import Steps
 
 _BOUNDARY = "step boundary"
+CHECK = "check for changes of the ranks"
 #: Calls that leave a process as it is which has not entered the job yet.
-_LOCAL_BEFORE_ENTRY = ("broadcast", "barrier", "shutdown")
+_LOCAL_BEFORE_ENTRY = ("broadcast", "barrier", CHECK, "shutdown")
 
 
 class Job:
@@ -61,6 +62,27 @@ class Job:
         """Calls of a group of ranks."""
         return CallQueue(group, self.session.submit, self.waiting, self.session.settings.timeout_s, self._zeros)
 
+    def meet(self, what: str) -> None:
+        """All ranks come to this place.
+
+        Raises:
+            HorovodInternalError: they make different calls.
+        """
+        self.waiting.wait(self.queue.put(Request(Asked(what, what), lambda _: Barrier(what))))
+
+    def gather(self, what: str, row: torch.Tensor) -> tuple[list[Any], tuple[str, ...]]:
+        """The row of each rank, as Python values, and whose they are.
+
+        Raises:
+            HorovodInternalError: the ranks make different calls.
+        """
+
+        def finish(operation: AllGather, _: object) -> tuple[list[Any], tuple[str, ...]]:
+            return operation.result.tolist(), operation.contributors
+
+        request = Request(Asked(what, what), lambda _: AllGather(what, row.unsqueeze(0)), finish)
+        return self.waiting.wait(self.queue.put(request))  # type: ignore[no-any-return]
+
     def boundary(self) -> None:
         """A step begins: the place for ranks to leave, and for checkpoints, in a script without an elastic state."""
         session = self.session
@@ -68,9 +90,8 @@ class Job:
             return
         self._at_boundary = session.step
         if session.talk_is_due:
-            together = Request(Asked(_BOUNDARY, _BOUNDARY), lambda _: Barrier(_BOUNDARY))
             try:
-                self.waiting.wait(self.queue.put(together))
+                self.meet(_BOUNDARY)
             except HorovodInternalError:
                 return  # a rank has joined, and does not come here: at a later step
         elif self.queue.negotiating:

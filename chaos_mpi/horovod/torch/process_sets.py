@@ -13,12 +13,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from chaos_mpi.elastic.exchanges import AllGather, Barrier
 from chaos_mpi.elastic.subgroup import Subgroup
 from chaos_mpi.horovod.common.exceptions import HorovodInternalError
-from chaos_mpi.horovod.torch.calls import CallQueue, Request
+from chaos_mpi.horovod.torch.calls import CallQueue
 from chaos_mpi.horovod.torch.job import job
-from chaos_mpi.horovod.torch.negotiation import Asked
 
 if TYPE_CHECKING:
     from chaos_mpi.horovod.torch.job import Job
@@ -187,7 +185,7 @@ def remove_process_set(process_set: ProcessSet) -> bool:
     number = process_set.process_set_id
     if process_set._queue is not None:
         process_set._queue.drain()
-    _together(f"remove process set {process_set.ranks}")
+    job().meet(f"remove process set {process_set.ranks}")
     _sets.pop(number, None)
     queue = process_set._invalidate()
     if queue is not None and isinstance(queue.group, Subgroup):
@@ -224,7 +222,7 @@ def end() -> None:
     for process_set in list(_sets.values()):
         if process_set._queue is not None:
             process_set._queue.drain()
-    _together("shutdown")
+    job().meet("shutdown")
     forget()
 
 
@@ -240,21 +238,8 @@ def _next_number(what: str, members: tuple[str, ...]) -> int:
         HorovodInternalError: the ranks do not come together, or some of ``members`` have died; at every rank.
     """
     global _last_number
-
-    def finish(operation: AllGather, _: object) -> tuple[list[int], tuple[str, ...]]:
-        return operation.result.tolist(), operation.contributors
-
-    def make(_: object) -> AllGather:
-        return AllGather(what, torch.tensor([_last_number]))
-
-    numbers, living = job().waiting.wait(job().queue.put(Request(Asked(what, what), make, finish)))
+    numbers, living = job().gather(what, torch.tensor(_last_number))
     _last_number = int(max(numbers)) + 1
     if lost := sorted(set(members).difference(living)):
         raise HorovodInternalError(f"{what}: {', '.join(lost)} died meanwhile")
     return _last_number
-
-
-def _together(what: str) -> None:
-    """All ranks do the same."""
-    queue = job().queue
-    job().waiting.wait(queue.put(Request(Asked(what, what), lambda _: Barrier(what))))

@@ -8,20 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from chaos_mpi.elastic.exchanges import AllGather, Barrier
 from chaos_mpi.elastic.state import TrainingState
 from chaos_mpi.errors import CheckpointError, ConfigError
 from chaos_mpi.horovod.common.exceptions import HorovodInternalError, HostsUpdatedInterrupt
-from chaos_mpi.horovod.torch.calls import Request
-from chaos_mpi.horovod.torch.job import Job, job
-from chaos_mpi.horovod.torch.negotiation import Asked
+from chaos_mpi.horovod.torch.job import CHECK, Job, job
 from chaos_mpi.replication.tree import pack
 
 if TYPE_CHECKING:
     from chaos_mpi.horovod.torch.elastic.state import State
 
 
-_RESET, _CHECK = "reset after an error", "check for changes of the ranks"
+_RESET = "reset after an error"
 #: The others may be in several calls, one after the other, each of which fails.
 _ATTEMPTS = 8
 
@@ -100,7 +97,7 @@ def come_together() -> None:
     here.queue.drain()
     for attempt in range(_ATTEMPTS):
         try:
-            here.waiting.wait(here.queue.put(Request(Asked(_RESET, _RESET), lambda _: Barrier(_RESET))))
+            here.meet(_RESET)
         except HorovodInternalError:
             if attempt + 1 == _ATTEMPTS:
                 raise
@@ -121,16 +118,7 @@ def check(told: bool) -> None:
     here = job()
     here.queue.drain()
     session = here.session
-    flags = torch.tensor([[session.wants_to_talk(), told]])
-    rows, members = here.waiting.wait(
-        here.queue.put(
-            Request(
-                Asked(_CHECK, _CHECK),
-                lambda _: AllGather(_CHECK, flags),
-                lambda operation, _: (operation.result.tolist(), operation.contributors),
-            )
-        )
-    )
+    rows, members = here.gather(CHECK, torch.tensor([session.wants_to_talk(), told]))
     if here.elastic:
         talk = session.talk_is_due or any(wants for wants, _ in rows)
         if talk:
