@@ -14,7 +14,8 @@ set_up() {
         echo "Python 3.11 or newer is needed. Install it (on Debian: apt-get install python3 python3-venv), or set PYTHON." >&2
         return 1
     fi
-    if [ ! -x "$root/.venv/bin/python" ] && ! "$python" -m venv "$root/.venv"; then
+    # What an attempt without the package for ensurepip leaves behind has a python, and no activate.
+    if [ ! -f "$root/.venv/bin/activate" ] && ! "$python" -m venv --clear "$root/.venv"; then
         echo "A virtual environment could not be made. On Debian: apt-get install python3-venv" >&2
         return 1
     fi

@@ -46,6 +46,8 @@ _RENEW_S = 1.0
 _CONNECT_S = 0.2
 #: How often the direct way is tried while there is a detour, and how long each time.
 _PROBE_S, _PROBE_LIMIT_S = 0.5, 0.4
+#: An order counts for so much later than the one that it takes the place of, at least, seconds.
+_LATER_S = 1e-3
 
 
 class Watching(Protocol):
@@ -174,7 +176,11 @@ class Detouring:
                 return f"there is no host {host} in the job; its hosts are {', '.join(sorted(hosts))}"
         if one == other:
             return f"a link has two ends, not {one} twice"
-        self._heed_orders({ends_of(one, other): Order(time.time(), self._links.me, down)})
+        ends = ends_of(one, other)
+        before = self._links.orders.get(ends)
+        # Later than what it is to replace, also if that was said where the clock is ahead.
+        at_s = max(time.time(), before.at_s + _LATER_S) if before is not None else time.time()
+        self._heed_orders({ends: Order(at_s, self._links.me, down)})
         self._send_table()
         return ""
 

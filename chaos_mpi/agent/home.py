@@ -21,7 +21,7 @@ from chaos_mpi.agent.marks import here, may_live, started
 from chaos_mpi.errors import EngineError
 
 #: What a rank writes down, in the order in which it does.
-RECORDS = ("starting", "connected", "member", "ready", "outcome")
+RECORDS = ("starting", "connected", "member", "ready", "outcome", "leaving")
 #: What its agent writes down when it has crashed.
 CRASH = "crash"
 #: What a proxy writes down when the connection with the host of its rank broke.

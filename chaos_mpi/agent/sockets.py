@@ -5,8 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
+
+#: Connections that wait to be taken. Further ones are refused at once.
+_BACKLOG = 128
+_RETRY_PERIOD_S = 0.01
 
 
 @contextlib.contextmanager
@@ -30,7 +35,7 @@ def listen(path: Path) -> socket.socket:
     try:
         with short_name(path) as name:
             listener.bind(name)
-        listener.listen(8)
+        listener.listen(_BACKLOG)
     except OSError:
         listener.close()
         raise
@@ -50,9 +55,17 @@ def connect(path: Path, limit_s: float) -> socket.socket:
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.settimeout(limit_s)
+    limit = time.monotonic() + limit_s
     try:
         with short_name(path) as name:
-            connection.connect(name)
+            while True:
+                try:
+                    connection.connect(name)
+                    break
+                except BlockingIOError:  # too many wait there already: the kernel does not have this one wait
+                    if time.monotonic() > limit:
+                        raise
+                    time.sleep(_RETRY_PERIOD_S)
     except OSError:
         connection.close()
         raise

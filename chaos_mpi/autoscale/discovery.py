@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import os
 import signal
@@ -33,7 +35,7 @@ _LAUNCHER_VARIABLES = ("OMPI_", "PMIX_", "PRTE_")
 
 def is_script(path: Path) -> bool:
     """Whether the list is printed by this program, and not in this file."""
-    return path.is_file() and os.access(path, os.X_OK)
+    return os.path.isfile(path) and os.access(path, os.X_OK)
 
 
 def read_hosts(path: Path, limit_s: float = SCRIPT_LIMIT_S) -> tuple[HostSlots, ...]:
@@ -61,7 +63,20 @@ def usable_hosts(entries: tuple[HostSlots, ...]) -> tuple[tuple[HostSlots, ...],
         return entries, ()
     own = socket.gethostname()
     addresses = {address.address for of_card in psutil.net_if_addrs().values() for address in of_card}
-    return split_usable(entries, {own, own.partition(".")[0], "localhost", *addresses}, own)
+    names = {own, own.partition(".")[0], "localhost", *addresses}
+    if any(host not in names for host, _ in entries):
+        names |= _further_names(own)
+    return split_usable(entries, names, own)
+
+
+@functools.cache
+def _further_names(own: str) -> frozenset[str]:
+    """What the resolver knows this machine as; asked once, since that may take seconds."""
+    names = {socket.getfqdn()}
+    with contextlib.suppress(OSError):
+        name, aliases, _ = socket.gethostbyname_ex(own)
+        names |= {name, *aliases}
+    return frozenset(names)
 
 
 class Discovery:
@@ -135,8 +150,9 @@ def _printed_by(script: Path, limit_s: float) -> str:
     command = ["timeout", "--kill-after=1", f"{limit_s}", str(script.absolute())]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHER_VARIABLES)}
     begun = time.monotonic()
-    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+    with contextlib.ExitStack() as stack:
         try:
+            output, errors = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(2))
             ended = subprocess.run(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, env=environment, check=False
             )

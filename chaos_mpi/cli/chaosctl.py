@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import queue
 import sys
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -136,10 +137,13 @@ def add(job: Path | None, limit_s: float, ranks: int, host: str) -> None:
     if problems:
         raise click.ClickException("; ".join(problems))
     request = {"do": "add", "host": host}
-    with ThreadPoolExecutor(ranks) as pool:
-        outcomes = list(pool.map(lambda _: _follow(where, request, limit_s), range(ranks)))
-    if any(outcomes):
-        raise click.ClickException("; ".join(sorted({reason for reason in outcomes if reason})))
+    reasons: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for _ in range(ranks):
+        # Nobody waits for these when Ctrl-C ends the process; what they have asked for goes on.
+        threading.Thread(target=lambda: reasons.put(_outcome(where, request, limit_s)), daemon=True).start()
+    refused = {reasons.get() for _ in range(ranks)} - {""}
+    if refused:
+        raise click.ClickException("; ".join(sorted(refused)))
 
 
 @main.command()
@@ -202,6 +206,14 @@ class _UsageError(click.ClickException):
     """An error that is the caller's, with the exit status for those."""
 
     exit_code = EXIT_USAGE
+
+
+def _outcome(job: Path, request: dict[str, Any], limit_s: float) -> str:
+    """The same as :func:`_follow`, with errors as reasons."""
+    try:
+        return _follow(job, request, limit_s)
+    except click.ClickException as error:
+        return error.message
 
 
 def _follow(job: Path, request: dict[str, Any], limit_s: float) -> str:

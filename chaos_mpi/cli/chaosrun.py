@@ -74,7 +74,7 @@ class _Command(click.Command):
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint, if there is one.")
 @click.option("--event-log", type=click.Path(dir_okay=False), help="Append events; %h and %m: host, member.")
 @click.option("--metrics-port", type=click.IntRange(0, 65535), help="Serve Prometheus metrics; 0: any free port.")
-@click.option("--metrics-address", default="127.0.0.1", show_default=True, help="Where to serve them.")
+@click.option("--metrics-address", help="Where to serve them. Default: 127.0.0.1.")
 @click.option("--tag-output", is_flag=True, help="Put its rank in front of each line of output.")
 @click.option("--log-level", type=click.Choice(LOG_LEVELS), help="debug also shows Open MPI's own remarks.")
 @click.option("-m", "module", is_flag=True, help="The first argument is a module, as in python -m.")
@@ -98,7 +98,7 @@ def main(
     resume: bool,
     event_log: str | None,
     metrics_port: int | None,
-    metrics_address: str,
+    metrics_address: str | None,
     tag_output: bool,
     log_level: str | None,
     module: bool,
@@ -126,6 +126,8 @@ def main(
         _refuse("--scale-policy available fills the place of a rank that crashed already: leave --restarts out")
     if resume and checkpoint_dir is None:
         _refuse("--resume needs --checkpoint-dir")
+    if metrics_address is not None and metrics_port is None:
+        _refuse("--metrics-address needs --metrics-port")
     if checkpoint_dir is not None:
         _refuse_unwritable(checkpoint_dir)
     settings = {
@@ -155,7 +157,7 @@ def main(
             return
         if hosts is not None:
             _refuse_hosts(hosts.check())
-        sys.exit(_run(start, (metrics_address, metrics_port) if metrics_port is not None else None))
+        sys.exit(_run(start, (metrics_address or "127.0.0.1", metrics_port) if metrics_port is not None else None))
     except ChaosError as error:
         _refuse(str(error))
 
@@ -301,8 +303,8 @@ def _metrics(where: tuple[str, int] | None, run_dir: Path) -> Iterator[Callable[
         _refuse("--metrics-port needs prometheus-client: pip install 'chaos-mpi[metrics]'")
     try:
         endpoint = MetricsEndpoint(*where, run_dir)
-    except OSError as error:
-        _refuse(f"metrics cannot be served at {where[0]}, port {where[1]}: {error.strerror or error}")
+    except (OSError, UnicodeError) as error:  # the second one from names that cannot be one
+        _refuse(f"metrics cannot be served at {where[0]}, port {where[1]}: {getattr(error, 'strerror', '') or error}")
     with contextlib.closing(endpoint):
         say(f"metrics at {endpoint.url}")
         yield endpoint.serving
@@ -321,12 +323,18 @@ def _private_directories() -> Iterator[tuple[Path, dict[str, str]]]:
             made = tempfile.TemporaryDirectory(prefix="chaosrun-", dir=parent, ignore_cleanup_errors=True)
             return stack.enter_context(made)
 
-        run_dir = private()
-        note_down(Path(run_dir), LAUNCHER, marks.here())
-        settings = {"PRTE_MCA_prte_tmpdir_base": run_dir}
-        if os.access(SHM_DIRECTORY, os.W_OK | os.X_OK):
-            memory = settings["OMPI_MCA_btl_sm_backing_directory"] = private(SHM_DIRECTORY)
-            Path(run_dir, MEMORY_FILE).write_text(memory)
+        try:
+            run_dir = private()
+            note_down(Path(run_dir), LAUNCHER, marks.here())
+            settings = {"PRTE_MCA_prte_tmpdir_base": run_dir}
+            if os.access(SHM_DIRECTORY, os.W_OK | os.X_OK):
+                memory = settings["OMPI_MCA_btl_sm_backing_directory"] = private(SHM_DIRECTORY)
+                Path(run_dir, MEMORY_FILE).write_text(memory)
+        except OSError as error:
+            _refuse(
+                f"the job's directory for temporary files cannot be made: {error}. Make room, or set TMPDIR to a "
+                "directory that can be written to"
+            )
         yield Path(run_dir), settings
 
 
@@ -340,7 +348,7 @@ def _program(script: tuple[str, ...], module: bool) -> list[str]:
     if name.startswith("-"):
         _refuse(f"no such option: {name}")
     if Path(name).suffix == ".py":
-        if not Path(name).is_file():
+        if not os.path.isfile(name):
             _refuse(f"there is no file {name}")
         return [sys.executable, *script]
     if shutil.which(name) is None:
@@ -354,6 +362,8 @@ def _files(
     """What has to be on every host: the script, the directories that it is told to write to, and the list of hosts."""
     program = Path(script[0]) if script and Path(script[0]).suffix == ".py" else None
     log_dir = Path(event_log).absolute().parent if event_log is not None else None
+    while log_dir is not None and ("%h" in str(log_dir) or "%m" in str(log_dir)):
+        log_dir = log_dir.parent  # each rank makes its own below it
     return [path.absolute() for path in (program, checkpoint_dir, log_dir, hosts_from) if path is not None]
 
 

@@ -122,8 +122,8 @@ def ask(job: Path, request: dict[str, Any], limit_s: float) -> Iterator[dict[str
         click.ClickException: nobody answers.
     """
     with contextlib.closing(_connect(job)) as member:
-        member.ask(request, limit_s)
         try:
+            member.ask(request, limit_s)
             for line in member.stream:
                 answer: dict[str, Any] = json.loads(line)
                 if "error" in answer:
@@ -133,6 +133,8 @@ def ask(job: Path, request: dict[str, Any], limit_s: float) -> Iterator[dict[str
                     return
         except TimeoutError:
             raise click.ClickException(f"the job has not answered within {limit_s:.0f} s; it may still do it") from None
+        except (OSError, ValueError):  # its end cut the connection, or the last line
+            pass
         raise click.ClickException(
             "the member that was asked has ended; the others may still carry the request out: see chaosctl status"
         )
@@ -221,7 +223,8 @@ class _Member:
 
     def close(self) -> None:
         """Hang up."""
-        self.stream.close()
+        with contextlib.suppress(OSError):  # what could not be sent
+            self.stream.close()
         self._connection.close()
 
 

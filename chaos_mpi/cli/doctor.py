@@ -45,8 +45,6 @@ OK, WARN, FAIL = "OK", "WARN", "FAIL"
 WANTED = {"numpy": (1, 26), "torch": (2, 4), "mpi4py": (4, 1)}
 #: ULFM came with 5.0; older releases than the second have not been tested with this package.
 OLDEST_OPEN_MPI, TESTED_OPEN_MPI = (5, 0, 0), (5, 0, 11)
-#: Room that the name of a job's control socket takes behind the temporary directory, and what Linux allows in all.
-_SOCKET_NAME, _SOCKET_PATH = len("/chaosrun-12345678/control-1234567.sock"), 107
 _COMMAND_LIMIT_S = 30.0
 #: A first import of torch from a slow disk takes longer than anything the two ranks do.
 _IMPORT_LIMIT_S = 60.0
@@ -195,8 +193,6 @@ def judge_temporary(directory: str, free: int | None, problem: str | None, wante
         return Finding(subject, FAIL, problem, mend)
     if wanted and os.path.abspath(wanted) != directory:
         return Finding(subject, WARN, f"TMPDIR={wanted} cannot be written to, so {directory} is used", mend)
-    if len(directory.encode()) + _SOCKET_NAME > _SOCKET_PATH:
-        return Finding(subject, WARN, f"{directory} is too long a name for chaosctl", "set TMPDIR to a shorter one")
     return Finding(subject, OK, directory + (f", {free >> 20} MiB free" if free is not None else ""))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from chaos_mpi.autoscale.discovery import read_hosts, usable_hosts
@@ -17,7 +18,7 @@ def slots_here(source: Path) -> int:
     Raises:
         ConfigError: there is no such file or its list cannot be used.
     """
-    if not source.exists():
+    if not os.path.exists(source):  # and no error where it may not be looked at
         raise ConfigError(f"there is no file {source}")
     usable, _ = usable_hosts(read_hosts(source))
     return sum(slots for _, slots in usable)

@@ -25,7 +25,7 @@ _SIGNALLED = 128
 
 Record = Mapping[str, Any]
 #: In the order of the attributes of :class:`Records`.
-_KINDS = ("starting", "member", "outcome", "ended", CRASH, "connected", LOST)
+_KINDS = ("starting", "member", "outcome", "ended", CRASH, "connected", LOST, "leaving")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,7 @@ class Records:
         crashes: ranks that crashed, as the agents beside them saw it, also where these could not write anything down.
         connected: ranks that have started MPI; they may have to find out first who of the others is alive.
         lost: proxies whose connections with the hosts of their ranks broke.
+        leaving: ranks whose script is at its end, and whose process is about to be.
     """
 
     starting: Mapping[int, Record]
@@ -49,6 +50,7 @@ class Records:
     crashes: Mapping[int, Record] = field(default_factory=dict)
     connected: Mapping[int, Record] = field(default_factory=dict)
     lost: Mapping[int, Record] = field(default_factory=dict)
+    leaving: Mapping[int, Record] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

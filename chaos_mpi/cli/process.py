@@ -29,7 +29,7 @@ from chaos_mpi.errors import ChaosError, EngineError
 
 #: After a signal, the ranks get this long to end before everything is killed.
 GRACE_S = 10.0
-#: When a job is over, what is left of it may hold ``mpirun`` up for so long; scripts may do something after it.
+#: When a job is over, and the scripts are through, what is left of it may hold ``mpirun`` up for so long.
 LINGER_S = 15.0
 #: The same when none of its ranks is left, but a process that never became one, or ``mpirun`` by itself.
 LEFT_ALONE_S = 2.0
@@ -84,6 +84,7 @@ class MpirunJob:
         self._run_dir, self._outlived = run_dir, outlived
         self._deadline: float | None = None
         self._killed = False
+        self._around: dict[int, list[psutil.Process]] = {}
         # Handlers first: a signal that comes while mpirun starts is remembered and forwarded.
         self._process: subprocess.Popen[bytes] | None = None
         # What is ignored stays so: who starts a job with nohup means it.
@@ -193,15 +194,30 @@ class MpirunJob:
         """How long the job may go on; None if it is not over.
 
         It is when all ranks have ended, or one has ended the whole job: mpirun waits for ever for a stopped process.
+        What a script does after the training takes as long as it takes, and so does a program around it.
         """
         alive = [pid for pid in records.members if psutil.pid_exists(pid)]
+        if self._in_other_programs(records):
+            return None
         # Ranks that have started MPI may end before they are members: of too small a job, for one.
         up = {*records.starting, *records.connected} if records.connected and not records.members else ()
         if (records.members and not alive) or (up and not any(map(psutil.pid_exists, up))):
             return LEFT_ALONE_S
         failed = any(record.get("outcome") == "failed" for record in records.outcomes.values())
-        ended = bool(records.members) and all(pid in records.outcomes for pid in alive)
+        ended = bool(records.members) and all(_is_through(pid, records) for pid in alive)
         return LINGER_S if failed or ended else None
+
+    def _in_other_programs(self, records: Records) -> bool:
+        """Whether all ranks have ended, and programs that had started them, as a shell script, go on."""
+        assert self._process is not None
+        for pid in records.members.keys() - self._around.keys():
+            with contextlib.suppress(psutil.Error):
+                parents = psutil.Process(pid).parents()
+                launchers = [parent.pid for parent in parents].index(self._process.pid)
+                self._around[pid] = parents[:launchers]
+        if any(map(psutil.pid_exists, records.members)):
+            return False
+        return any(program.is_running() for programs in self._around.values() for program in programs)
 
     def _kill_everything(self) -> None:
         assert self._process is not None
@@ -225,6 +241,16 @@ class MpirunJob:
                     process.kill()
             except psutil.Error:
                 continue
+
+
+def _is_through(pid: int, records: Records) -> bool:
+    """Whether nothing more is to be expected of a process that was a rank."""
+    outcome = records.outcomes.get(pid)
+    if outcome is None or outcome.get("outcome") != "finished" or pid in records.leaving:
+        return outcome is not None
+    with contextlib.suppress(psutil.Error):
+        return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
+    return True
 
 
 class _StartWatch:

@@ -74,7 +74,8 @@ def combine(answers: Sequence[Answer], started_at: float | None, now: float) -> 
         "ranks": [_rank(rank, member, by_member.get(member), here) for rank, member in enumerate(furthest["members"])],
         "machines": _machines(furthest, answers),
         "transfers": list({t["member"]: t for answer in answers for t in answer["transfers"]}.values()),
-        "links": furthest["links"],
+        # A member whose agent was too slow to answer knows of none.
+        "links": next((a["links"] for a in (furthest, *answers) if a["links"]), []),
         "witness": min(filter(None, (answer["witness"] for answer in answers)), key=_worst_first, default=None),
         "events": merged(answers),
     }

@@ -73,6 +73,22 @@ def unused_directory(directory: Path) -> Path:
     )
 
 
+def make_writable(directory: Path) -> None:
+    """Make a directory for checkpoints, if it is not there, and try it.
+
+    Raises:
+        CheckpointError: it cannot be written to.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise CheckpointError(
+            f"the checkpoint directory {directory} cannot be written to: {error.strerror or error}"
+        ) from error
+
+
 class CheckpointWriter:
     """Writes checkpoints from a background thread and keeps the newest ones.
 
@@ -92,7 +108,7 @@ class CheckpointWriter:
         self.directory = Path(directory)
         self.keep = keep
         self.last_error: CheckpointError | None = None
-        _check_writable(self.directory)
+        make_writable(self.directory)
         self._changed = threading.Condition()
         self._waiting: tuple[int, Packed] | None = None
         self._writing = False
@@ -332,17 +348,6 @@ def _check_origin(path: Path, metadata: dict[str, str]) -> None:
             f"{path} was written by chaos_mpi {metadata.get('package_version')} in format {version}; this is "
             f"chaos_mpi {chaos_mpi.__version__}, which reads up to format {FORMAT_VERSION}: upgrade it"
         )
-
-
-def _check_writable(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise CheckpointError(
-            f"the checkpoint directory {directory} cannot be written to: {error.strerror or error}"
-        ) from error
 
 
 def _prune(directory: Path, keep: int, written: int) -> None:

@@ -40,6 +40,8 @@ _LAST_ANSWERS_S = 2.0
 _REQUEST_BYTES = 65536
 #: How often the step is looked at, so that its speed is known when somebody asks, seconds.
 _LOOK_PERIOD_S = 1.0
+#: How often the next request is tried to be taken when one could not be, seconds.
+_SHORTAGE_PERIOD_S = 0.1
 #: How long the agent has to take an order, seconds.
 _AGENT_LIMIT_S = 5.0
 #: Who follows hears something so often, and is given up when it takes nothing for so long, seconds.
@@ -70,6 +72,7 @@ class ControlSocket:
         self._status = MemberStatus(session)
         self._answered: list[threading.Thread] = []
         self._lock = threading.Lock()
+        self._closed = threading.Event()
         self._socket = sockets.listen(path)
         self._socket.settimeout(_LOOK_PERIOD_S)
         threading.Thread(target=self._serve, name="chaos_mpi-control", daemon=True).start()
@@ -83,20 +86,24 @@ class ControlSocket:
         for thread in answered:
             thread.join(max(0.0, limit - time.monotonic()))
         self._path.unlink(missing_ok=True)
+        self._closed.set()
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
     def _serve(self) -> None:
-        while True:
-            self._status.look()
+        while not self._closed.is_set():
+            # Descriptors, threads and memory may be short for a while: whoever asks now is not answered, others are.
             try:
+                self._status.look()
                 connection, _ = self._socket.accept()
+                threading.Thread(target=self._converse, args=(connection,), daemon=True).start()
             except TimeoutError:
                 continue
-            except OSError:
-                return
-            threading.Thread(target=self._converse, args=(connection,), daemon=True).start()
+            except (OSError, RuntimeError) as error:
+                if not self._closed.is_set():
+                    log.debug("a request could not be taken: %s", error)
+                self._closed.wait(_SHORTAGE_PERIOD_S)
 
     def _converse(self, connection: socket.socket) -> None:
         # An OSError says that the client is gone; what it asked for goes on.

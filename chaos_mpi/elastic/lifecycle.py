@@ -158,6 +158,7 @@ class ExitGuard:
         self._exits: dict[str, object] = {n: vars(builtins)[n] for n in ("exit", "quit") if n in vars(builtins)}
         vars(builtins).update(dict.fromkeys(self._exits, lambda code=None: self._noting_exit(code)))
         self.is_quiet = False
+        atexit.register(self._note_leaving)  # before the script's own, so that it is called when those are through
         sys.excepthook = self._on_exception
         sys.exit = self._noting_exit
         os._exit = self._noting_exit_at_once
@@ -207,6 +208,11 @@ class ExitGuard:
         if status != 0 and os.getpid() == self._pid:
             self._end(f"it called os._exit({status})", status)
         self._exit_at_once(status)
+
+    def _note_leaving(self) -> None:
+        """The script is at its end: from here on the launcher need not wait for this process for long."""
+        if os.getpid() == self._pid:
+            write_record(self._run_dir, "leaving", {})
 
     def _at_exit(self) -> None:
         if (unhandled := self._unhandled) is not None:

@@ -22,6 +22,7 @@ from chaos_mpi.elastic.autoscaler import Autoscaler
 from chaos_mpi.elastic.overlap import Overlap, overlaps
 from chaos_mpi.elastic.sponsor import Sponsorship
 from chaos_mpi.elastic.transitions import Admit, Arrange, Leave
+from chaos_mpi.errors import CheckpointError
 from chaos_mpi.membership import (
     MOVES,
     Agenda,
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
     from chaos_mpi.elastic.session import Session
 
 log = logging.getLogger("chaos_mpi.elastic")
+
+#: What is said to those that asked for something too late.
+_OVER = "the job ended before that"
 
 #: Room for the report of one sampler, as JSON.
 _REPORT_BYTES = 320
@@ -71,6 +75,7 @@ class Negotiator:
         self._inbox: dict[tuple[str, str, int], Proposal] = {}
         self._answers: dict[str, Answer] = {}
         self._numbers = itertools.count(1)
+        self._closed = False
         self._sponsorships: dict[str, Sponsorship] = {}
         self._overlap: Overlap | None = None
         self._autoscaler = Autoscaler(session, limits, lambda: self.agenda, self.propose)
@@ -186,6 +191,10 @@ class Negotiator:
         for sponsorship in self._sponsorships.values():
             sponsorship.give_up("the job ended")
         self._sponsorships.clear()
+        with self._lock:
+            self._closed = True
+        for id_ in list(self._answers):
+            self._answer(id_, "refused", {"reason": _OVER})
         if self._overlap is not None:
             self._overlap.abandon()
             self._overlap = None
@@ -271,6 +280,7 @@ class Negotiator:
         for sponsorship in mine.values():
             sponsorship.call_in()
         ready = all(join.id in mine and mine[join.id].is_there() for join in joins if join.sponsor == session.member)
+        ready = ready and self._can_hand_over()
         bridges = {id_: s.bridge for id_, s in mine.items() if s.bridge is not None}
 
         def call(view: View) -> None:
@@ -286,17 +296,25 @@ class Negotiator:
         )
         session.execute(operation)
         assert operation.view is not None
-        state = LiveState.of(session)
+        state = LiveState.of(session) if operation.world is not None else None
         policy, optimizers = session.settings.join_policy, session.optimizers()
-        if operation.world is not None and overlaps(policy, joins, state.layout.total_bytes, optimizers):
+        if state is not None and overlaps(policy, joins, state.layout.total_bytes, optimizers):
             self._overlap = Overlap(session, operation, joins, state, begun, self.propose)
             self.agenda = replace(self.agenda, replicating=joins)
-        elif operation.world is not None and admission.replicate(session, operation, joins, state, begun):
+        elif state is not None and admission.replicate(session, operation, joins, state, begun):
             self._welcome(joins)
         else:
             for sponsorship in mine.values():
                 sponsorship.give_up("it could not be taken in")
             self._start_again(joins, operation.view)
+
+    def _can_hand_over(self) -> bool:
+        try:
+            self._session.pack_for_newcomers()
+        except CheckpointError as error:
+            log.error("no rank can join, because the state cannot be sent: %s (%s)", error, self._session.member)
+            return False
+        return True
 
     def _activate(self, joins: tuple[Join, ...], begun: float) -> None:
         overlap, self._overlap = self._overlap, None
@@ -356,8 +374,12 @@ class Negotiator:
         session = self._session
         with self._lock:
             id_ = f"{kind}-{session.member}-{next(self._numbers)}"
-            if answer is not None:
+            if answer is not None and not self._closed:
                 self._answers[id_] = answer
+        if self._closed:
+            if answer is not None:
+                answer("refused", {"reason": _OVER})
+            return id_
         if kind == "join":
             session.emit("join_requested", id=id_, host=host)
         self.propose(Proposal(kind, id_, member, host, asked_at=time.time(), name=name))

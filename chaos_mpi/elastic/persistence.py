@@ -46,6 +46,7 @@ class Persistence:
         self._session = session
         self._settings = session.settings
         self._state: TrainingState | None = None
+        self._has_begun = False
         self._scaled: list[ScaledRate] = []
         self._writer: checkpoint.CheckpointWriter | None = None
         self._saved_step = -1
@@ -69,26 +70,32 @@ class Persistence:
             state: to take charge of.
             newcomer: this rank is to get the state from members of a running job, so there is nothing to resume.
 
-
         Raises:
-            ConfigError: a state is attached already, or the checkpoint directory holds another run.
+            ConfigError: a state is attached already, it holds what can be neither saved nor sent, or the checkpoint
+                directory holds another run.
             MismatchError: the state differs between ranks; names the first difference.
-            CheckpointError: the checkpoint to resume from does not fit.
+            CheckpointError: the checkpoint to resume from does not fit, or rank 0 cannot write to the directory.
         """
         if self._state is not None:
             raise ConfigError("this session has a TrainingState already; name everything in one")
+        try:
+            pack(state.capture(), clone=False)
+        except CheckpointError as error:
+            raise ConfigError(f"the TrainingState cannot be kept: {error}") from error
         self._refuse_differences(state)
         for optimizer in state.optimizers():
             self._scaled.append(ScaledRate(optimizer, self._lr_factor))
         self._state = state
         self._made_as = state.signature()
-        if newcomer:
-            return
-        directory = self._settings.checkpoint_dir
-        if self._settings.resume_from is not None:
-            self._resume_kept(state, self._settings.resume_from)
-        elif directory is not None:
-            self._resume(state, directory)
+        if not newcomer:
+            directory = self._settings.checkpoint_dir
+            if directory is not None:
+                self._refuse_unwritable(directory)
+            if self._settings.resume_from is not None:
+                self._resume_kept(state, self._settings.resume_from)
+            elif directory is not None:
+                self._resume(state, directory)
+        self._has_begun = True
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Those of the training state; none without one."""
@@ -116,10 +123,13 @@ class Persistence:
             self._rng_of_ranks = self._session.gather(self._rng)
         if self._session.rank != 0 or step == self._saved_step:
             return
-        if self._writer is None:
-            self._writer = checkpoint.CheckpointWriter(directory)
         self._saved_step = step
-        self._writer.submit(step, self._packed(clone=not final))
+        try:
+            if self._writer is None:
+                self._writer = checkpoint.CheckpointWriter(directory)
+            self._writer.submit(step, self._packed(clone=not final))
+        except CheckpointError as error:  # training is worth more than this checkpoint
+            log.error("there is no checkpoint of step %d: %s (host %s)", step, error, self._session.host)
 
     def take_rng(self, state: Mapping[str, Any] | None) -> None:
         """Go on from these states of the random number generators at the next boundary.
@@ -147,6 +157,8 @@ class Persistence:
         """Write the state at once, and say where, or why not."""
         if self._state is None:
             return "No state was saved, because the script names none (chaos_mpi.TrainingState)."
+        if not self._has_begun:
+            return "No state was saved: there is none yet that is not where it was to be taken from."
         directory = self._settings.checkpoint_dir or Path.cwd() / "chaos-state"
         step = self._session.step
         path = checkpoint.checkpoint_path(directory, step)
@@ -236,6 +248,20 @@ class Persistence:
                 raise MismatchError(
                     f"the training state differs between rank 0 (here) and rank {rank} (there): {difference}"
                 )
+
+    def _refuse_unwritable(self, directory: Path) -> None:
+        """Refuse a directory that rank 0 cannot write to; say where those could not that may take its place."""
+        session, problem = self._session, ""
+        try:
+            checkpoint.make_writable(directory)
+        except CheckpointError as error:
+            problem = f"{error} (host {session.host})"
+        problems = session.gather(problem)
+        if problems[0]:
+            session.barrier()  # see _refuse_differences
+            raise CheckpointError(problems[0])
+        if session.rank == 0 and (others := sorted(set(filter(None, problems)))):
+            log.warning("no checkpoints will be written if these take the place of rank 0: %s", "; ".join(others))
 
     def _resume(self, state: TrainingState, directory: Path) -> None:
         """Load the newest checkpoint that any rank can see, and give it to all: the directory need not be shared."""

@@ -97,6 +97,7 @@ class Session(EndingSession):
         self._restored: list[Callable[[], None]] = []
         self._recorded: dict[str, Any] = {}
         self._boundary_step = 0
+        self._talk_is_owed = False  # a step was finished, and the members have not come to a place to negotiate since
         self._result: SessionResult | None = None
         write_record(settings.run_dir, "starting", {"member": self.member, "pid": os.getpid(), "host": self.host})
         refuse_orphan()
@@ -271,12 +272,14 @@ class Session(EndingSession):
 
     def boundary(self, *, final: bool = False) -> None:
         """Between two steps, when optimizer, scheduler and counters are all up to date."""
-        if self._end_step(final):
-            if not final and self._samplers.at_round_start():
-                self._negotiate()
-                self._stop_if_told()
-        elif final:
-            self._persistence.at_boundary(final)
+        self._talk_is_owed |= (ended := self._end_step(final))
+        if final:
+            if not ended:
+                self._persistence.at_boundary(final)
+        elif self._talk_is_owed and self._samplers.at_round_start():
+            self._talk_is_owed = False
+            self._negotiate()
+            self._stop_if_told()
 
     def _negotiate(self) -> None:
         with self._sequence.undisturbed():
@@ -305,6 +308,7 @@ class Session(EndingSession):
             talk: whether to negotiate; the same at all members. What is due is negotiated in any case.
         """
         self._end_step(False)
+        self._talk_is_owed = False
         self._negotiator.due |= talk
         self._negotiate()
         self._stop_if_told()

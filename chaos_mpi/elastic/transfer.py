@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,9 @@ def transfers(run_dir: Path | None, members: Collection[str], now: float) -> lis
     found = []
     for path in sorted(run_dir.glob(f"{TRANSFER}-*.json")) if run_dir is not None else ():
         try:
-            transfer = Transfer(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            written = json.loads(path.read_text(encoding="utf-8"))
+            transfer = Transfer(**{field.name: written[field.name] for field in fields(Transfer)})
+        except (OSError, ValueError, KeyError, TypeError):
             continue  # it is gone, or not whole
         if transfer.member not in members and now - transfer.at < STALE_S:
             found.append(asdict(transfer))

@@ -153,7 +153,7 @@ class ChaosCallback:
 
     def on_batch_end(self, batch: int | None = None, logs: Any = None) -> None:
         """Between two steps, when optimizer, scheduler and counters are up to date; all members call it, or none."""
-        self.session.boundary()
+        self.session.meet(talk=False)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Have the samplers go to this epoch, as for a loop that takes callbacks of Keras's kind."""

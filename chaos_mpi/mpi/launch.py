@@ -47,6 +47,11 @@ MCA_ONE_MACHINE: dict[str, str] = {"btl": "self,sm,tcp", "btl_tcp_if_include": "
 #: The same where shared memory is too small: TCP on the loopback interface.
 MCA_ONE_MACHINE_WITHOUT_SHM: dict[str, str] = {"btl": "self,tcp", "btl_tcp_if_include": "lo"}
 
+#: Parameters of mpirun's own, by which it starts everything on the machine it runs on: proxies, if ranks are to be on
+#: others. By itself it takes the nodes of a Slurm or PBS allocation it is in, or of a host file that the environment
+#: names, as the Kubernetes MPI operator does, and has its daemons started there.
+PRTE_HERE: dict[str, str] = {"ras": "^slurm,pbs", "prte_default_hostfile": "none"}
+
 #: Exit status of mpirun when its own services did not come up; seen about once in a thousand starts on a busy machine.
 LAUNCHER_NOT_UP = 213
 
@@ -128,6 +133,8 @@ def mpirun_command(
     """
     command = [os.fspath(mpirun if mpirun is not None else mpirun_path()), "--with-ft", "ulfm", "-n", str(n)]
     command += ["--oversubscribe", "--bind-to", "none"]
+    for name, value in PRTE_HERE.items():
+        command += ["--prtemca", name, value]
     if os.geteuid() == 0:
         command.append("--allow-run-as-root")
     for name, value in (mca_settings(n, environ) if settings is None else settings).items():

@@ -261,14 +261,15 @@ class GradientStep(Operation):
         """
         control = self.memory.control.tolist()
         count = max(control[0], 1.0)
-        for bucket, views in zip(self._buckets, self.memory.sums(), strict=True):
-            for index, view in zip(bucket.params, views, strict=True):
-                if control[_CONTROL_HEADER + index] == 0.0:
-                    continue
-                param = self._params[index]
-                if param.grad is None:
-                    param.grad = torch.empty_like(param)
-                torch.div(view, count, out=param.grad)
+        with torch.no_grad():  # after backward(create_graph=True) gradients have a graph
+            for bucket, views in zip(self._buckets, self.memory.sums(), strict=True):
+                for index, view in zip(bucket.params, views, strict=True):
+                    if control[_CONTROL_HEADER + index] == 0.0:
+                        continue
+                    param = self._params[index]
+                    if param.grad is None:
+                        param.grad = torch.empty_like(param)
+                    torch.div(view, count, out=param.grad)
         self.deliver_buffers()
 
     def deliver_buffers(self) -> None:
@@ -336,7 +337,7 @@ class GradientStep(Operation):
 
     def _given(self, param: torch.nn.Parameter) -> torch.Tensor | None:
         """What this member adds to the sum of a parameter's gradients."""
-        return param.grad if self.contributes else None
+        return param.grad.detach() if self.contributes and param.grad is not None else None
 
     def _fill_control(self) -> None:
         counts = self.contributes

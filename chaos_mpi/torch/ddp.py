@@ -37,7 +37,8 @@ class DistributedDataParallel(torch.nn.Module):
             gradients are summed in float32 and rounded once. Those of a GPU are summed in the memory of the host.
         device_ids, output_device: None, or the device of the module. With ``device_ids`` inputs are moved there.
         dim: as in torch.
-        broadcast_buffers: keep module buffers equal to rank 0's.
+        broadcast_buffers: keep module buffers equal to rank 0's; default: yes. Newer releases of torch call it
+            ``forward_sync_buffers``, which counts if both are given.
         init_sync: give all ranks rank 0's parameters and buffers now.
         process_group: must be None: the session is the group.
         bucket_cap_mb: size of a bucket, MiB.
@@ -58,7 +59,7 @@ class DistributedDataParallel(torch.nn.Module):
         device_ids: list[int | torch.device] | None = None,
         output_device: int | torch.device | None = None,
         dim: int = 0,
-        broadcast_buffers: bool = True,
+        broadcast_buffers: bool | None = None,
         init_sync: bool = True,
         process_group: object = None,
         bucket_cap_mb: float | None = None,
@@ -67,6 +68,7 @@ class DistributedDataParallel(torch.nn.Module):
         gradient_as_bucket_view: bool = False,
         static_graph: bool = False,
         *,
+        forward_sync_buffers: bool | None = None,
         session: Session | None = None,
     ) -> None:
         super().__init__()
@@ -74,7 +76,8 @@ class DistributedDataParallel(torch.nn.Module):
         self.module = module
         self._device = next(module.parameters()).device if device_ids else None
         self.dim = dim
-        self.broadcast_buffers = broadcast_buffers
+        chosen = forward_sync_buffers if forward_sync_buffers is not None else broadcast_buffers
+        self.broadcast_buffers = chosen if chosen is not None else True
         self.find_unused_parameters = find_unused_parameters
         self.require_backward_grad_sync = True
         self._session = session if session is not None else current_session()
@@ -84,7 +87,7 @@ class DistributedDataParallel(torch.nn.Module):
         if init_sync:
             everything = [p.detach() for p in module.parameters()] + [b.detach() for b in module.buffers()]
             self._session.share("initial parameters", everything)
-        self._reducer = Reducer(self._session, self._params, self._buckets, module if broadcast_buffers else None)
+        self._reducer = Reducer(self._session, self._params, self._buckets, module if self.broadcast_buffers else None)
         self._in_backward = False
         self._end_queued = False
         self._reached: set[int] = set()
@@ -100,6 +103,12 @@ class DistributedDataParallel(torch.nn.Module):
             args, kwargs = tree_map(self._moved, (args, kwargs))
         if not torch.is_grad_enabled():
             return self.module(*args, **kwargs)
+        if self._in_backward and torch._C._current_graph_task_id() == -1:
+            raise ConfigError(
+                "the last backward pass of this model did not come to its end, because of an error that the script has "
+                "caught: this rank cannot finish the step that the others are in, nor leave it out. Let the error end "
+                f"it; the others train on (rank {self._session.rank}, step {self._session.step})"
+            )
         self._reducer.rounds.begin()
         self._end_queued = self._in_backward
         output = self.module(*args, **kwargs)
@@ -107,6 +116,9 @@ class DistributedDataParallel(torch.nn.Module):
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
                 tensor.register_hook(self._output_gradient)  # type: ignore[no-untyped-call]
         return output
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        raise ConfigError("a module that is wrapped belongs to this process and its session: copy or save model.module")
 
     def _moved(self, value: Any) -> Any:
         return value.to(self._device, non_blocking=True) if isinstance(value, torch.Tensor) else value

@@ -65,6 +65,9 @@ class ElasticState:
         for param in self._params:
             param.register_post_accumulate_grad_hook(self._gradient_is_final)
 
+    def __reduce_ex__(self, protocol: object) -> Any:
+        raise ConfigError("the model belongs to this process and its session: copy or save model.module")
+
     def reduce(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Begin to average a bucket; the last one of a backward pass ends the step."""
         if self._step is None:
@@ -82,6 +85,11 @@ class ElasticState:
         if not isinstance(self._model.reducer, _UnsharedBuckets):
             self._model.reducer = _UnsharedBuckets(self._model.reducer, self._group)  # type: ignore[assignment]
         if torch.is_grad_enabled():
+            if self._model._join_config.enable:
+                raise ConfigError(
+                    "model.join() is for ranks that run out of data at different times; ranks that are elastic get "
+                    "equally many batches from chaos_mpi.ElasticSampler: leave join() out"
+                )
             self._reducer.rounds.begin()
 
     def _gradient_is_final(self, _: torch.Tensor) -> None:

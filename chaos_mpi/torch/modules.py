@@ -35,7 +35,7 @@ class StableBuffers:
                     known.add(id(buffer))
                     self._places.append((part._buffers, name))
                     self._tensors.append(buffer)
-        self._live = [buffer.detach() for buffer in self._tensors]
+        self._live = [_alias(buffer) for buffer in self._tensors]
         self.nbytes = sum(buffer.nbytes for buffer in self._live)
         self._kept = [buffer.clone() for buffer in self._live]
         session.on_rollback(self._restore)
@@ -53,7 +53,7 @@ class StableBuffers:
             if tensor is self._tensors[index] or tensor is None:
                 continue
             if tensor.shape == kept.shape and tensor.dtype == kept.dtype:
-                self._tensors[index], self._live[index] = tensor, tensor.detach()
+                self._tensors[index], self._live[index] = tensor, _alias(tensor)
         return self._live
 
     def keep(self) -> None:
@@ -62,6 +62,15 @@ class StableBuffers:
 
     def _restore(self) -> None:
         _copy(self.live, self._kept)
+
+
+def _alias(buffer: torch.Tensor) -> torch.Tensor:
+    """The same memory, which autograd does not see being written to.
+
+    A second backward pass through a graph that has the buffer in it is to go on: what all members have alike after the
+    first one is as good for it as what this one had.
+    """
+    return buffer.data
 
 
 def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:

@@ -21,7 +21,7 @@ from chaos_mpi.elastic.exchanges import AllGather, AllReduce, Barrier, Exchange
 from chaos_mpi.elastic.ranked import AllToAllParts, BroadcastFrom, GatherTo, ReduceScatterParts, ReduceTo, ScatterFrom
 from chaos_mpi.errors import ConfigError
 from chaos_mpi.membership import View
-from chaos_mpi.torch.arguments import averaged, checked_tag, fill, reduction, usable
+from chaos_mpi.torch.arguments import averaged, carries_objects, checked_tag, fill, reduction, usable
 from chaos_mpi.torch.carriers import Carrier
 from chaos_mpi.torch.monitoring import monitored_barrier
 from chaos_mpi.torch.work import CollectiveWork, MessageWork, finished
@@ -191,6 +191,7 @@ class ChaosProcessGroup(ProcessGroup):
             return CollectiveWork("broadcast", finished(), tensors)
         source = root if root is not None else opts if isinstance(opts, int) else opts.rootRank if opts else 0
         operation = BroadcastFrom("broadcast", self._view, usable("broadcast", tensors), source)
+        operation.has_successor = not carries_objects()
         return self._carry_out("broadcast", operation, operation.deliver, tensors, opts)
 
     def allgather(self, outputs: list[Tensors], inputs: Tensors, opts: Any = None) -> Work:
@@ -346,12 +347,15 @@ class ChaosProcessGroup(ProcessGroup):
     ) -> Work:
         operations = [operation] if isinstance(operation, Exchange) else operation
 
+        inference = torch.is_inference_mode_enabled()
+
         def run() -> None:
-            for each in operations:
-                self.carrier.execute(each)
-                each.finish()
-            with torch.no_grad():
-                deliver()
+            with torch.inference_mode(inference):  # in the background, too: no other code may write to its tensors
+                for each in operations:
+                    self.carrier.execute(each)
+                    each.finish()
+                with torch.no_grad():
+                    deliver()
 
         # In torch's own calls from C++, and in versions that do not tell, it may be awaited later.
         if getattr(opts, "asyncOp", True):

@@ -91,8 +91,28 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._share(keepers)
         return loss
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, which are split along with the others; before the first step, at all members.
+
+        Raises:
+            ConfigError: there is state already.
+        """
+        is_made = hasattr(self, "_kept")
+        if is_made and self._kept:
+            raise ConfigError(
+                "the parts of the optimizer's state are kept already: add parameters before the first step"
+            )
+        super().add_param_group(param_group)
+        if is_made:
+            self._flat = [param for group in self.param_groups for param in group["params"]]
+            self._parts = self._split(len(self._parts))
+
     def state_dict(self) -> dict[str, Any]:
-        """The state of the parts that this member keeps, by ``part`` and number."""
+        """The state of the parts that this member keeps, by ``part`` and number.
+
+        ``torch.distributed.checkpoint`` saves those of all members only where ``torch.distributed`` is initialised
+        (``init_process_group("chaos")``).
+        """
         self._pass_settings_on()
         return {f"part{number}": part.state_dict() for number, part in sorted(self._kept.items())}
 
@@ -112,7 +132,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for part in self._kept.values():
             before = [(param, param.detach().clone(), param.grad) for g in part.param_groups for param in g["params"]]
             for param, _, _ in before:
-                param.grad = torch.zeros_like(param)
+                param.grad = torch.zeros_like(param) if param.requires_grad else None  # a frozen one never gets a state
             part.step()
             with torch.no_grad():
                 for param, value, _ in before:

@@ -3,8 +3,8 @@
     chaosrun -n 4 launch/examples/lightning_digits.py
     mpirun --with-ft ulfm -n 4 python launch/examples/lightning_digits.py
 
-Needs Horovod (bash launch/install_horovod.sh) and Lightning (pip install 'chaos-mpi[lightning]'). What a script for one
-device has otherwise is marked with (1) to (3).
+Needs Horovod (bash launch/install_horovod.sh) and Lightning (pip install 'chaos-mpi[lightning,demo]'). What a script
+for one device has otherwise is marked with (1) to (3).
 """
 
 from __future__ import annotations

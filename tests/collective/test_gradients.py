@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import io
 from collections.abc import Callable, Iterable
 
 import pytest
@@ -294,6 +295,64 @@ def test_backward_twice_through_one_graph(session: Session) -> None:
     loss.backward()
     expected = averaged(module, session.size, lambda m, rank: 2 * squared(m, rank))
     assert_close(gradients(module), expected)
+
+
+def test_two_losses_of_a_net_with_buffers_that_backward_needs(session: Session) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)).double()
+            self.register_buffer("scale", torch.full((2,), 3.0, dtype=torch.float64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x) * self.scale
+
+    module = Scaled()
+    model = DistributedDataParallel(module)
+    first, second = (model(batch(session.rank, salt)).square().mean() for salt in (0, 1))
+    first.backward()
+    second.backward(retain_graph=True)
+    second.backward()
+    assert_equal_everywhere(session, gradients(module))
+    assert_equal_everywhere(session, module.buffers())
+
+
+def test_gradients_that_have_a_graph(session: Session) -> None:
+    module = net()
+    model = DistributedDataParallel(module)
+    for _ in range(2):  # in the second one there are gradients with a graph from before
+        squared(model, session.rank).backward(create_graph=True)
+    assert all(gradient.grad_fn is not None for gradient in gradients(module))
+    curvature = torch.autograd.grad(gradients(module), list(module.parameters()), gradients(module))
+    assert all(torch.isfinite(part).all() for part in curvature)
+    module.zero_grad()
+    squared(model, session.rank).backward()
+    assert_close(gradients(module), averaged(module, session.size, squared))
+
+
+def test_a_wrapped_module_is_not_copied_or_saved_by_mistake(session: Session) -> None:
+    model = DistributedDataParallel(net())
+    for attempt in (copy.deepcopy, lambda m: torch.save(m, io.BytesIO()), torch.optim.swa_utils.AveragedModel):
+        with pytest.raises(ConfigError, match=r"model\.module"):
+            attempt(model)
+    torch.optim.swa_utils.AveragedModel(model.module).update_parameters(model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "alike"),
+    [
+        ({}, True),
+        ({"broadcast_buffers": None}, True),
+        ({"forward_sync_buffers": False}, False),
+        ({"broadcast_buffers": False, "forward_sync_buffers": True}, True),
+    ],
+)
+def test_arguments_for_buffers(arguments: dict[str, bool | None], alike: bool, session: Session) -> None:
+    module = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4)).double()
+    model = DistributedDataParallel(module, **arguments)  # type: ignore[arg-type]
+    squared(model, session.rank).backward()
+    means = session.gather(module[1].running_mean.tolist())  # type: ignore[union-attr]
+    assert all(mean == means[0] for mean in means) is alike
 
 
 def test_two_modules_in_one_backward(session: Session) -> None:

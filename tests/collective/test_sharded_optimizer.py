@@ -11,12 +11,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from chaos_mpi import Session
+from chaos_mpi.errors import ConfigError
 from chaos_mpi.torch import ShardedOptimizer
 
 pytestmark = [pytest.mark.mpi(min_size=3), pytest.mark.timeout(60)]
 
 
-def build() -> torch.nn.Module:
+def build() -> torch.nn.Sequential:
     torch.manual_seed(4)
     return torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
 
@@ -56,6 +57,22 @@ def test_the_parameters_are_those_of_the_plain_optimizer(session: Session) -> No
     for node in ("a", "b"):
         kept = sorted(number for row in everyone if row[0] == node for number in row[1:])
         assert kept == list(range(session.size - session.size // 2))
+
+
+def test_parameters_that_are_added_later(session: Session) -> None:
+    ours, plain = build(), build()
+    optimizer = ShardedOptimizer(ours[0].parameters(), torch.optim.AdamW, node_of=halves(session).__getitem__, lr=0.01)
+    reference = torch.optim.AdamW(plain[0].parameters(), lr=0.01)
+    for model, chosen in ((ours, optimizer), (plain, reference)):
+        chosen.add_param_group({"params": list(model[2].parameters()), "lr": 0.1})
+    for step in range(2):
+        set_gradients([ours, plain], step)
+        optimizer.step()
+        reference.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), plain.parameters(), strict=True))
+    if optimizer.kept:
+        with pytest.raises(ConfigError, match="before the first step"):
+            optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
 
 
 def test_a_member_that_lacks_its_part_gets_it(session: Session) -> None:

@@ -296,6 +296,24 @@ def test_the_hook_is_refused_outside_the_default_group() -> None:
         chaos_mpi.torch.ElasticState(model)
 
 
+def test_join_is_refused_with_the_hook() -> None:
+    model = DistributedDataParallel(torch.nn.Linear(2, 2))
+    model.register_comm_hook(chaos_mpi.torch.ElasticState(model), chaos_mpi.torch.elastic_hook)
+    with pytest.raises(ConfigError, match="leave join"), model.join():
+        model(torch.ones(1, 2))
+
+
+def test_calls_in_inference_mode() -> None:
+    with torch.inference_mode():
+        total = torch.ones(3)
+        dist.all_reduce(total, async_op=True).wait()
+        rows = [torch.empty(1) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, torch.full((1,), float(dist.get_rank())), async_op=True).wait()
+    assert total.tolist() == [dist.get_world_size()] * 3
+    assert [int(row) for row in rows] == list(range(dist.get_world_size()))
+    dist.all_reduce(torch.ones(1))
+
+
 def test_functional_collectives() -> None:
     import torch.distributed._functional_collectives as functional
 

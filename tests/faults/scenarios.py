@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import quick_start  # noqa: F401
 import torch
 from torch import nn
 
 import chaos_mpi
+from chaos_mpi.cli.process import LINGER_S
 
 
 def model_differs(session: chaos_mpi.Session) -> None:
@@ -60,6 +63,52 @@ def fails_afterwards(session: chaos_mpi.Session) -> None:
     if rank == 1:
         raise OSError("no room for the results")
     sys.exit(0)
+
+
+def catches_an_error_in_backward(session: chaos_mpi.Session) -> None:
+    """Rank 1 goes on after an error in its second backward pass, when gradients are on their way."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model = chaos_mpi.DistributedDataParallel(net)
+    rank = session.rank
+
+    def fail(_: torch.Tensor) -> None:
+        if rank == 1 and session.step == 1:
+            raise MemoryError("no memory left")
+
+    net[0].weight.register_hook(fail)
+    for _ in range(4):
+        try:
+            model(torch.ones(2, 4)).sum().backward()
+        except MemoryError:
+            net.zero_grad()
+    print(f"rank {rank} made {session.step} steps", flush=True)
+    chaos_mpi.finalize()
+
+
+def leaves_between_forwards(session: chaos_mpi.Session) -> None:
+    """After each step the model is called once more; rank 1 wants to leave."""
+    sampler = chaos_mpi.ElasticSampler(range(160), batch_size=2)
+    model = chaos_mpi.DistributedDataParallel(nn.Linear(4, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    chaos_mpi.TrainingState(model=model, optimizer=optimizer, sampler=sampler)
+    for _ in sampler:
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+        model(torch.ones(2, 4))
+        if session.rank == 1 and session.step == 3:
+            session.request_leave()
+    chaos_mpi.finalize()
+
+
+def works_afterwards(session: chaos_mpi.Session) -> None:
+    """Training is over, and one rank still has work for longer than a launcher would wait for one that hangs."""
+    rank = session.rank
+    chaos_mpi.finalize()
+    if rank == 0:
+        until = time.monotonic() + LINGER_S + 1.5
+        while time.monotonic() < until:
+            time.sleep(0.1)
+        Path("exported").touch()
 
 
 def raises_an_exit_afterwards(session: chaos_mpi.Session) -> None:

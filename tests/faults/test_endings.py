@@ -19,6 +19,8 @@ from fault_points import Rule
 from jobs import HERE, MPIRUN_ENVIRONMENT, Finished, Job, mpirun, start, start_training
 from problem import Problem, as_trained, check_exactly_once, largest_difference, read_traces, replay
 
+from chaos_mpi.cli.process import LEFT_ALONE_S
+
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(150, method="signal")]
 
 STEP = 3
@@ -161,6 +163,42 @@ def test_a_script_that_fails_after_training(tmp_path: Path) -> None:
         finished = job.finish()
     assert finished.status == 1
     assert "training finished, but the script failed after it: OSError: no room for the results" in finished.output
+
+
+def test_an_error_in_backward_that_the_script_catches(tmp_path: Path) -> None:
+    with start("scenarios.py", tmp_path, "catches_an_error_in_backward", ranks=3) as job:
+        finished = job.finish()
+    assert finished.status == 0
+    assert "the last backward pass of this model did not come to its end" in finished.output
+    assert sorted(line for line in finished.output.splitlines() if "made" in line) == [
+        "rank 0 made 4 steps", "rank 2 made 4 steps",
+    ]  # fmt: skip
+
+
+def test_a_rank_leaves_where_the_model_is_called_more_than_once_a_step(tmp_path: Path) -> None:
+    with start("scenarios.py", tmp_path, "leaves_between_forwards", ranks=3) as job:
+        finished = job.finish()
+    assert finished.status == 0
+    assert {event["epoch"] for event in finished.events("leave_committed")}
+    assert finished.events("leave_committed")[0]["step"] < 10
+
+
+def test_work_after_training_takes_as_long_as_it_takes(tmp_path: Path) -> None:
+    with start("scenarios.py", tmp_path, "works_afterwards", ranks=2) as job:
+        finished = job.finish()
+    assert finished.status == 0
+    assert (tmp_path / "exported").exists(), "the rank was killed while it worked"
+
+
+def test_a_shell_script_that_goes_on_after_training(tmp_path: Path) -> None:
+    script = tmp_path / "run.sh"
+    after = f"sleep {LEFT_ALONE_S + 1}; touch after-$OMPI_COMM_WORLD_RANK"
+    script.write_text(f"#!/bin/sh\n{sys.executable} {HERE}/scenarios.py forgets_to_close || exit 1\n{after}\n")
+    script.chmod(0o755)
+    with start(str(script), tmp_path, ranks=2) as job:
+        finished = job.finish()
+    assert finished.status == 0
+    assert sorted(path.name for path in tmp_path.glob("after-*")) == ["after-0", "after-1"]
 
 
 def test_an_exit_status_that_only_the_launcher_sees(tmp_path: Path) -> None:
@@ -353,6 +391,20 @@ def test_everything_is_killed_and_resumed(tmp_path: Path) -> None:
     resumed = min(min(trace.batches) for trace in read_traces(second.folder).values())
     assert resumed in {6, 8}
     _check_continued(problem, first, second, resumed)
+
+
+def test_a_checkpoint_that_cannot_be_written_costs_no_rank(tmp_path: Path) -> None:
+    problem, saved = Problem(epochs=3), tmp_path / "saved"
+    options = ["--checkpoint-dir", str(saved), "--checkpoint-every", "2"]
+    rules = [rule(0, "forward", "die", 5, "gone")]
+    with start_training(tmp_path / "job", problem, rules, options=options) as job:
+        job.wait_until(lambda: (job.folder / "mark-forward.0").exists(), "step 6 began")
+        saved.rename(tmp_path / "elsewhere")
+        saved.touch()  # not a directory any more: also root cannot write to it
+        (job.folder / "mark-gone").touch()
+        finished = job.finish()
+    check_survival(finished, problem, {0})
+    assert "there is no checkpoint of step 6: the checkpoint directory" in finished.output
 
 
 def _check_continued(problem: Problem, first: Finished, second: Finished, at: int) -> None:

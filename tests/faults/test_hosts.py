@@ -28,7 +28,8 @@ pytestmark = pytest.mark.faults
 SRUN = f"""#!{sys.executable}
 import argparse, os
 given = argparse.ArgumentParser()
-for name in ("nodes", "ntasks", "nodelist", "kill-on-bad-exit"):
+given.add_argument("--version", action="version", version="slurm 24.11.0")  # mpirun asks for it
+for name in ("nodes", "ntasks", "nodelist", "kill-on-bad-exit", "mpi"):
     given.add_argument("--" + name, required=True)
 for name in ("overlap", "unbuffered", "quiet"):
     given.add_argument("--" + name, action="store_true", required=True)
@@ -67,7 +68,10 @@ def start(folder: Path, problem: Problem, hosts: str, *more: str, rules: Sequenc
 
 
 def variables(folder: Path) -> dict[str, str]:
-    return {"PATH": f"{folder / 'programs'}:{os.environ['PATH']}", "TMPDIR": str(folder)}
+    """As within an allocation of other nodes, where mpirun is to start nothing by itself."""
+    slurm = {"SLURM_JOBID": "7", "SLURM_JOB_ID": "7", "SLURM_NODELIST": "far1,far2", "SLURM_NNODES": "2"}
+    slurm |= {"SLURM_JOB_NODELIST": "far1,far2", "SLURM_TASKS_PER_NODE": "1(x2)"}
+    return {"PATH": f"{folder / 'programs'}:{os.environ['PATH']}", "TMPDIR": str(folder), **slurm}
 
 
 def chaosctl(folder: Path, *arguments: str, **more: str) -> subprocess.Popen[str]:

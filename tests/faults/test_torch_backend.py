@@ -110,6 +110,21 @@ def test_rank_0_has_a_successor_as_root_and_others_have_none(tmp_path: Path) -> 
         assert saw["sum"] == [3, 3, 3]
 
 
+def test_ranks_in_groups_are_right_after_a_death(tmp_path: Path) -> None:
+    seen = seen_in("names", tmp_path)
+    assert {rank: saw["group"] for rank, saw in seen.items()} == {1: [1, -1, 0], 2: [0, 1, 2], 3: [1, 1, 2]}
+    assert all(saw["all"] == [0, 1, 2] for saw in seen.values())
+    assert (seen[2]["from peer"], seen[3]["from peer"]) == (10.0, 5.0)
+
+
+def test_an_object_that_only_the_dead_rank_had(tmp_path: Path) -> None:
+    seen = seen_in("handing_out_objects", tmp_path)
+    assert set(seen) == {1, 2, 3}
+    for saw in seen.values():
+        assert "the root of 'broadcast" in saw["error"]
+        assert saw["second"] == [1]
+
+
 def test_messages_of_a_dead_rank_do_not_come_and_those_of_others_do(tmp_path: Path) -> None:
     seen = seen_in("messages", tmp_path)
     assert set(seen) == {1, 2, 3}

@@ -131,6 +131,43 @@ def roots(rank: int) -> dict[str, Any]:
     return seen
 
 
+def names(rank: int) -> dict[str, Any]:
+    """Rank 0 dies, and the others ask who they are in groups of which it was none; then they are handed objects."""
+    seen: dict[str, Any] = {}
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    if rank == 0:
+        die()
+    dist.barrier()
+    mine = pairs[rank // 2]
+    seen["group"] = [dist.get_rank(mine), *dist.get_process_group_ranks(mine)]
+    seen["all"] = dist.get_process_group_ranks(dist.group.WORLD)
+    if rank > 1:
+        total = torch.full((1,), float(rank))
+        dist.all_reduce(total, group=mine)
+        peer = dist.get_global_rank(mine, 1 - dist.get_rank(mine))
+        works = [dist.isend(total * dist.get_rank(), peer, group=mine), dist.irecv(total, peer, group=mine)]
+        for work in works:
+            work.wait()
+        seen["from peer"] = total.item()
+    return seen
+
+
+def handing_out_objects(rank: int) -> dict[str, Any]:
+    """Rank 0 dies instead of handing out an object, which nobody else has."""
+    given: list[Any] = [{"learning": "rate"}] if rank == 0 else [None]
+    seen: dict[str, Any] = {}
+    if rank == 0:
+        die()
+    try:
+        dist.broadcast_object_list(given)
+    except ViewChangedError as error:
+        seen["error"] = str(error)
+    given = [rank]
+    dist.broadcast_object_list(given)
+    seen["second"] = given
+    return seen
+
+
 def messages(rank: int) -> dict[str, Any]:
     """Rank 0 dies while rank 1 waits for a message of it; the others exchange messages all the same."""
     seen: dict[str, Any] = {}

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chaos_mpi.agent.spawning import VARIABLE
-from chaos_mpi.autoscale import Available, Decision, Manual, ScaleInputs
+from chaos_mpi.autoscale import Available, Decision, Manual, ScaleInputs, discovery
 from chaos_mpi.autoscale.discovery import Discovery, read_hosts, usable_hosts
 from chaos_mpi.autoscale.hostlist import parse_hosts, split_usable
 from chaos_mpi.autoscale.policy import MAX_FAILED, STARTS_PER_SLOT
@@ -71,6 +71,17 @@ def test_which_hosts_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert usable_hosts(entries) == ((HostSlots(HERE, 7),), (HostSlots("no-such-machine.example", 8),))
     monkeypatch.setenv(VARIABLE, "[]")
     assert usable_hosts(entries) == (entries, ())
+
+
+def test_a_name_that_only_the_resolver_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = parse_hosts("me.example.org:3\n", "hosts")
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr("socket.getfqdn", lambda: "me.example.org")
+    discovery._further_names.cache_clear()
+    try:
+        assert usable_hosts(entries) == ((HostSlots(HERE, 3),), ())
+    finally:
+        discovery._further_names.cache_clear()
 
 
 # -- finding out -------------------------------------------------------------------------------------------

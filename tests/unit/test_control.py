@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import queue
 import re
@@ -15,6 +16,7 @@ from typing import Any, cast
 import click
 import pytest
 
+from chaos_mpi.agent import sockets
 from chaos_mpi.agent.home import note_down
 from chaos_mpi.agent.marks import here
 from chaos_mpi.cli.control import LAUNCHER, ask, ask_all, end_ranks, find_job, follow
@@ -44,6 +46,58 @@ def test_a_directory_with_a_long_name_is_no_hindrance(length: int, tmp_path: Pat
     finally:
         control.close()
     assert not list(job.iterdir())
+
+
+def test_more_ask_at_once_than_wait_in_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sockets, "_BACKLOG", 1)
+    listener = sockets.listen(tmp_path / "a.sock")
+    connections: list[socket.socket] = []
+    with listener:
+        connections += [sockets.connect(tmp_path / "a.sock", 5.0) for _ in range(2)]  # one more than it was told to
+        with pytest.raises(BlockingIOError):
+            sockets.connect(tmp_path / "a.sock", 0.05)
+        taking = threading.Thread(target=lambda: connections.append(listener.accept()[0]))
+        taking.start()
+        connections.append(sockets.connect(tmp_path / "a.sock", 5.0))
+        taking.join()
+    for connection in connections:
+        connection.close()
+
+
+def test_a_shortage_does_not_end_the_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    control, shortages = ControlSocket(session(), tmp_path / "control-1.sock"), iter([True, True])
+
+    def look(_: MemberStatus) -> None:
+        if next(shortages, False):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    try:
+        monkeypatch.setattr(MemberStatus, "look", look)
+        for _ in range(3):
+            with pytest.raises(click.ClickException, match="there is no request 'dance'"):
+                list(ask(tmp_path, {"do": "dance"}, limit_s=10))
+        assert next(shortages, None) is None
+    finally:
+        control.close()
+
+
+@pytest.mark.parametrize("last_words", [b"", b'{"what": "starting", "att'])
+def test_a_member_that_ends_in_the_middle_of_an_answer(last_words: bytes, tmp_path: Path) -> None:
+    listener = sockets.listen(tmp_path / "control-1.sock")
+
+    def member() -> None:
+        connection, _ = listener.accept()
+        connection.sendall(b'{"member": "me"}\n' + last_words)
+        if not last_words:  # what it has not read makes its end a reset
+            connection.recv(1)
+        connection.close()
+
+    thread = threading.Thread(target=member)
+    with listener:
+        thread.start()
+        with pytest.raises(click.ClickException, match="the member that was asked has ended"):
+            list(ask(tmp_path, {"do": "add", "host": ""}, limit_s=10))
+        thread.join()
 
 
 def test_a_member_that_hangs_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

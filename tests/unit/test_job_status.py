@@ -10,6 +10,7 @@ import pty
 import random
 import termios
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ import pytest
 from job_answers import JOIN, MACHINE, MEMBERS, NOW, TRANSFER, answer, event
 from rich.console import Console
 
+from chaos_mpi.agent.home import note_down
 from chaos_mpi.cli.joblog import Following, as_text, member_id, told
 from chaos_mpi.cli.status import combine, duration, lines, merged, nbytes, rate_text
 from chaos_mpi.cli.top import frame, watch
+from chaos_mpi.elastic import transfer as records
 from chaos_mpi.elastic.transfer import STALE_S, Transfer, transfers
 
 CHANGES = {"recoveries": 1, "deaths": 1, "joins": 2, "leaves": 0}
@@ -274,8 +277,8 @@ def test_a_line_of_the_log_can_be_read() -> None:
 def test_transfers_that_are_over_or_stale_are_not_told(tmp_path: Path) -> None:
     for number, at in enumerate((NOW, NOW, NOW - STALE_S - 1)):
         transfer = Transfer(f"a:{number}", 5, 10, {"b:1": 2.0}, 2.5, at)
-        fields = {name: getattr(transfer, name) for name in Transfer.__slots__}
-        (tmp_path / f"transfer-{number}.json").write_text(json.dumps(fields))
+        note_down(tmp_path, records.TRANSFER, asdict(transfer))  # as a newcomer does
+        (tmp_path / f"{records.TRANSFER}-{os.getpid()}.json").rename(tmp_path / f"{records.TRANSFER}-{number}.json")
     (tmp_path / "transfer-7.json").write_text('{"member": "half')
     (found,) = transfers(tmp_path, ["a:1"], NOW)
     assert (found["member"], found["rates_bytes_per_s"], found["left_s"]) == ("a:0", {"b:1": 2.0}, 2.5)

@@ -10,7 +10,14 @@ import pytest
 
 from chaos_mpi.errors import EngineError
 from chaos_mpi.mpi import launch
-from chaos_mpi.mpi.launch import MCA_DEFAULTS, mca_settings, mpirun_command, mpirun_path, threads_per_rank
+from chaos_mpi.mpi.launch import (
+    MCA_DEFAULTS,
+    PRTE_HERE,
+    mca_settings,
+    mpirun_command,
+    mpirun_path,
+    threads_per_rank,
+)
 
 CORES = len(os.sched_getaffinity(0))
 
@@ -37,6 +44,10 @@ def test_the_beginning_and_the_end() -> None:
     assert ("--allow-run-as-root" in line) == (os.geteuid() == 0)
     assert "--oversubscribe" in line
     assert line[line.index("--bind-to") + 1] == "none"
+
+
+def test_everything_is_started_here_whatever_the_environment_says_of_other_nodes() -> None:
+    assert pairs(command(), "--prtemca") == PRTE_HERE == {"ras": "^slurm,pbs", "prte_default_hostfile": "none"}
 
 
 def test_components_are_chosen() -> None:
@@ -71,7 +82,7 @@ def test_output_is_tagged_on_request() -> None:
 
 def test_a_private_directory_holds_all_that_is_left() -> None:
     line = command(private_dir=Path("/p"))
-    assert pairs(line, "--prtemca") == {"prte_tmpdir_base": "/p"}
+    assert pairs(line, "--prtemca") == {**PRTE_HERE, "prte_tmpdir_base": "/p"}
     assert pairs(line, "--mca")["btl_sm_backing_directory"] == "/p"
 
 
