@@ -117,6 +117,12 @@ def test_ranks_in_groups_are_right_after_a_death(tmp_path: Path) -> None:
     assert (seen[2]["from peer"], seen[3]["from peer"]) == (10.0, 5.0)
 
 
+def test_fsdp_says_that_its_group_is_broken(tmp_path: Path) -> None:
+    seen = seen_in("fully_sharded", tmp_path)
+    assert {rank: saw["step"] for rank, saw in seen.items()} == {0: 2, 2: 2, 3: 2}
+    assert all("make a new one" in saw["error"] for saw in seen.values())
+
+
 def test_an_object_that_only_the_dead_rank_had(tmp_path: Path) -> None:
     seen = seen_in("handing_out_objects", tmp_path)
     assert set(seen) == {1, 2, 3}

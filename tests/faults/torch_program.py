@@ -14,7 +14,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import quick_start  # noqa: F401
+if sys.argv[1] != "fully_sharded":  # which needs all of torch
+    import quick_start  # noqa: F401
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -166,6 +167,27 @@ def handing_out_objects(rank: int) -> dict[str, Any]:
     dist.broadcast_object_list(given)
     seen["second"] = given
     return seen
+
+
+def fully_sharded(rank: int) -> dict[str, Any]:
+    """FSDP on a group of its own: rank 1 dies in the third step, and the others are told in that step."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))
+    mesh = DeviceMesh.from_group(dist.new_group(), "cpu")
+    for part in (*model, model):
+        fully_shard(part, mesh=mesh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(4):
+        if rank == 1 and step == 2:
+            die()
+        try:
+            model(torch.ones(2, 4)).sum().backward()
+            optimizer.step()
+        except GroupBrokenError as error:
+            return {"step": step, "error": str(error)}
+    return {}
 
 
 def messages(rank: int) -> dict[str, Any]:
