@@ -207,6 +207,9 @@ def _leave(session: Session, number: int, _: FrameType | None) -> None:
     if session.member != f"{session.host}:{os.getpid()}":
         os.kill(os.getpid(), number)  # a child of the rank, which has inherited the handler
         return
+    if not session.ends_well:
+        os.kill(os.getpid(), number)  # there is nothing to leave any more
+        return
     end_soon(session, signal.Signals(number).name)
 
 

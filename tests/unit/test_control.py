@@ -6,7 +6,10 @@ import errno
 import os
 import queue
 import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Generator
 from pathlib import Path
@@ -261,6 +264,19 @@ def test_a_member_is_told_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert leaving.told_by == "SIGHUP"
     finally:
         control.close()
+
+
+def test_a_script_that_works_on_after_training_ends_as_any_other() -> None:
+    script = """if True:
+        import os, signal, time
+        from types import SimpleNamespace
+        from chaos_mpi.elastic.control import leave_on_sigterm
+        leave_on_sigterm(SimpleNamespace(member=f"h:{os.getpid()}", host="h", ends_well=False, told_to_end=False))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(100)
+    """
+    ended = subprocess.run([sys.executable, "-c", script], timeout=40, check=False)
+    assert ended.returncode == -signal.SIGTERM
 
 
 def test_nobody_is_told_to_end_where_nobody_is(tmp_path: Path) -> None:
