@@ -19,7 +19,8 @@ import torch
 from chaos_mpi.elastic.comparison import refuse_mismatch
 from chaos_mpi.errors import EngineError, PeerFailedError, RecoveryError
 from chaos_mpi.membership import View
-from chaos_mpi.mpi.world import Pending, World, transportable
+from chaos_mpi.mpi.memory import transportable
+from chaos_mpi.mpi.world import Pending, World
 
 _LENGTH_BYTES = 8
 #: Dtypes that are reduced in another one, which holds all of their values.

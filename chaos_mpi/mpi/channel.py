@@ -13,7 +13,8 @@ from typing import Any, cast
 import numpy as np
 
 from chaos_mpi.errors import PeerFailedError
-from chaos_mpi.mpi.world import MPI, World, is_under_way
+from chaos_mpi.mpi.memory import MPI, is_under_way
+from chaos_mpi.mpi.world import World
 
 #: Address and length in bytes.
 Piece = tuple[int, int]

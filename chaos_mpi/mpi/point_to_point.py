@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 
 from chaos_mpi.errors import GroupBrokenError, MismatchError, WaitTimeoutError
-from chaos_mpi.mpi.world import MPI, World, is_under_way, moved
+from chaos_mpi.mpi.memory import MPI, is_under_way, moved
+from chaos_mpi.mpi.world import World
 
 #: Ask who has failed, and let others have the core, this often while waiting.
 _LIVENESS_PERIOD_S = 0.002

