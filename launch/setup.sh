@@ -14,8 +14,10 @@ set_up() {
         echo "Python 3.11 or newer is needed. Install it (on Debian: apt-get install python3 python3-venv), or set PYTHON." >&2
         return 1
     fi
-    # What an attempt without the package for ensurepip leaves behind has a python, and no activate.
-    if [ ! -f "$root/.venv/bin/activate" ] && ! "$python" -m venv --clear "$root/.venv"; then
+    # An attempt without the package for ensurepip leaves a python behind, and no activate.
+    local clear=()
+    [ ! -f "$root/.venv/pyvenv.cfg" ] || clear=(--clear)
+    if [ ! -f "$root/.venv/bin/activate" ] && ! "$python" -m venv "${clear[@]}" "$root/.venv"; then
         echo "A virtual environment could not be made. On Debian: apt-get install python3-venv" >&2
         return 1
     fi

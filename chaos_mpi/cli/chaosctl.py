@@ -214,6 +214,8 @@ def _outcome(job: Path, request: dict[str, Any], limit_s: float) -> str:
         return _follow(job, request, limit_s)
     except click.ClickException as error:
         return error.message
+    except Exception as error:  # whoever waits for the outcome is to get one
+        return str(error) or type(error).__name__
 
 
 def _follow(job: Path, request: dict[str, Any], limit_s: float) -> str:

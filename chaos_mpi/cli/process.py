@@ -23,14 +23,16 @@ from chaos_mpi.agent.proxy import KILL_SIGNAL
 from chaos_mpi.cli.control import end_ranks
 from chaos_mpi.cli.outcome import Records, describe_status, read_records
 from chaos_mpi.cli.output import OutputFilter
-from chaos_mpi.cli.terminal import write
+from chaos_mpi.cli.terminal import say, write
 from chaos_mpi.elastic.lifecycle import alike, write_record
 from chaos_mpi.errors import ChaosError, EngineError
 
 #: After a signal, the ranks get this long to end before everything is killed.
 GRACE_S = 10.0
-#: When a job is over, and the scripts are through, what is left of it may hold ``mpirun`` up for so long.
+#: When a job has failed, what is left of it may hold ``mpirun`` up for so long.
 LINGER_S = 15.0
+#: The same when the scripts have come to their end: what they have asked for at the end of the process is still done.
+EXIT_LIMIT_S = 60.0
 #: The same when none of its ranks is left, but a process that never became one, or ``mpirun`` by itself.
 LEFT_ALONE_S = 2.0
 #: Ranks that are still starting so long after another one died wait for it, and would for ever.
@@ -135,6 +137,8 @@ class MpirunJob:
             else:
                 over_at = over_at or now
                 if now - over_at > allowance_s:
+                    if not self._killed:
+                        say(f"what was left of the job {allowance_s:.0f} s after its end was killed")
                     self._kill_everything()
             try:
                 self._process.wait(_POLL_S)
@@ -205,19 +209,18 @@ class MpirunJob:
             return LEFT_ALONE_S
         failed = any(record.get("outcome") == "failed" for record in records.outcomes.values())
         ended = bool(records.members) and all(_is_through(pid, records) for pid in alive)
-        return LINGER_S if failed or ended else None
+        if failed:
+            return LINGER_S
+        return EXIT_LIMIT_S if ended else None
 
     def _in_other_programs(self, records: Records) -> bool:
         """Whether all ranks have ended, and programs that had started them, as a shell script, go on."""
         assert self._process is not None
         for pid in records.members.keys() - self._around.keys():
-            with contextlib.suppress(psutil.Error):
-                parents = psutil.Process(pid).parents()
-                launchers = [parent.pid for parent in parents].index(self._process.pid)
-                self._around[pid] = parents[:launchers]
+            self._around[pid] = _programs_between(self._process.pid, pid)
         if any(map(psutil.pid_exists, records.members)):
             return False
-        return any(program.is_running() for programs in self._around.values() for program in programs)
+        return any(_runs(program) for programs in self._around.values() for program in programs)
 
     def _kill_everything(self) -> None:
         assert self._process is not None
@@ -241,6 +244,23 @@ class MpirunJob:
                     process.kill()
             except psutil.Error:
                 continue
+
+
+def _programs_between(launcher_pid: int, pid: int) -> list[psutil.Process]:
+    """What ``mpirun`` has started to run this rank; nothing if another program, as that of a container, has it run."""
+    try:
+        parents = psutil.Process(pid).parents()
+    except psutil.Error:
+        return []
+    pids = [parent.pid for parent in parents]
+    return parents[: pids.index(launcher_pid)] if launcher_pid in pids else []
+
+
+def _runs(program: psutil.Process) -> bool:
+    try:
+        return bool(program.is_running() and program.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
 
 
 def _is_through(pid: int, records: Records) -> bool:

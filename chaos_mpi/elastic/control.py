@@ -239,6 +239,8 @@ def end_soon(session: Session, name: str) -> None:
 
 def _end_now(session: Session) -> None:
     """It is noted down first, for this is no crash."""
+    if not session.ends_well:
+        return  # it has come to its end in another way
     record = {"member": session.member, "outcome": "ended", "message": "it was told to end, and could not leave"}
     write_record(session.settings.run_dir, "outcome", record)
     os.kill(os.getpid(), signal.SIGKILL)

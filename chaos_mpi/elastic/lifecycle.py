@@ -158,7 +158,7 @@ class ExitGuard:
         self._exits: dict[str, object] = {n: vars(builtins)[n] for n in ("exit", "quit") if n in vars(builtins)}
         vars(builtins).update(dict.fromkeys(self._exits, lambda code=None: self._noting_exit(code)))
         self.is_quiet = False
-        atexit.register(self._note_leaving)  # before the script's own, so that it is called when those are through
+        atexit.register(self._note_leaving)  # so early that it is called after most of what the script has asked for
         sys.excepthook = self._on_exception
         sys.exit = self._noting_exit
         os._exit = self._noting_exit_at_once

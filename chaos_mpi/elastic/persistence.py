@@ -123,11 +123,11 @@ class Persistence:
             self._rng_of_ranks = self._session.gather(self._rng)
         if self._session.rank != 0 or step == self._saved_step:
             return
-        self._saved_step = step
         try:
             if self._writer is None:
                 self._writer = checkpoint.CheckpointWriter(directory)
             self._writer.submit(step, self._packed(clone=not final))
+            self._saved_step = step
         except CheckpointError as error:  # training is worth more than this checkpoint
             log.error("there is no checkpoint of step %d: %s (host %s)", step, error, self._session.host)
 
@@ -194,8 +194,9 @@ class Persistence:
             self._rng_of_ranks = session.gather(self._rng)
         place, problem = "", ""
         if session.member in kept.keepers(session.members):
-            packed, step = self._packed(clone=False), session.step
+            step = session.step
             try:
+                packed = self._packed(clone=False)
                 path = kept.keep(
                     name,
                     packed.nbytes,

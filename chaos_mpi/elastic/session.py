@@ -217,6 +217,7 @@ class Session(EndingSession):
         if identical is False and self.rank == 0:
             log.error("the replicas differ at the end of training; digests in rank order: %s", ", ".join(digests))
         self._result = SessionResult("finished", mine, identical, self.step, self.size)
+        self._in_time()
         self._end("finished", "", mine)
         self._guard.release_finished(self._failed_afterwards)
         self._end_companions()

@@ -95,9 +95,11 @@ class Pending:
 
     def reduce_to(self, tensor: torch.Tensor, root: int, op: str) -> None:
         """Start a reduction into rank ``root``'s contiguous CPU tensor; the others' stay as they are."""
-        comm, buffer = self._world.comm, buffer_of(tensor)
-        sent, received = (MPI.IN_PLACE, buffer) if self._world.rank == root else (buffer, None)
-        self._add(lambda: comm.Ireduce(sent, received, _MPI_OPS[op], root), tensor)
+        comm = self._world.comm
+        for piece in pieces(tensor):
+            buffer = buffer_of(piece)
+            sent, received = (MPI.IN_PLACE, buffer) if self._world.rank == root else (buffer, None)
+            self._add(lambda: comm.Ireduce(sent, received, _MPI_OPS[op], root), piece)  # noqa: B023 - called at once
 
     def gather_to(self, mine: torch.Tensor, everyones: torch.Tensor, counts: Sequence[int], root: int) -> None:
         """Start to gather contiguous CPU tensors of one dtype into ``everyones`` of rank ``root``."""

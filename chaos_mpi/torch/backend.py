@@ -67,7 +67,6 @@ def _create(options: Any, _: Any) -> ChaosProcessGroup:
     """What torch calls for every group that this process is in."""
     global _owned
     from chaos_mpi.torch.carriers import SessionCarrier, subgroup
-    from chaos_mpi.torch.group_ranks import GroupRanks
     from chaos_mpi.torch.process_group import ChaosProcessGroup
 
     session = _open_session(options.timeout)
@@ -81,7 +80,6 @@ def _create(options: Any, _: Any) -> ChaosProcessGroup:
         return ChaosProcessGroup(subgroup(session, ranks, number, timeout.total_seconds()), timeout)
     if (options.group_rank, options.group_size) != _told:  # as told before a rank died, perhaps
         _refuse_contradiction(session, options.group_rank, options.group_size)
-    session.attach_companion(GroupRanks(session))
     owned, _owned = _owned, False
     return ChaosProcessGroup(SessionCarrier(session, owned), timeout)
 

@@ -68,6 +68,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._flat = [param for group in self.param_groups for param in group["params"]]
         self._parts = self._split(parts)
         self._kept: dict[int, torch.optim.Optimizer] = {}
+        self._is_shared_out = False  # at all members at once; some of them may keep nothing
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -98,7 +99,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             ConfigError: there is state already.
         """
         is_made = hasattr(self, "_kept")
-        if is_made and self._kept:
+        if is_made and self._is_shared_out:
             raise ConfigError(
                 "the parts of the optimizer's state are kept already: add parameters before the first step"
             )
@@ -144,6 +145,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         numbers = {int(name.removeprefix("part")): state for name, state in state_dict.items()}
         if not all(0 <= number < len(self._parts) for number in numbers):
             raise ConfigError(f"the state has parts {sorted(numbers)}, and the optimizer {len(self._parts)} of them")
+        self._is_shared_out = True
         self._kept = {number: self._made(number) for number in numbers}
         for number, state in numbers.items():
             self._kept[number].load_state_dict(state)
@@ -153,6 +155,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _redistribute(self) -> dict[int, list[str]]:
         """Have every node keep all parts; the members that keep each part, the same at every member."""
+        self._is_shared_out = True
         while True:
             mine_now = [len(self._parts), int(self._is_chosen), *self._kept]
             rows, members = self._session.gather_with_contributors(mine_now)

@@ -133,23 +133,25 @@ def roots(rank: int) -> dict[str, Any]:
 
 
 def names(rank: int) -> dict[str, Any]:
-    """Rank 0 dies, and the others ask who they are in groups of which it was none; then they are handed objects."""
+    """Rank 0 dies; ranks of a group that it was not in go on with the numbers that it was made with."""
     seen: dict[str, Any] = {}
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     if rank == 0:
         die()
     dist.barrier()
     mine = pairs[rank // 2]
-    seen["group"] = [dist.get_rank(mine), *dist.get_process_group_ranks(mine)]
-    seen["all"] = dist.get_process_group_ranks(dist.group.WORLD)
     if rank > 1:
+        seen["group"] = [mine.rank(), mine.size()]
         total = torch.full((1,), float(rank))
         dist.all_reduce(total, group=mine)
-        peer = dist.get_global_rank(mine, 1 - dist.get_rank(mine))
-        works = [dist.isend(total * dist.get_rank(), peer, group=mine), dist.irecv(total, peer, group=mine)]
+        seen["sum"], peer = total.item(), 5 - rank
+        works = [dist.isend(torch.full((1,), float(rank)), peer, group=mine), dist.irecv(total, peer, group=mine)]
         for work in works:
             work.wait()
         seen["from peer"] = total.item()
+        total = torch.full((1,), float(rank))
+        dist.broadcast(total, 3, group=mine)
+        seen["from root"] = total.item()
     return seen
 
 
