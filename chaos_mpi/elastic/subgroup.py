@@ -1,7 +1,8 @@
 """Collective calls among some of the members.
 
-A subgroup is not elastic: it exists as long as all of its members do. When one dies, the calls under way in it, and
-those to come, raise :class:`~chaos_mpi.errors.GroupBrokenError` at the others, while the session recovers as ever.
+A subgroup is not elastic: it exists as long as all of its members do. When one dies, or gives it up, the calls under
+way in it, and those to come, raise :class:`~chaos_mpi.errors.GroupBrokenError` at the others, while the session
+recovers as ever.
 """
 
 from __future__ import annotations
@@ -37,21 +38,25 @@ class Subgroup:
 
     Args:
         holder: the session.
-        ranks: of its members in the present view, in the order of their ranks in the group.
+        members: in the order of their ranks in the group: ids, or ranks in the present view. A recovery that comes
+            first may give other ranks to members, but not other ids.
         number: the same at every member, another one for each group.
         limit_s: longest wait for the others, seconds.
 
     Raises:
         ConfigError: this member is not one of them, or a rank is not there, or is there twice.
-        GroupBrokenError: a member died meanwhile.
+        GroupBrokenError: a member has died.
 
     Attributes:
         members: ids, in the order of their ranks in the group.
         rank: this member's rank in the group.
     """
 
-    def __init__(self, holder: GroupHolder, ranks: Sequence[int], number: int, limit_s: float) -> None:
+    def __init__(
+        self, holder: GroupHolder, members: Sequence[int] | Sequence[str], number: int, limit_s: float
+    ) -> None:
         world, view = holder.ready_for_subgroup()
+        ranks = [_rank_of(member, view) for member in members]
         if len(set(ranks)) != len(ranks) or not all(0 <= rank < view.size for rank in ranks):
             raise ConfigError(f"a group of ranks {list(ranks)} is not possible in a job of {view.size}")
         self.members = tuple(view.members[rank] for rank in ranks)
@@ -103,6 +108,14 @@ class Subgroup:
             raise
         operation.contributors = self.members
 
+    def give_up(self) -> None:
+        """End it for all members: whoever is in a call of it, or makes one, gets a GroupBrokenError.
+
+        It may be called while a call is under way in another thread.
+        """
+        self._broken = self._broken or f"a group of {self.size} members ({', '.join(self.members)}) was given up"
+        self._world.revoke()
+
     def free(self) -> None:
         """Give its communicator back, if nothing went wrong in it. No member uses it afterwards.
 
@@ -114,7 +127,16 @@ class Subgroup:
 
     def _break(self, error: PeerFailedError, when: str) -> GroupBrokenError:
         self._broken = (
-            f"a group of {self.size} members ({', '.join(self.members)}) has lost one of them while {when}: {error}. "
+            f"a group of {self.size} members ({', '.join(self.members)}) has lost one of them, or one has given it up, while "
+            f"{when}: {error}. "
             "Groups of some members end with any of them: make a new one of those that are left."
         )
         return GroupBrokenError(self._broken)
+
+
+def _rank_of(member: int | str, view: View) -> int:
+    if isinstance(member, int):
+        return member
+    if member not in view.members:
+        raise GroupBrokenError(f"{member} has died, and cannot be in a new group")
+    return view.members.index(member)

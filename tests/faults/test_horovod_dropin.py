@@ -166,6 +166,18 @@ def test_kill_in_calls(tmp_path: Path) -> None:
     assert results[2]["second"] == results[3]["second"] == 2.0
 
 
+@pytest.mark.parametrize("point", ["row", "column"])
+def test_kill_of_a_rank_in_process_sets_that_overlap(tmp_path: Path, point: str) -> None:
+    """Rank 0 waits, in a set that has lost nobody, for a rank that has failed in another one."""
+    rules: list[Rule] = [{"rank": 3, "at": point, "step": 2, "do": "die"}]
+    job = run(tmp_path, "horovod_grid.py", rules, ranks=4, options=("--timeout", "20"))
+    assert job.status == 0, job.output
+    results = [job.results()[job.member(rank)] for rank in range(3)]
+    assert [result["sizes"] for result in results] == [[4, 3]] * 3
+    assert all("has ended" in result["ended"] for result in results)
+    assert len({json.dumps(result["parameters"]) for result in results}) == 1
+
+
 @pytest.mark.parametrize(
     ("call", "expected"),
     [

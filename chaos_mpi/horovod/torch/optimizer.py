@@ -40,6 +40,9 @@ class Distributed:
         process_set: ProcessSet,
     ) -> None:
         """Find the parameters, and follow their gradients."""
+        if (earlier := vars(wrapped).get("_distributed")) is not None:
+            earlier.let_go()
+        wrapped._distributed = self  # type: ignore[attr-defined]
         self._wrapped = wrapped
         named = _checked_names(self.param_groups, named_parameters)
         self._parameter_names = {param: name for name, param in named}
@@ -54,8 +57,15 @@ class Distributed:
         self._steps: Steps | None = None
         if process_set is global_process_set and op in (Average, Sum) and self._trained:
             self._steps = Steps(job(), self, self._trained, op == Average, predivide, compression)  # type: ignore[arg-type]
-        for param in self._trained:
+        self._hooks = [
             param.register_post_accumulate_grad_hook(self._gradient_is_there)  # type: ignore[no-untyped-call]
+            for param in self._trained
+        ]
+
+    def let_go(self) -> None:
+        """Another one takes its place: follow no gradients any more."""
+        for hook in self._hooks:
+            hook.remove()
 
     def set_backward_passes_per_step(self, passes: int) -> None:
         """Change how many backward passes make a step."""
@@ -81,10 +91,11 @@ class Distributed:
 
         Raises:
             HorovodInternalError: the ranks make different calls.
+            ValueError: the process set has ended, or a parameter has a gradient that is not reduced.
         """
         self._passes = dict.fromkeys(self._trained, 0)
         self._synchronized, self._step_begun = True, False
-        if not self.process_set.included() or not self._trained or self.op == Adasum:
+        if not self._takes_part() or not self._trained or self.op == Adasum:
             return
         for param in self._trained:
             if param.grad is None:  # other ranks may have used it
@@ -125,6 +136,8 @@ class Distributed:
                     stacklevel=2,
                 )
             self.synchronize()
+        else:
+            self._takes_part()
         self._synchronized = False
         self._wrapped._opt_called = True  # type: ignore[attr-defined]  # for a scheduler that was made before
         if self.op == Adasum and self._trained:
@@ -151,7 +164,23 @@ class Distributed:
             )
         super().zero_grad(*args, **kwargs)  # type: ignore[misc]
 
+    def _takes_part(self) -> bool:
+        """Whether gradients of this rank are reduced; none is to be stepped with that should be and is not."""
+        if not self.process_set.takes_part():
+            return False
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None and param.requires_grad and param not in self._passes:
+                    raise ValueError(
+                        f"a parameter of shape {tuple(param.shape)} has a gradient that is not reduced over the ranks, "
+                        "since it was frozen, or not in the optimizer, when hvd.DistributedOptimizer was called. Have "
+                        "all parameters there at that time, or call it anew with the optimizer that was given to it"
+                    )
+        return True
+
     def _gradient_is_there(self, param: torch.nn.Parameter) -> None:
+        if self.process_set.process_set_id is None:
+            return  # it has ended: another optimizer may have the parameter, and a step of this one is refused
         self._passes[param] += 1
         if self._passes[param] > self.backward_passes_per_step:
             raise AssertionError(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from chaos_mpi.elastic.subgroup import Subgroup
+from chaos_mpi.errors import GroupBrokenError
 from chaos_mpi.horovod.common.exceptions import HorovodInternalError
 from chaos_mpi.horovod.torch.calls import CallQueue
 from chaos_mpi.horovod.torch.job import job
@@ -49,6 +50,7 @@ class ProcessSet:
         self.ranks = ranks
         self._queue: CallQueue | None = None
         self._members: tuple[str, ...] = ()
+        self._has_ended = False
 
     def size(self) -> int | None:
         """The number of its ranks; None while it cannot be used."""
@@ -65,6 +67,15 @@ class ProcessSet:
         """Whether this rank is in the set; None while it cannot be used."""
         return job().session.member in self._members if self.process_set_id is not None else None
 
+    def takes_part(self) -> bool:
+        """Whether this rank is in the set.
+
+        Raises:
+            ValueError: it cannot be used.
+        """
+        self._refuse_unusable()
+        return bool(self.included())
+
     @property
     def queue(self) -> CallQueue:
         """Its calls.
@@ -72,8 +83,7 @@ class ProcessSet:
         Raises:
             ValueError: it cannot be used, or this rank is not in it.
         """
-        if self.process_set_id is None:
-            raise ValueError(f"{self} cannot be used: hand it to hvd.init() or hvd.add_process_set() first")
+        self._refuse_unusable()
         if self._queue is None:
             raise ValueError(f"this rank ({job().session.rank}) is not in {self}")
         return self._queue
@@ -82,8 +92,9 @@ class ProcessSet:
         """Where the present global rank is in the set.
 
         Raises:
-            ValueError: it is not.
+            ValueError: it is not, or the set cannot be used.
         """
+        self._refuse_unusable()
         members = job().session.members
         if not 0 <= rank < len(members) or members[rank] not in self._members:
             raise ValueError(f"rank {rank} is not in {self}")
@@ -92,10 +103,25 @@ class ProcessSet:
     def __str__(self) -> str:
         return f"ProcessSet(process_set_id={self.process_set_id}, ranks={self.ranks}, mpi_comm={self.mpi_comm})"
 
+    def _refuse_unusable(self) -> None:
+        if self.process_set_id is not None:
+            return
+        if self._has_ended:
+            raise ValueError(
+                f"{self} has ended: it was removed, or hvd.elastic.run has entered the training function anew since it "
+                "was made. Make the set, and an optimizer that uses it, in that function"
+            )
+        raise ValueError(
+            f"{self} cannot be used: hand it to hvd.init() or hvd.add_process_set() first. A process that joins a "
+            "running job makes its sets, and optimizers that use them, in the function that hvd.elastic.run calls"
+        )
+
     def _take(self, number: int, members: tuple[str, ...], queue: CallQueue | None) -> None:
+        self._has_ended = False
         self.process_set_id, self._members, self._queue = number, members, queue
 
     def _invalidate(self) -> CallQueue | None:
+        self._has_ended = True
         queue, self.process_set_id, self._queue, self._members = self._queue, None, None, ()
         return queue
 
@@ -148,7 +174,7 @@ def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
 
     Raises:
         ValueError: the same ranks are a set already, or are not in the job.
-        HorovodInternalError: the ranks name different sets.
+        HorovodInternalError: the ranks name different sets, or one of the set has died.
     """
     if not isinstance(process_set, ProcessSet):
         process_set = ProcessSet(process_set)
@@ -168,10 +194,10 @@ def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
     number = _next_number(f"add process set {ranks}", members)
     queue = None
     if session.member in members:
-        present = [session.members.index(member) for member in members if member in session.members]
-        if len(present) < len(members):
-            raise HorovodInternalError(f"a rank of {process_set} has died")
-        group = Subgroup(session, present, number, session.settings.timeout_s)
+        try:
+            group = Subgroup(session, members, number, session.settings.timeout_s)
+        except GroupBrokenError as error:
+            raise HorovodInternalError(f"{process_set} cannot be made: {error}") from error
         queue = job().new_queue(group)
     process_set._take(number, members, queue)
     _sets[number] = process_set
@@ -198,6 +224,14 @@ def begin(_: Job) -> None:
     global _last_number
     _last_number = 0
     _sets.clear()
+
+
+def give_up() -> None:
+    """This rank makes no further calls in its sets: others that wait for it there get an error."""
+    for process_set in list(_sets.values()):
+        queue = process_set._queue
+        if queue is not None and isinstance(queue.group, Subgroup):
+            queue.group.give_up()
 
 
 def forget() -> None:

@@ -11,6 +11,7 @@ import torch
 from chaos_mpi.elastic.state import TrainingState
 from chaos_mpi.errors import CheckpointError, ConfigError
 from chaos_mpi.horovod.common.exceptions import HorovodInternalError, HostsUpdatedInterrupt
+from chaos_mpi.horovod.torch import process_sets
 from chaos_mpi.horovod.torch.job import CHECK, Job, job
 from chaos_mpi.replication.tree import pack
 
@@ -94,6 +95,8 @@ def come_together() -> None:
         HorovodInternalError: they do not come, as one has joined (``hvd.join``) and makes no calls.
     """
     here = job()
+    # First: a rank that waits for this one in a set that has lost nobody would come to nothing of what follows.
+    process_sets.give_up()
     here.queue.drain()
     for attempt in range(_ATTEMPTS):
         try:
