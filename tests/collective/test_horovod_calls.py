@@ -248,6 +248,40 @@ def test_optimizer_whose_gradients_are_rounded(job: Session) -> None:
         assert not torch.equal(param, other)
 
 
+def test_parameters_that_are_trained_later(job: Session) -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)).double()
+    model[0].requires_grad_(False)
+    plain = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = hvd.DistributedOptimizer(plain)
+    for step in range(4):
+        if step == 2:
+            model[0].requires_grad_(True)
+            model(batch(job.rank, step)).square().mean().backward()
+            with pytest.raises(ValueError, match="not reduced"):
+                optimizer.step()
+            optimizer = hvd.DistributedOptimizer(plain)
+        optimizer.zero_grad()
+        model(batch(job.rank, step)).square().mean().backward()
+        optimizer.step()
+    for param in model.parameters():
+        rows = hvd.allgather(param.detach().unsqueeze(0))
+        assert all(torch.equal(row, rows[0]) for row in rows)
+
+
+def test_optimizers_whose_steps_begin_in_another_order(job: Session) -> None:
+    """The graphs depend on the data, so that the first gradients are of different optimizers."""
+    for begun in (0, 1):  # by rank 0
+        (one, of_one), (two, of_two) = model_and_optimizer(), model_and_optimizer()
+        model = (one, two)[begun if job.rank == 0 else 1 - begun]
+        model(batch(job.rank, 0)).square().mean().backward()
+        of_one.step()
+        of_two.step()
+        for param in (*one.parameters(), *two.parameters()):
+            rows = hvd.allgather(param.detach().unsqueeze(0))
+            assert all(torch.equal(row, rows[0]) for row in rows)
+
+
 def test_optimizers_that_are_used_in_turn_in_another_order(job: Session) -> None:
     (one, of_one), (two, of_two) = model_and_optimizer(), model_and_optimizer()
     (one(batch(job.rank, 0)).square().mean() + two(batch(job.rank, 0)).square().mean()).backward()

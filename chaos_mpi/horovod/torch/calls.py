@@ -195,7 +195,6 @@ class CallQueue:
             ValueError: one of this name is pending.
         """
         self.check(request)
-        self.settle()
         with self._lock:
             if request.name in self._pending:
                 raise ValueError(
@@ -204,6 +203,8 @@ class CallQueue:
                 )
             self._pending[request.name] = request
         try:
+            # This call is pending already, since ranks that have not begun the same step may wait for it.
+            self.settle()
             if self.inline:
                 self._waiting.during(request, lambda: self._turn(request))
             else:
