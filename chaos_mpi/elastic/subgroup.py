@@ -127,8 +127,8 @@ class Subgroup:
 
     def _break(self, error: PeerFailedError, when: str) -> GroupBrokenError:
         self._broken = (
-            f"a group of {self.size} members ({', '.join(self.members)}) has lost one of them, or one has given it up, while "
-            f"{when}: {error}. "
+            f"a group of {self.size} members ({', '.join(self.members)}) has lost one of them, or one has given it up, "
+            f"while {when}: {error}. "
             "Groups of some members end with any of them: make a new one of those that are left."
         )
         return GroupBrokenError(self._broken)

@@ -1,4 +1,4 @@
-"""An elastic script with rows and columns of ranks, each a process set, in which a rank dies: ``horovod_grid.py JOB``."""
+"""An elastic script with rows and columns of ranks, each a process set; one dies: ``horovod_grid.py JOB.json``."""
 
 from __future__ import annotations
 

@@ -178,6 +178,23 @@ def test_kill_of_a_rank_in_process_sets_that_overlap(tmp_path: Path, point: str)
     assert len({json.dumps(result["parameters"]) for result in results}) == 1
 
 
+@pytest.mark.parametrize("elastic", [False, True])
+def test_kill_of_the_rank_whose_optimizer_state_is_given_out(tmp_path: Path, elastic: bool) -> None:
+    rules: list[Rule] = [{"rank": 0, "at": "between tensors", "do": "die"}]
+    job = run(tmp_path, "horovod_root.py", rules, elastic=elastic)
+    assert job.status == 0, job.output
+    first, second = (job.results()[job.member(rank)] for rank in (1, 2))
+    assert first == second
+    assert first["sum"] == 2.0
+    assert first["state"] == 0, "something else than the state of a living rank was loaded"
+    if elastic:
+        assert first["sizes"] == [2]
+        assert first["buffers"] == [[[1.0, 1.0]], [1.0]]
+    else:
+        assert len(first["errors"]) == 1
+        assert "before a member died, and cannot be done without it" in first["errors"][0]
+
+
 @pytest.mark.parametrize(
     ("call", "expected"),
     [

@@ -53,12 +53,18 @@ class Request:
         asked: how it is compared with those of other ranks.
         make: makes the operation, when its turn has come.
         finish: what the caller gets, of the finished operation.
+        anew: whether it is made anew for those that are left, when it was for others.
     """
 
     def __init__(
-        self, asked: Asked, make: Callable[[Group], Operation], finish: Callable[[Any, Group], Any] = lambda *_: None
+        self,
+        asked: Asked,
+        make: Callable[[Group], Operation],
+        finish: Callable[[Any, Group], Any] = lambda *_: None,
+        *,
+        anew: bool = True,
     ) -> None:
-        self.asked, self.make, self._finish = asked, make, finish
+        self.asked, self.make, self._finish, self.anew = asked, make, finish, anew
         self.result: Any = None
         self.error: BaseException | None = None
         self._done = threading.Event()
@@ -274,7 +280,7 @@ class CallQueue:
             self._negotiate()
 
     def _make(self, request: Request) -> None:
-        """Make the call to its end, anew for those that are left if it was for others.
+        """Make the call to its end, anew for those that are left if it was for others and can be.
 
         Raises:
             MismatchError: the ranks are in different calls.
@@ -286,6 +292,9 @@ class CallQueue:
                 self.group.execute(operation)
             except ViewChangedError as error:
                 changed = error
+                if not request.anew:
+                    self._forget(request)
+                    request.fail(error)
             except MismatchError:
                 raise
             except BaseException as error:

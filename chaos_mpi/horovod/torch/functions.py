@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from chaos_mpi.elastic.exchanges import AllGather
+from chaos_mpi.horovod.common.exceptions import HorovodInternalError
 from chaos_mpi.horovod.torch.calls import Group, Request
 from chaos_mpi.horovod.torch.handles import synchronize
 from chaos_mpi.horovod.torch.job import job
-from chaos_mpi.horovod.torch.moving import allgather, broadcast_async_
+from chaos_mpi.horovod.torch.moving import allgather, broadcast_of, for_those_with
 from chaos_mpi.horovod.torch.negotiation import Asked
 from chaos_mpi.horovod.torch.process_sets import ProcessSet, global_process_set
 from chaos_mpi.membership import View
@@ -37,6 +38,8 @@ def broadcast_parameters(params: Mapping[str, Any] | Iterable[Any], root_rank: i
 
     Raises:
         ValueError: ``params`` is something else.
+        HorovodInternalError: the ranks make different calls, or that rank has died meanwhile. Some of the parameters
+            may be those of that rank then.
     """
     if isinstance(params, Mapping):
         named = sorted(params.items())
@@ -44,9 +47,24 @@ def broadcast_parameters(params: Mapping[str, Any] | Iterable[Any], root_rank: i
         named = [entry if isinstance(entry, tuple) else (None, entry) for entry in params]
     else:
         raise ValueError(f"invalid params of type: {type(params)}")
-    handles = [broadcast_async_(tensor, root_rank, name) for name, tensor in named if isinstance(tensor, torch.Tensor)]
+    _share(named, global_process_set.member_at(root_rank))
+
+
+def _share(named: Sequence[tuple[str | None, Any]], root: str) -> None:
+    """Give all ranks the tensors of this member. Nobody takes its place if it dies meanwhile.
+
+    Raises:
+        HorovodInternalError: it has died; at every rank, after all calls have come to their end.
+    """
+    handles = [broadcast_of(tensor, root, name) for name, tensor in named if isinstance(tensor, torch.Tensor)]
+    failed: HorovodInternalError | None = None
     for handle in handles:
-        synchronize(handle)
+        try:
+            synchronize(handle)
+        except HorovodInternalError as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed
 
 
 def broadcast_optimizer_state(
@@ -61,19 +79,24 @@ def broadcast_optimizer_state(
 
     Raises:
         ValueError: the optimizer is LBFGS, whose state is not one of parameters.
+        HorovodInternalError: the ranks make different calls, or that rank has died meanwhile; the state is as before.
     """
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError("cannot broadcast torch.optim.LBFGS state")
+    # One and the same in all of the calls, of which each may be the one in which ranks get other numbers.
+    root = global_process_set.member_at(root_rank)
+    is_root = job().session.member == root
     tensors: list[torch.Tensor] = []
     state = optimizer.state_dict()
     frame = _without_tensors(state, tensors)
-    frame, shapes = broadcast_object((frame, [(t.dtype, t.shape) for t in tensors]), root_rank, "optimizer_state")
-    if job().session.rank != root_rank:
+    told = (frame, [(t.dtype, t.shape) for t in tensors])
+    frame, shapes = _object_of(root, told, "optimizer_state", global_process_set)
+    if not is_root:
         tensors = [torch.empty(shape, dtype=dtype) for dtype, shape in shapes]
     else:
         tensors = [t.detach().cpu().contiguous().clone() for t in tensors]
-    broadcast_parameters([(f"optimizer_state.{i}", t) for i, t in enumerate(tensors)], root_rank)
-    if job().session.rank != root_rank:
+    _share([(f"optimizer_state.{i}", t) for i, t in enumerate(tensors)], root)
+    if not is_root:
         optimizer.load_state_dict(_with_tensors(frame, tensors))
 
 
@@ -87,20 +110,28 @@ def broadcast_object(
         root_rank: whose.
         name: what the ranks' calls are matched by.
         process_set: which ranks.
+
+    Raises:
+        HorovodInternalError: the ranks make different calls, or that rank has died meanwhile.
     """
+    return _object_of(process_set.member_at(root_rank), obj, name, process_set)
+
+
+def _object_of(root: str, obj: Any, name: str | None, process_set: ProcessSet) -> Any:
+    """The object of this member, at every rank of the set."""
     name = type(obj).__name__ if name is None else name
-    root = process_set.place_of(root_rank)
+    is_root = job().session.member == root
     queue = process_set.queue
     name = queue.name("broadcast_object", name)
-    call = f"{name}[from rank {root_rank}]"
-    # Of every rank, since another one is the root if this one dies.
-    payload = torch.frombuffer(bytearray(_pickler.dumps(obj)), dtype=torch.uint8)
+    call = f"{name}[from {root}]"
+    payload = torch.empty(0, dtype=torch.uint8)
+    if is_root:
+        payload = torch.frombuffer(bytearray(_pickler.dumps(obj)), dtype=torch.uint8)
 
     def finish(operation: OfRoot, group: Group) -> Any:
-        is_root = group.rank == min(root, group.size - 1)
         return obj if is_root else pickle.loads(operation.result.numpy().tobytes())  # noqa: S301
 
-    request = Request(Asked(name, call), lambda _: OfRoot(call, payload, root), finish)
+    request = Request(Asked(name, call), lambda _: OfRoot(call, payload, root), finish, anew=False)
     return job().waiting.wait(queue.put(request))
 
 
@@ -126,17 +157,14 @@ def allgather_object(obj: Any, name: str | None = None, process_set: ProcessSet 
 
 
 class OfRoot(AllGather):
-    """The rows of one rank, of which the others do not know the number; the root is as in a broadcast."""
+    """The rows of one member, of which the others do not know the number, and have none; they fail if it dies."""
 
-    def __init__(self, call: str, tensor: torch.Tensor, root: int) -> None:
+    def __init__(self, call: str, tensor: torch.Tensor, root: str) -> None:
         super().__init__(call, tensor)
-        self._own, self._root = self._input, root
+        self._root = root
 
     def start(self, pending: Pending, view: View, rank: int) -> None:
-        is_root = rank == min(self._root, view.size - 1)
-        self._input = self._own if is_root else self._own[:0]
-        self._my_sizes[0] = self._input.shape[0]
-        self._comparison.say(self.call, self._input.shape[0])
+        self.for_size = for_those_with(self._root, view)
         super().start(pending, view, rank)
 
 

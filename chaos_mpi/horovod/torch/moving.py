@@ -36,6 +36,27 @@ class Broadcast(exchanges.Broadcast):
         unpack_bytes(self._flat, list(tensors))
 
 
+class BroadcastOf(Broadcast):
+    """As that one, but of one member: if it dies meanwhile, nobody gets anything, and all get an error."""
+
+    def __init__(self, call: str, tensors: Sequence[torch.Tensor], member: str) -> None:
+        super().__init__(call, tensors, 0)
+        self._member = member
+
+    def start(self, pending: Pending, view: View, rank: int) -> None:
+        self.for_size = for_those_with(self._member, view)
+        super().start(pending, view, rank)
+
+    def move(self, pending: Pending, view: View, rank: int) -> None:
+        self._root = view.members.index(self._member)
+        super().move(pending, view, rank)
+
+
+def for_those_with(member: str, view: View) -> int | None:
+    """What an exchange is to be for if this member is its root: any number of ranks, or none if the member is gone."""
+    return None if member in view.members else 0
+
+
 def _movable(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.layout != torch.strided or tensor.is_quantized:
         raise ValueError(f"a tensor of {tensor.dtype}, {tensor.layout}, cannot be sent; make it dense first")
@@ -185,6 +206,20 @@ def _broadcast(
         return output
 
     return start(queue, Request(Asked(name, call), make, finish))
+
+
+def broadcast_of(tensor: torch.Tensor, member: str, name: str | None) -> int:
+    """Start to give this member's tensor to all ranks, in place; the handle. The call fails if the member dies."""
+    given = _movable(tensor)
+    queue = job().queue
+    name = queue.name("broadcast", name)
+    call = f"{name}[from {member}, {described([given])}]"
+
+    def finish(operation: BroadcastOf, group: Group) -> torch.Tensor:
+        operation.deliver_into([tensor])
+        return tensor
+
+    return start(queue, Request(Asked(name, call), lambda _: BroadcastOf(call, [given], member), finish, anew=False))
 
 
 def broadcast_async(

@@ -100,6 +100,15 @@ class ProcessSet:
             raise ValueError(f"rank {rank} is not in {self}")
         return self._members.index(members[rank])
 
+    def member_at(self, rank: int) -> str:
+        """Who has the present global rank, whatever rank it has later.
+
+        Raises:
+            ValueError: as :meth:`place_of`.
+        """
+        self.place_of(rank)
+        return job().session.members[rank]
+
     def __str__(self) -> str:
         return f"ProcessSet(process_set_id={self.process_set_id}, ranks={self.ranks}, mpi_comm={self.mpi_comm})"
 

@@ -14,6 +14,7 @@ import torch
 from chaos_mpi.elastic.comparison import Comparison, refuse_mismatch
 from chaos_mpi.elastic.exchanges import described
 from chaos_mpi.errors import EngineError, MismatchError, ViewChangedError
+from chaos_mpi.horovod.common.exceptions import HorovodInternalError
 from chaos_mpi.horovod.torch.calls import Group, Request
 from chaos_mpi.horovod.torch.negotiation import Asked
 from chaos_mpi.membership import View
@@ -264,11 +265,23 @@ class Steps:
         return gradient / self._predivide if self._predivide != 1.0 else gradient
 
     def share_from(self, rank: int) -> None:
-        """Take the parameters and the optimizer's state from that rank; called by all."""
+        """Take the parameters and the optimizer's state from that rank, or who has its number if it dies; by all.
+
+        Raises:
+            HorovodInternalError: the ranks make different calls.
+        """
         from chaos_mpi.horovod.torch.functions import broadcast_optimizer_state, broadcast_parameters
 
-        broadcast_parameters([(f"joined.{i}", p) for i, p in enumerate(self.params)], rank)
-        broadcast_optimizer_state(self._optimizer, rank)
+        while True:
+            rank = min(rank, self._job.session.size - 1)
+            try:
+                broadcast_parameters([(f"joined.{i}", p) for i, p in enumerate(self.params)], rank)
+                broadcast_optimizer_state(self._optimizer, rank)
+            except HorovodInternalError as error:
+                if not isinstance(error.__cause__, ViewChangedError):
+                    raise
+            else:
+                return
 
     def _new_request(self) -> Request:
         asked = Asked(self._call, self._call, {"step": self.number})
