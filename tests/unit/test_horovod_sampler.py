@@ -6,10 +6,13 @@ import dataclasses
 from collections import Counter
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chaos_mpi.horovod.common.exceptions import HorovodInternalError
 from chaos_mpi.horovod.torch.elastic import sampler as module
+from chaos_mpi.horovod.torch.elastic import state
 from chaos_mpi.horovod.torch.elastic.sampler import ElasticSampler, merged
 
 
@@ -96,3 +99,64 @@ def test_every_sample_is_trained_on_whoever_dies_and_joins(
         members.train(batch_size, -(-len(next(iter(members.samplers.values()))) // batch_size))
     assert set(members.trained) == set(range(samples))
     assert sum(members.trained.values()) - samples <= 2 * 2  # those that make the parts equal, twice
+
+
+def test_after_an_error_in_a_commit_the_samples_are_those_of_the_model_of_rank_0(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    members = Members("ab", 40, monkeypatch)
+    handlers = {name: state._SamplerHandler(sampler) for name, sampler in members.samplers.items()}
+    told: list[object] = []
+    monkeypatch.setattr(state, "allgather_object", lambda mine, _: told.append(mine) or list(rows or told))
+
+    def sync() -> list[int]:
+        """What is done, as all ranks know it."""
+        told.clear()
+        rows[:] = []
+        before = {name: handler.mark() for name, handler in members.samplers.items()}
+        flags = {name: handler._is_restored for name, handler in handlers.items()}
+        for name, handler in handlers.items():
+            members._as(name, handler.sync)
+        rows[:] = told
+        for name, handler in handlers.items():
+            members._as(name, lambda name=name: members.samplers[name].go_back(before[name]))
+            handler._is_restored = flags[name]
+            members._as(name, handler.sync)
+        done = [sorted(sampler.processed_indices) for sampler in members.samplers.values()]
+        assert done[0] == done[1]
+        return done[0]
+
+    rows: list[object] = []
+    members.train(2, 1)
+    first = sorted(members.trained)
+    for handler in handlers.values():
+        handler.save()
+    members.train(2, 1)
+    handlers["b"].save()  # the error comes to a before it has saved, and to b afterwards
+    for name, handler in handlers.items():
+        members._as(name, handler.restore)
+    assert sync() == first
+    # Without an error nobody goes back, and a rank may know of more than the others.
+    members._as("b", lambda: members.samplers["b"].record_batch(0, 2))
+    more = sorted(members.samplers["b"].processed_indices)
+    assert len(more) > len(first)
+    assert sync() == more
+
+
+def test_a_state_is_saved_when_all_of_it_is_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Linear(1, 1)
+    before = model.weight.detach().clone()
+    here = state.TorchState(model=model, epoch=3)
+
+    def fails(_: object) -> object:
+        raise HorovodInternalError("the root has died")
+
+    def of_rank_0() -> None:
+        torch.nn.init.zeros_(model.weight)
+
+    monkeypatch.setattr(here, "_bcast_object", fails)
+    monkeypatch.setattr(here._handlers["model"], "sync", of_rank_0)
+    with pytest.raises(HorovodInternalError):
+        here.sync()
+    here.restore()
+    assert torch.equal(model.weight, before)

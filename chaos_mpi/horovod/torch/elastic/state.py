@@ -183,8 +183,10 @@ class TorchState(ObjectState):
     def sync(self) -> None:
         for name in sorted(self._handlers):
             self._handlers[name].sync()
-            self._handlers[name].save()
         super().sync()
+        # Not before all is alike: an error on the way leads back to what belongs together.
+        for handler in self._handlers.values():
+            handler.save()
 
     def parts(self) -> tuple[dict[str, torch.nn.Module], dict[str, torch.optim.Optimizer]]:
         values = {name: handler.value for name, handler in self._handlers.items()}
@@ -242,14 +244,22 @@ class _OptimizerHandler(_Handler):
 
 
 class _SamplerHandler(_Handler):
+    _is_restored = False
+
     def save(self) -> None:
         self._saved = self.value.mark()
 
     def restore(self) -> None:
         self.value.go_back(self._saved)
+        self._is_restored = True
 
     def sync(self) -> None:
-        self.value.load_state_dict(merged(allgather_object(self.value.state_dict(), "elastic sampler")))
+        told = allgather_object((self._is_restored, self.value.state_dict()), "elastic sampler")
+        states = [state for _, state in told]
+        # After an error ranks may have gone back to different commits, and the model is that of rank 0.
+        is_restored = any(restored for restored, _ in told)
+        self.value.load_state_dict(states[0] if is_restored else merged(states))
+        self._is_restored = False
 
 
 _KINDS: Sequence[tuple[type[Any], type[_Handler]]] = (
