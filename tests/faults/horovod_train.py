@@ -31,7 +31,10 @@ def main() -> None:
     optimizer, scheduler = build_optimizer(model, "sgd")
     passes = job.get("passes", 1)
     optimizer = hvd.DistributedOptimizer(
-        optimizer, named_parameters=model.named_parameters(), backward_passes_per_step=passes
+        optimizer,
+        named_parameters=model.named_parameters(),
+        backward_passes_per_step=passes,
+        op=getattr(hvd, job.get("op", "Average")),
     )
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
     hvd.broadcast_optimizer_state(optimizer, root_rank=0)

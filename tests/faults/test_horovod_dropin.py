@@ -71,6 +71,19 @@ def test_leave_of_a_script_that_is_not_elastic(tmp_path: Path) -> None:
     assert len(steps[STEPS]) == 2
 
 
+def test_leave_and_checkpoints_of_a_script_with_adasum(tmp_path: Path) -> None:
+    rules: list[Rule] = [{"rank": 1, "at": "boundary", "step": 4, "do": "leave"}]
+    saved = tmp_path / "saved"
+    options = ("--checkpoint-dir", str(saved), "--checkpoint-every", "3")
+    job = run(tmp_path, "horovod_train.py", rules, steps=STEPS + 1, op="Adasum", state=True, options=options)
+    assert job.status == 0
+    assert set(job.results()) == {job.member(0), job.member(2)}
+    assert {(result["steps"], result["size"]) for result in job.results().values()} == {(STEPS + 1, 2)}
+    finals = [torch.load(job.folder / f"final-{job.member(rank)}.pt", weights_only=True) for rank in (0, 2)]
+    assert all(torch.equal(tensor, finals[1][name]) for name, tensor in finals[0].items())
+    assert len(list(saved.glob("*"))) > 1, "only the last one was written"
+
+
 def test_join_of_a_script_with_a_training_state(tmp_path: Path) -> None:
     rules: list[Rule] = [{"rank": 1, "at": "boundary", "step": 4, "do": "join"}]
     job = run(tmp_path, "horovod_train.py", rules, steps=400, pause_s=0.02, ranks=2, state=True)

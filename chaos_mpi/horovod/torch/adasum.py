@@ -21,20 +21,29 @@ class Adaptive(Exchange):
     Args:
         call: what is called.
         tensors: dense, of floating point dtypes. All is computed on the CPU, where the same kernels give the same bits.
+        is_step: whether it ends a training step.
+        proposes: whether this member has something to propose to the others at the end of the step.
     """
 
-    def __init__(self, call: str, tensors: Sequence[torch.Tensor], *, is_step: bool = False) -> None:
+    def __init__(
+        self, call: str, tensors: Sequence[torch.Tensor], *, is_step: bool = False, proposes: bool = False
+    ) -> None:
         super().__init__(f"{call}[adasum, {described(tensors)}]")
         self.is_gradient_step = is_step
         self._inputs = [t.detach().cpu() for t in tensors]
+        # A word in front of each rank's tensors: whether it proposes something.
+        self._proposes = torch.tensor([int(proposes)])
+        self._bytes = self._proposes.nbytes + sum(t.nbytes for t in self._inputs)
         self._all = torch.empty(0, dtype=torch.uint8)
-        self._bytes = sum(t.nbytes for t in self._inputs)
 
     def move(self, pending: Pending, view: View, rank: int) -> None:
         mine = torch.empty(self._bytes, dtype=torch.uint8)
-        pack_bytes(self._inputs, mine)
+        pack_bytes([self._proposes, *self._inputs], mine)
         self._all = torch.empty(view.size * self._bytes, dtype=torch.uint8)
         pending.gather_parts(mine, self._all, [self._bytes] * view.size)
+
+    def anyone_proposes(self) -> bool:
+        return bool(self._all.view(-1, self._bytes)[:, : self._proposes.nbytes].any())
 
     def results(self) -> list[torch.Tensor]:
         """The adaptive sums; empty while there are none, so that there is nothing to hand to other members."""
@@ -43,7 +52,7 @@ class Adaptive(Exchange):
     def sums(self) -> list[torch.Tensor]:
         """The adaptive sums, in the dtypes of the tensors."""
         ranks = []
-        for row in self._all.view(-1, self._bytes) if self._bytes else []:
+        for row in self._all.view(-1, self._bytes)[:, self._proposes.nbytes :]:
             tensors = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in self._inputs]
             unpack_bytes(row, tensors)
             ranks.append([t.to(torch.float64) for t in tensors])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from chaos_mpi.horovod.torch.adasum import Adaptive
-from chaos_mpi.horovod.torch.calls import Request
+from chaos_mpi.horovod.torch.calls import Group, Request
 from chaos_mpi.horovod.torch.compression import Compression, Compressor
 from chaos_mpi.horovod.torch.job import job
 from chaos_mpi.horovod.torch.negotiation import Asked
@@ -196,14 +196,20 @@ class Distributed:
 
     def _adaptive_step(self, closure: Callable[[], Any] | None) -> Any:
         """Each rank steps by itself, and what the steps have changed is combined."""
+        here = job()
+        here.boundary()
         before = [p.detach().clone() for p in self._trained]
         loss = super().step(closure)  # type: ignore[misc]
         deltas = [p.detach() - b for p, b in zip(self._trained, before, strict=True)]
         smaller = [self._compression.compress(delta) for delta in deltas]
         call = f"adasum step[{len(deltas)} tensors]"
         given = [tensor.cpu() for tensor, _ in smaller]
-        request = Request(Asked(call, call), lambda _: Adaptive(call, given, is_step=True), lambda done, _: done.sums())
-        sums = job().waiting.wait(job().queue.put(request))
+
+        def make(_: Group) -> Adaptive:
+            return Adaptive(call, given, is_step=True, proposes=here.session.wants_to_talk())
+
+        request = Request(Asked(call, call), make, lambda done, _: done.sums())
+        sums = here.waiting.wait(here.queue.put(request))
         with torch.no_grad():
             for param, start, total, (_, context) in zip(self._trained, before, sums, smaller, strict=True):
                 param.copy_(start + self._compression.decompress(total.to(param.device), context))
