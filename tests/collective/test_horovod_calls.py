@@ -373,6 +373,26 @@ def test_model_with_calls_in_its_backward(job: Session) -> None:
         assert all(torch.equal(row, rows[0]) for row in rows)
 
 
+def test_models_with_calls_in_their_backward_one_after_the_other(job: Session) -> None:
+    torch.manual_seed(1)
+    models = [nn.Sequential(nn.Linear(4, 8), hvd.SyncBatchNorm(8), nn.Linear(8, 2)) for _ in range(2)]
+    optimizers = [hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1)) for model in models]
+    for step in range(2):
+        losses = [model(batch(job.rank, step).float()).square().mean() for model in models]
+        for optimizer, loss in zip(optimizers, losses, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    for param in (param for model in models for param in model.parameters()):
+        rows = hvd.allgather(param.detach().unsqueeze(0))
+        assert all(torch.equal(row, rows[0]) for row in rows)
+    del losses, loss
+    model, optimizer = model_and_optimizer()
+    model(batch(job.rank, 0)).square().mean().backward()
+    assert optimizer._steps.under_way, "gradients are reduced in backward when no such graph is left"  # type: ignore[attr-defined]
+    optimizer.step()
+
+
 def test_optimizer_state_goes_to_ranks_without_one(job: Session) -> None:
     parameter = nn.Parameter(torch.zeros(3))
     optimizer = torch.optim.AdamW([parameter], lr=0.1 * (job.rank + 1), betas=(0.8, 0.9))

@@ -28,6 +28,13 @@ CHECK = "check for changes of the ranks"
 _LOCAL_BEFORE_ENTRY = ("broadcast", "barrier", CHECK, "shutdown")
 
 
+class _InGraph:
+    """A collective call in a graph, as long as the graph is there."""
+
+    #: Whether backward has come to it.
+    in_backward = False
+
+
 class Job:
     """What is open between :func:`init` and :func:`shutdown`.
 
@@ -41,7 +48,6 @@ class Job:
         steps: the gradient steps of the optimizers, by number.
         state, entered_with: what ranks that join get in an elastic job, and the elastic state that it is made of.
         entered: who was there when the training function was entered.
-        in_graph: whether a graph has been built, since the last step, whose backward makes collective calls.
         elastic: whether ranks join and leave at the calls of an elastic state alone.
     """
 
@@ -49,7 +55,8 @@ class Job:
         self.session, self.owned = session, owned
         self.waiting = Waiting()
         self.steps: weakref.WeakValueDictionary[int, Steps] = weakref.WeakValueDictionary()
-        self.in_graph = self.elastic = False
+        self.elastic = False
+        self._in_graphs: weakref.WeakSet[_InGraph] = weakref.WeakSet()
         self._at_boundary = session.step
         self.state: TrainingState | None = None
         self.entered_with: Any = None
@@ -82,6 +89,23 @@ class Job:
 
         request = Request(Asked(what, what), lambda _: AllGather(what, row.unsqueeze(0)), finish)
         return self.waiting.wait(self.queue.put(request))  # type: ignore[no-any-return]
+
+    def note_in_graph(self, ctx: Any) -> None:
+        """A call is made in forward; its backward makes one, too, and notes that in ``ctx.made``."""
+        if any(ctx.needs_input_grad):
+            ctx.made = made = _InGraph()
+            self._in_graphs.add(made)
+
+    @property
+    def in_graph(self) -> bool:
+        """Whether there is a graph whose backward makes collective calls, or has made them in this step."""
+        return bool(self._in_graphs)
+
+    def forget_graphs(self) -> None:
+        """A step has ended: its graphs are done, but others may be there whose backward is still to come."""
+        for made in list(self._in_graphs):
+            if made.in_backward:
+                self._in_graphs.discard(made)
 
     def boundary(self) -> None:
         """A step begins: the place for ranks to leave, and for checkpoints, in a script without an elastic state."""

@@ -145,13 +145,14 @@ class _AllGather(torch.autograd.Function):
     def forward(
         ctx: Any, name: str | None, process_set: ProcessSet, *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        job().in_graph |= any(ctx.needs_input_grad)
+        job().note_in_graph(ctx)
         ctx.rows, ctx.process_set = [t.shape[0] if t.dim() else 1 for t in tensors], process_set
         ctx.shapes = [t.shape for t in tensors]
         return synchronize(grouped_allgather_async(tensors, name, process_set))  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
+        ctx.made.in_backward = True
         from chaos_mpi.horovod.torch.reduce_ops import Average
         from chaos_mpi.horovod.torch.reducing import grouped_allreduce
 
@@ -242,12 +243,13 @@ class _Broadcast(torch.autograd.Function):
     def forward(
         ctx: Any, tensor: torch.Tensor, root_rank: int, name: str | None, process_set: ProcessSet
     ) -> torch.Tensor:
-        job().in_graph |= any(ctx.needs_input_grad)
+        job().note_in_graph(ctx)
         ctx.root_rank, ctx.process_set = root_rank, process_set
         return synchronize(broadcast_async(tensor, root_rank, name, process_set))  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+        ctx.made.in_backward = True
         from chaos_mpi.horovod.torch.reduce_ops import Average
         from chaos_mpi.horovod.torch.reducing import allreduce
 
@@ -312,7 +314,7 @@ class _AllToAll(torch.autograd.Function):
     def forward(
         ctx: Any, tensor: torch.Tensor, splits: Any, name: str | None, process_set: ProcessSet
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        job().in_graph |= any(ctx.needs_input_grad)
+        job().note_in_graph(ctx)
         result, received = synchronize(alltoall_async(tensor, splits, name, process_set))
         ctx.received, ctx.process_set = received, process_set
         ctx.mark_non_differentiable(received)
@@ -320,6 +322,7 @@ class _AllToAll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor, _: Any) -> tuple[Any, ...]:
+        ctx.made.in_backward = True
         returned, _ = alltoall(gradient, ctx.received, process_set=ctx.process_set)
         return returned, None, None, None
 

@@ -148,7 +148,7 @@ class _AllReduce(torch.autograd.Function):
         ctx: Any, name: str | None, op: ReduceOp, scales: tuple[float, float], process_set: ProcessSet,
         *tensors: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-        job().in_graph |= any(ctx.needs_input_grad)
+        job().note_in_graph(ctx)
         ctx.how = (op, scales, process_set)
         outputs = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
         handle = reduction("allreduce", tensors, outputs, name, op, scales, process_set, tuple)
@@ -156,6 +156,7 @@ class _AllReduce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
+        ctx.made.in_backward = True
         op, scales, process_set = ctx.how
         return None, None, None, None, *_AllReduce.apply(None, op, scales, process_set, *gradients)  # type: ignore[no-untyped-call]
 

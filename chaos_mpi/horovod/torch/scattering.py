@@ -87,12 +87,13 @@ class _ReduceScatter(torch.autograd.Function):
         ctx: Any, name: str | None, op: int, process_set: ProcessSet, scales: tuple[float, float],
         *tensors: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-        job().in_graph |= any(ctx.needs_input_grad)
+        job().note_in_graph(ctx)
         ctx.how = (op, process_set, scales)
         return synchronize(_scatter(tensors, name, op, process_set, scales, tuple))  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
+        ctx.made.in_backward = True
         op, process_set, (before, after) = ctx.how
         factor = before * after * (process_set.size() if op == Sum else 1)
         return None, None, None, None, *grouped_allgather([g * factor for g in gradients], process_set=process_set)

@@ -251,7 +251,7 @@ class Steps:
         else:
             self._job.queue.settle()
         request, self._request, self._begun = self._request, None, None
-        self._job.in_graph = False
+        self._job.forget_graphs()
         self._job.waiting.wait(request)
 
     def given(self, param: torch.nn.Parameter) -> torch.Tensor | None:
