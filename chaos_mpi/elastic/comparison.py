@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from chaos_mpi.errors import MismatchError
+from chaos_mpi.errors import MismatchError, ViewChangedError
 from chaos_mpi.mpi.world import Pending, World
 
 #: What stands for the call, one number that the others need, and whether it was made for other members.
@@ -58,6 +58,20 @@ class Comparison:
     def numbers(self) -> np.ndarray:
         """What each member said, in rank order; shape (size, 1)."""
         return self._rows[:, _NUMBER : _NUMBER + 1]
+
+
+def refuse_moved(world: World, message: str, what: Callable[[], str], limit_s: float) -> NoReturn:
+    """All members have found that one of the calls is for others than are there: leave it together.
+
+    Whoever left it at once could be further, when one more dies, than one that does not know yet, and would have to
+    hand it a result that is not there.
+
+    Raises:
+        ViewChangedError: always, and at every member.
+        PeerFailedError, WaitTimeoutError: as :meth:`chaos_mpi.mpi.world.Pending.wait`.
+    """
+    world.all_gather(b"", what, limit_s)
+    raise ViewChangedError(message)
 
 
 def refuse_mismatch(world: World, call: str, what: Callable[[], str], limit_s: float) -> NoReturn:

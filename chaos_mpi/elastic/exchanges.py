@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from chaos_mpi.elastic.comparison import Comparison, refuse_mismatch
+from chaos_mpi.elastic.comparison import Comparison, refuse_mismatch, refuse_moved
 from chaos_mpi.elastic.operations import Operation, pack_bytes, reducible, transport_dtype, unpack_bytes
-from chaos_mpi.errors import ConfigError, EngineError, MismatchError, ViewChangedError
+from chaos_mpi.errors import ConfigError, EngineError, MismatchError
 from chaos_mpi.membership import View
 from chaos_mpi.mpi.world import Pending
 
@@ -80,10 +80,11 @@ class Exchange(Operation):
             raise EngineError(f"'{self.call}' was awaited before it was launched")
         if self._comparison.anyone_moved:
             self._differs = True
-            raise ViewChangedError(
+            message = (
                 f"'{self.call}' was called before a member died, and cannot be done without it: call it anew, for the "
                 f"{world.size} ranks that are left"
             )
+            refuse_moved(world, message, what, limit_s)
         if self._comparison.differs:
             self._differs = True
             refuse_mismatch(world, self.call, what, limit_s)

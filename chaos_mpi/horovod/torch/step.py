@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
-from chaos_mpi.elastic.comparison import Comparison, refuse_mismatch
+from chaos_mpi.elastic.comparison import Comparison, refuse_mismatch, refuse_moved
 from chaos_mpi.elastic.exchanges import described
 from chaos_mpi.errors import EngineError, MismatchError, ViewChangedError
 from chaos_mpi.horovod.common.exceptions import HorovodInternalError
@@ -93,9 +93,8 @@ class AnnouncedStep(GradientStep):
         if self._pending is None and not self._agreed():
             if self._comparison.anyone_moved:
                 self._differs, self._announced = True, None
-                raise ViewChangedError(
-                    f"a call that others make, and not '{self.call}', is for other ranks than there are"
-                )
+                message = f"a call that others make, and not '{self.call}', is for other ranks than there are"
+                refuse_moved(self._world, message, what, limit_s)
             self._refuse_mismatch(what, limit_s)
         assert self._pending is not None
         self._start_all(self._pending)
@@ -119,6 +118,10 @@ class AnnouncedStep(GradientStep):
         super().renew_buffers()
         self._steps.replace(old, self.memory)
 
+    def results(self) -> list[torch.Tensor]:
+        """The sums; nothing that others could take for them when the calls differ."""
+        return [] if self._differs else super().results()
+
     def finish(self) -> None:
         """To be called when the step is finished, before its result is used.
 
@@ -131,6 +134,7 @@ class AnnouncedStep(GradientStep):
     def _announce(self, world: World) -> None:
         self._world, self._pending = world, None
         self._staged = self._next = 0
+        self._differs = False  # who called something else may have died
         self._announced = world.pending()
         self._comparison.start(self._announced)
 
