@@ -155,8 +155,20 @@ def test_a_state_is_saved_when_all_of_it_is_alike(monkeypatch: pytest.MonkeyPatc
         torch.nn.init.zeros_(model.weight)
 
     monkeypatch.setattr(here, "_bcast_object", fails)
+    monkeypatch.setattr(state, "job", lambda: FakeJob(Place("b", ("a", "b"))))
     monkeypatch.setattr(here._handlers["model"], "sync", of_rank_0)
     with pytest.raises(HorovodInternalError):
         here.sync()
     here.restore()
     assert torch.equal(model.weight, before)
+    # Rank 0 gives out the model, and dies; the one after it gives out the rest.
+    rows = [("a", "b", True), ("a", "c", True)]
+    monkeypatch.setattr(here, "_bcast_object", lambda given: given)
+    monkeypatch.setattr(state, "allgather_object", lambda _, name: rows)
+    with pytest.raises(HorovodInternalError, match="rank 0 died"):
+        here.sync()
+    here.restore()
+    assert torch.equal(model.weight, before)
+    rows = [("a", "a", True), ("a", "b", True)]
+    here.sync()
+    assert torch.equal(model.weight, torch.zeros_like(before))

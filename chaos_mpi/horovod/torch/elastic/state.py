@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from chaos_mpi.elastic.digest import params_digest
+from chaos_mpi.horovod.common.exceptions import HorovodInternalError
 from chaos_mpi.horovod.torch.elastic import membership
 from chaos_mpi.horovod.torch.elastic.sampler import ElasticSampler, merged
 from chaos_mpi.horovod.torch.functions import (
@@ -151,6 +152,7 @@ class TorchState(ObjectState):
     """
 
     _handlers: dict[str, _Handler]
+    _is_restored = False
 
     def __init__(
         self, model: torch.nn.Module | None = None, optimizer: torch.optim.Optimizer | None = None, **kwargs: Any
@@ -179,14 +181,32 @@ class TorchState(ObjectState):
         for handler in self._handlers.values():
             handler.restore()
         super().restore()
+        self._is_restored = True
 
     def sync(self) -> None:
+        first = job().session.members[0]
         for name in sorted(self._handlers):
             self._handlers[name].sync()
         super().sync()
+        self._refuse_two_origins(first)
         # Not before all is alike: an error on the way leads back to what belongs together.
         for handler in self._handlers.values():
             handler.save()
+        self._is_restored = False
+
+    def _refuse_two_origins(self, first: str) -> None:
+        """After an error, ranks may have gone back to different commits: all has to be of one.
+
+        Args:
+            first: who was rank 0 when it began.
+
+        Raises:
+            HorovodInternalError: another one is now; at every rank.
+        """
+        told = allgather_object((first, job().session.member, self._is_restored), "elastic origin")
+        now = told[0][1]
+        if any(restored for _, _, restored in told) and any(origin != now for origin, _, _ in told):
+            raise HorovodInternalError("rank 0 died while it gave its state to all: they go back, and begin anew")
 
     def parts(self) -> tuple[dict[str, torch.nn.Module], dict[str, torch.optim.Optimizer]]:
         values = {name: handler.value for name, handler in self._handlers.items()}
