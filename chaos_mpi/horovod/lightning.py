@@ -21,9 +21,11 @@ from chaos_mpi.torch.loader import DataLoader
 try:
     from lightning.fabric.plugins.environments import MPIEnvironment
     from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
+    from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, GradientAccumulationScheduler
     from lightning.pytorch.strategies import SingleDeviceStrategy
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+    from chaos_mpi.horovod.lightning_loggers import Loggers
 except ImportError as error:
     raise ImportError(
         f"ChaosLightningCallback needs PyTorch Lightning ({error}): pip install 'chaos-mpi[lightning]'"
@@ -65,6 +67,7 @@ class ChaosLightningCallback(Callback):  # type: ignore[misc]
         self.result: SessionResult | None = None
         self._options = options
         self._loader: _TrainLoader | None = None
+        self._loggers: Loggers | None = None
         self._on_sigterm = signal.getsignal(signal.SIGTERM)
         # A Trainer asks MPI how many ranks there are; and one that is made when MPI has ended would end the process.
         MPIEnvironment.detect = staticmethod(lambda: False)
@@ -108,8 +111,10 @@ class ChaosLightningCallback(Callback):  # type: ignore[misc]
         if self._loader is None:
             raise ConfigError("make the loader of the training data with ChaosLightningCallback.loader(), before fit()")
         trainer.strategy.__class__ = _RankedStrategy
+        self._loggers = Loggers(trainer, self.session)
+        self._loggers.agree()
         self._tell_rank(trainer)
-        trainer.callbacks = [*trainer.callbacks, _StopTogether(self.session)]
+        trainer.callbacks = [*trainer.callbacks, _StopTogether(self.session, trainer)]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Join the others: now model, optimizer, schedulers and sampler exist."""
@@ -118,12 +123,13 @@ class ChaosLightningCallback(Callback):  # type: ignore[misc]
         schedulers = {str(i): config.scheduler for i, config in enumerate(trainer.lr_scheduler_configs)}
         stoppers = [callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping)]
         assert self._loader is not None
+        assert self._loggers is not None
         self.chaos = ChaosCallback(
             pl_module,
             trainer.optimizers[0],
             scheduler=schedulers or None,
             sampler=self._loader.sampler_of_rank,
-            counters=_Counters(trainer),
+            counters=_Counters(trainer, self._loggers),
             **{f"early_stopping_{i}": stopper for i, stopper in enumerate(stoppers)},
             **self._options,
         )
@@ -148,8 +154,6 @@ class ChaosLightningCallback(Callback):  # type: ignore[misc]
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Have the sampler go to this epoch."""
-        if trainer.accumulate_grad_batches != 1:
-            raise ConfigError("ChaosLightningCallback does not support accumulate_grad_batches")
         assert self._loader is not None
         self._loader.sampler_of_rank.set_epoch(trainer.current_epoch)
 
@@ -157,6 +161,8 @@ class ChaosLightningCallback(Callback):  # type: ignore[misc]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Members come and go here."""
+        if trainer.accumulate_grad_batches != 1:  # any callback may have set it when the epoch began
+            raise ConfigError("ChaosLightningCallback does not support accumulate_grad_batches: leave it at 1")
         assert self.chaos is not None
         self.chaos.before_forward()
         self._tell_rank(trainer)
@@ -210,6 +216,8 @@ class ChaosLightningCallback(Callback):  # type: ignore[misc]
     def _tell_rank(self, trainer: Trainer) -> None:
         """Have Lightning know who writes checkpoints and logs."""
         trainer.strategy.global_rank = rank_zero_only.rank = self._rank
+        if self._rank == 0 and self._loggers is not None:
+            self._loggers.take_over()
 
 
 class _TrainLoader(DataLoader[Any]):
@@ -239,44 +247,54 @@ class _RankedStrategy(SingleDeviceStrategy):  # type: ignore[misc]
 
 
 class _Counters:
-    """Where Lightning's loops are, as a part of the training state."""
+    """Where Lightning's loops are, and what is logged to, as a part of the training state."""
 
-    def __init__(self, trainer: Trainer) -> None:
-        self._loop = trainer.fit_loop
+    def __init__(self, trainer: Trainer, loggers: Loggers) -> None:
+        self._loop, self._loggers = trainer.fit_loop, loggers
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         epochs, inner = self._loop.epoch_progress, self._loop.epoch_loop
         steps = inner.automatic_optimization.optim_progress.optimizer.step
         return {
             "epoch": epochs.current.processed,
             "global_step": steps.total.completed,
             "logged": inner._batches_that_stepped,
+            "versions": self._loggers.versions,
         }
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         epochs, inner = self._loop.epoch_progress, self._loop.epoch_loop
         for progress in (epochs.current, epochs.total):
             progress.ready = progress.started = progress.processed = progress.completed = state["epoch"]
         steps = inner.automatic_optimization.optim_progress.optimizer.step
         steps.total.ready = steps.total.completed = state["global_step"]
         inner._batches_that_stepped = state["logged"]
+        self._loggers.load(state.get("versions", []))  # not in a checkpoint of an earlier version
 
 
 class _StopTogether(Checkpoint):  # type: ignore[misc]
-    """Has all ranks stop when any of them wants to. Of the kind that Lightning calls last of all callbacks."""
+    """Has all ranks stop when any of them wants to, by agreeing just before Lightning looks at that.
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    After a step this is no hook: the module's own ``on_train_batch_end`` comes after those of all callbacks. After an
+    epoch it is the last hook, because callbacks of this kind are called last, and after the module's.
+    """
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        self._agree(trainer)
+    def __init__(self, session: Session, trainer: Trainer) -> None:
+        self._session, self._trainer = session, trainer
+        loop = trainer.fit_loop.epoch_loop
+        self._end_step = loop.on_advance_end
+        loop.on_advance_end = self._step_ends
 
     def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
-        self._agree(trainer)
+        self._agree()
 
-    def _agree(self, trainer: Trainer) -> None:
-        wish = torch.tensor([float(trainer.should_stop)])
-        trainer.should_stop = bool(self._session.all_reduce(wish, "max").item())
+    def _step_ends(self, *args: Any) -> None:
+        self._agree()
+        self._end_step(*args)
+
+    def _agree(self) -> None:
+        wish = torch.tensor([float(self._trainer.should_stop)])
+        self._trainer.should_stop = bool(self._session.all_reduce(wish, "max").item())
 
 
 def _unsupported(trainer: Trainer, module: LightningModule) -> str:
@@ -289,6 +307,8 @@ def _unsupported(trainer: Trainer, module: LightningModule) -> str:
         return "manual optimization: use chaos_mpi.horovod.ChaosCallback in a loop of your own"
     if trainer.ckpt_path is not None:
         return "fit(ckpt_path=...): go on by 'chaosrun --checkpoint-dir DIR --resume'"
+    if any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks):
+        return "GradientAccumulationScheduler: leave it out"
     whole = {
         "accumulate_grad_batches": (trainer.accumulate_grad_batches, 1),
         "limit_train_batches": (trainer.limit_train_batches, 1.0),

@@ -1,9 +1,9 @@
 """The Hugging Face Trainer on real Horovod, made elastic; see :class:`ChaosTrainerCallback`.
 
-The Trainer keeps to one device and knows nothing of the other ranks. What it asks of its environment is changed in two
-places: its training data comes from a loader without end, which goes from epoch to epoch by itself, so that all ranks
-stop after the same step, ``max_steps``; and after each of its training steps the gradients are reduced, before it clips
-them.
+The Trainer keeps to one device and knows nothing of the other ranks. What it asks of its environment is changed in
+three places: its training data comes from a loader without end, which goes from epoch to epoch by itself, so that all
+ranks stop after the same step, ``max_steps``; after each of its training steps the gradients are reduced, before it
+clips them; and at the end of each step all agree whether to go on.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ChaosTrainerCallback(TrainerCallback):  # type: ignore[misc]
     It adds itself to the trainer. ``train`` ends the session; it can be called once. ``per_device_train_batch_size``
     is the batch of one rank, with as many ranks as there are at the start. Every rank evaluates on all of the
     evaluation data. Checkpoints, logs and the progress bar are rank 0's. Training ends at all ranks when
-    ``should_training_stop`` is set at any of them, in a step or by an evaluation.
+    ``should_training_stop`` is set at any of them, in a step or by what follows it: logging, evaluation, saving.
 
     Args:
         trainer: made, and not used yet.
@@ -67,10 +67,11 @@ class ChaosTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self._trainer, self._options = trainer, options
         self._sampler: ElasticSampler | None = None
         self._counters = _Counters(trainer)
-        self._has_stepped = False
         self._make_loader, self._train_step = trainer.get_train_dataloader, trainer.training_step
+        self._end_step = trainer._maybe_log_save_evaluate
         trainer.get_train_dataloader = self._elastic_loader
         trainer.training_step = self._training_step
+        trainer._maybe_log_save_evaluate = self._step_ends
         trainer.add_callback(self)
         self._tell_rank()
 
@@ -111,6 +112,19 @@ class ChaosTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self.session.record(loss=loss.item())
         return loss
 
+    def _step_ends(self, *args: Any, **kwargs: Any) -> None:
+        """Log, evaluate and save; then agree whether to stop, as the last thing before the trainer looks at that.
+
+        Nothing else is late enough: any callback may have set it, here or in ``on_step_end``, and at one rank only,
+        for a logged loss is the rank's own.
+        """
+        self._trainer.control.should_save &= self._trainer.args.process_index == 0
+        self._end_step(*args, **kwargs)
+        control = self._trainer.control
+        wishes = torch.tensor([float(control.should_training_stop), float(control.should_epoch_stop)])
+        stop, stop_epoch = self.session.all_reduce(wishes, "max").tolist()
+        control.should_training_stop, control.should_epoch_stop = bool(stop), bool(stop_epoch)
+
     # -- what it tells ---------------------------------------------------------------------------------
 
     def on_train_begin(
@@ -141,26 +155,14 @@ class ChaosTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self._tell_rank()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Agree whether to stop; and have rank 0 alone save."""
+        """Say which epoch it is."""
         assert self._sampler is not None
-        self._has_stepped = True
         state.epoch = float(self._sampler.epoch)
-        self._agree(control)
-        control.should_save &= args.process_index == 0
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The same, for who stops because of what an evaluation says."""
-        if self._has_stepped and self.result is None:
-            self._agree(control)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """End the session in good order."""
         assert self.chaos is not None
         self.result = self.chaos.close()
-
-    def _agree(self, control: TrainerControl) -> None:
-        wish = torch.tensor([float(control.should_training_stop)])
-        control.should_training_stop = bool(self.session.all_reduce(wish, "max").item())
 
     def _tell_rank(self) -> None:
         """Have the trainer know who writes checkpoints and logs; a newcomer on its way does not."""

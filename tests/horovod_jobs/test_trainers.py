@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import os
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from checks import check_history, check_survival
 from fault_points import Rule
-from jobs import Job, clean_environment, start_training
+from jobs import PACKAGE_ROOT, Job, chaosrun, clean_environment, start_training
 from problem import Problem, as_trained, read_traces
 from test_horovod_jobs import NEWCOMER, die, rule
 
@@ -95,6 +96,72 @@ def test_ranks_join_and_leave(trainer: str, case: str, tmp_path: Path) -> None:
     assert bool(finished.events("failure_detected")) == bool(dead), "a leave is no failure"
 
 
+STOPS = [
+    pytest.param(*trainer_of(trainer).values, method, marks=trainer_of(trainer).marks, id=f"{trainer}-{method}")
+    for trainer, method in [
+        ("lightning", "on_train_batch_end"),
+        ("lightning", "on_train_epoch_end"),
+        ("transformers", "on_log"),
+        ("transformers", "on_step_end"),
+        ("transformers", "on_evaluate"),
+        ("transformers", "on_save"),
+    ]
+]
+
+
+@pytest.mark.parametrize(("trainer", "method"), STOPS)
+def test_all_stop_when_one_wants_to_wherever_it_says_so(trainer: str, method: str, tmp_path: Path) -> None:
+    problem = Problem(ranks=2, epochs=3)
+    with start(tmp_path, trainer, problem, [], options_of_script={"rank_0_stops_in": method}) as job:
+        finished = job.finish()
+    assert finished.status == 0
+    results = finished.results().values()
+    assert len(results) == problem.ranks
+    assert all(result["identical"] for result in results)
+    steps_of_epoch = problem.samples // (problem.batch_size * problem.ranks)
+    when = {
+        "on_train_batch_end": 1, "on_train_epoch_end": steps_of_epoch,
+        "on_log": 4, "on_step_end": 1, "on_evaluate": 6, "on_save": 10,
+    }  # fmt: skip
+    assert {result["steps"] for result in results} == {when[method]}
+
+
+#: Rules, the ranks at the start, whether one joins, and how many steps' metrics may be missing.
+TAKEOVERS: dict[str, tuple[list[Rule], int, bool, int]] = {
+    "rank 0 dies": ([die(0, "forward", step=5)], 2, False, 1),
+    "rank 0 leaves": ([rule(0, "boundary", "leave", step=5)], 2, False, 1),
+    "a newcomer is left alone": (
+        [
+            rule(0, "boundary", "join"),
+            rule(NEWCOMER, "newcomer:register", step=None),
+            rule(0, "boundary", None, f"newcomer:register.{NEWCOMER}", step=8) | {"limit_s": TIMEOUT_S},
+            rule(NEWCOMER, "boundary", step=None),
+            rule(0, "boundary", "leave", f"boundary.{NEWCOMER}", step=240),
+        ],
+        1, True, 1,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("trainer", [trainer_of("lightning")])
+@pytest.mark.parametrize("case", TAKEOVERS, ids=lambda case: case.replace(" ", "-"))
+def test_logged_metrics_outlive_rank_0(trainer: str, case: str, tmp_path: Path) -> None:
+    rules, ranks, joins, missing = TAKEOVERS[case]
+    problem = Problem(ranks=ranks, epochs=40 if joins else 2)
+    with start(tmp_path, trainer, problem, rules, options_of_script={"csv": True}) as job:
+        finished = job.finish()
+    assert finished.status == 0
+    (result,) = finished.results().values()
+    (written,) = tmp_path.glob("lightning_logs/*/metrics.csv")
+    with open(written, newline="") as file:
+        logged = [int(row["step"]) for row in csv.DictReader(file) if row["loss"]]
+    assert len(logged) == len(set(logged))
+    assert set(logged) <= set(range(result["steps"]))
+    assert len(logged) >= result["steps"] - missing
+    assert (written.parent / "checkpoints").is_dir()
+    assert {path.name for path in written.parent.parent.iterdir()} == {written.parent.name}
+
+
 @TRAINERS
 def test_kill_9_and_chaosctl_add(trainer: str, tmp_path: Path) -> None:
     problem = Problem(ranks=3, epochs=1_000_000, pause_s=0.02)
@@ -119,6 +186,18 @@ def test_kill_9_and_chaosctl_add(trainer: str, tmp_path: Path) -> None:
     steps = check_history(finished, as_trained(problem, tmp_path), {finished.member(rank) for rank in ranks})
     assert finished.member(NEWCOMER) in steps[len(steps)], "the newcomer is not in the last step"
     assert finished.member(1) not in steps[len(steps)]
+
+
+@pytest.mark.parametrize("trainer", [trainer_of("transformers")])
+def test_the_example_leaves_no_folder_behind(trainer: str, tmp_path: Path) -> None:
+    example = PACKAGE_ROOT / "launch" / "examples" / f"{trainer}_text.py"
+    done = subprocess.run(
+        [*chaosrun(2), str(example), "--steps", "2"], env={**clean_environment(), "TMPDIR": str(tmp_path)},
+        capture_output=True, text=True, timeout=LIMIT_S, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "replicas identical: True" in done.stdout
+    assert not list(tmp_path.glob("tmp*"))
 
 
 @TRAINERS

@@ -1,7 +1,8 @@
 """The training script of the fault tests with PyTorch Lightning: ``train_lightning.py JOB.json``.
 
 Its rules and its logs are those of ``train_horovod.py``. With ``until_told`` in its options it ends after the epoch in
-which the file ``stop`` appears, of which rank 0 alone knows.
+which the file ``stop`` appears, of which rank 0 alone knows; with ``rank_0_stops_in``, after the step in which rank 0
+alone wants that: in this method of the module, when it is first called. With ``csv`` it logs to a file.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from fault_points import FaultPoints
 from horovod_points import begin
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
 from problem import Problem, Samples, build_model, build_optimizer, log_batch, log_done, write_result
 from torch import nn
 
@@ -30,6 +32,14 @@ class Module(LightningModule):
         self.problem, self.chaos, self.batches, self.faults, self.trace = problem, chaos, sampler, faults, trace
         self.validated = 0
 
+    def stops_in(self, name: str) -> None:
+        """Want to stop in this method, at rank 0."""
+
+        def stop(*_: Any) -> None:
+            self.trainer.should_stop |= self.chaos.session.rank == 0
+
+        setattr(self, name, stop)
+
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         indices, inputs, targets = batch
         session = self.chaos.session
@@ -37,7 +47,9 @@ class Module(LightningModule):
         assert self.trainer.global_step == session.step, "Lightning counts other steps"
         log_batch(self.trace, session, self.current_epoch, indices, self.batches)
         time.sleep(self.problem.pause_s)
-        return nn.functional.mse_loss(self.net(inputs), targets)
+        loss = nn.functional.mse_loss(self.net(inputs), targets)
+        self.log("loss", loss)
+        return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.validated += 1
@@ -77,10 +89,14 @@ def main() -> None:
         model = Module(problem, chaos, loader.sampler_of_rank, faults, trace)
         faults.attach(session, model.net)
         session.execute = faults._settle(session.execute)  # type: ignore[method-assign]
+        options = job["options"]
+        if "rank_0_stops_in" in options:
+            model.stops_in(options["rank_0_stops_in"])
+        logger = CSVLogger(folder, flush_logs_every_n_steps=1) if options.get("csv") else False
         trainer = Trainer(
             accelerator="cpu", devices=1, max_epochs=problem.epochs, gradient_clip_val=problem.clip,
-            callbacks=[chaos, Log(folder, job["options"].get("until_told", False))],
-            default_root_dir=folder, logger=False, enable_progress_bar=False, enable_model_summary=False,
+            callbacks=[chaos, Log(folder, options.get("until_told", False))], log_every_n_steps=1,
+            default_root_dir=folder, logger=logger, enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
         trainer.fit(model, loader, torch.utils.data.DataLoader(Samples(8), batch_size=4))
     assert model.validated, "it did not validate at the end of an epoch"

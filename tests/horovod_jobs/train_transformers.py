@@ -1,7 +1,8 @@
 """The training script of the fault tests with the Hugging Face Trainer: ``train_transformers.py JOB.json``.
 
 Its rules and its logs are those of ``train_horovod.py``. With ``until_told`` in its options it ends after the epoch in
-which the file ``stop`` appears, of which rank 0 alone knows.
+which the file ``stop`` appears, of which rank 0 alone knows; with ``rank_0_stops_in``, after the step in which rank 0
+alone wants that: in this method of a callback, the last of all, when it is first called.
 """
 
 from __future__ import annotations
@@ -80,6 +81,17 @@ class Log(TrainerCallback):
         self._model._faults.reach("close")
 
 
+def stops_in(name: str) -> TrainerCallback:
+    """A callback that wants to stop in this method, at rank 0."""
+    callback = TrainerCallback()
+
+    def stop(args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop |= chaos_mpi.current_session().rank == 0
+
+    setattr(callback, name, stop)
+    return callback
+
+
 def main() -> None:
     """Train as the job file says."""
     job, folder, problem, faults = begin()
@@ -101,8 +113,11 @@ def main() -> None:
             optimizers=(optimizer, scheduler), callbacks=[log],
         )  # fmt: skip
         model.chaos = chaos = chaos_mpi.horovod.ChaosTrainerCallback(trainer)
+        stops_late = job["options"].get("rank_0_stops_in")
+        if stops_late:
+            trainer.add_callback(stops_in(stops_late))
         trainer.train()
-    assert log.evaluated or session.is_newcomer, "it did not evaluate"
+    assert stops_late or log.evaluated or session.is_newcomer, "it did not evaluate"
     torch.save(model.net.state_dict(), folder / f"final-{session.member}.pt")
     write_result(folder, session, chaos.result, scheduler)
 
