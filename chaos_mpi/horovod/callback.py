@@ -24,6 +24,8 @@ from chaos_mpi.torch.rounds import Rounds
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+#: What Horovod 0.28.1 reduces over MPI, of what can have a gradient.
+_REDUCIBLE = (torch.float16, torch.float32, torch.float64)
 _runtimes: weakref.WeakKeyDictionary[Session, HorovodRuntime] = weakref.WeakKeyDictionary()
 
 
@@ -122,6 +124,7 @@ class ChaosCallback:
         self._runtime = _runtime_of(self.session)
         hvd = self._runtime.hvd
         _refuse_unusable(model, optimizer)
+        _refuse_dtypes(model, compression if compression is not None else hvd.Compression.none)
         self._averaged = op is None or op == hvd.Average
         self.optimizer = make_optimizer(
             optimizer,
@@ -135,8 +138,9 @@ class ChaosCallback:
             groups=groups,
         )
         trained = [p for p in model.parameters() if p.requires_grad]
+        self._model = model
         self._rounds = Rounds(self.session, trained)
-        self._in_backward = self._end_queued = False
+        self._in_backward = self._end_queued = self._begun = False
         everything = [p.detach() for p in model.parameters()] + [b.detach() for b in model.buffers()]
         self.session.share("initial parameters", everything)
         self._synced = StableBuffers(self.session, model if broadcast_buffers else None)
@@ -145,6 +149,7 @@ class ChaosCallback:
             **extras,
         )  # fmt: skip
         for param in trained:
+            param.register_hook(self._unless_ghost)  # type: ignore[no-untyped-call]
             param.register_post_accumulate_grad_hook(self._gradient_is_final)  # type: ignore[no-untyped-call]
         model.register_forward_pre_hook(self._before_forward)
         model.register_forward_hook(self._after_forward)
@@ -175,6 +180,7 @@ class ChaosCallback:
     def before_forward(self) -> None:
         """The place between two steps; when the model is called, it is come to by itself."""
         self._rounds.begin()
+        self._begun = True
         self._end_queued = self._in_backward
 
     def before_backward(self, loss: torch.Tensor) -> None:
@@ -190,8 +196,19 @@ class ChaosCallback:
     # -- the step --------------------------------------------------------------------------------------
 
     def _reduce(self) -> None:
-        """What ``optimizer.synchronize()`` does."""
+        """What ``optimizer.synchronize()`` does.
+
+        Raises:
+            ConfigError: a parameter has a gradient that Horovod does not reduce.
+        """
         kept = self.optimizer.kept
+        if (left_out := kept.left_out()) is not None:
+            name = next((name for name, p in self._model.named_parameters() if p is left_out), "unnamed")
+            raise ConfigError(
+                f"'{name}' has a gradient, and was not trained when the callback was made, so Horovod does not reduce "
+                "it: give the optimizer all parameters at the start, with requires_grad=True; for one that is to learn "
+                "later, a parameter group whose learning rate is 0 until then"
+            )
         step = HorovodStep(
             kept,
             self._synced.live,
@@ -227,6 +244,13 @@ class ChaosCallback:
             self._end_queued = True
             Variable._execution_engine.queue_callback(self._backward_ends)
 
+    def _unless_ghost(self, gradient: torch.Tensor) -> torch.Tensor | None:
+        # A model that is entered by another way than a call (model.loss(x)) does not tell that a round begins, which
+        # would have muted one that only repeats a sample.
+        if self._begun or not any(sampler.ghost_round() for sampler in self.session.samplers):
+            return None
+        return torch.zeros_like(gradient)
+
     def _gradient_is_final(self, param: torch.nn.Parameter) -> None:
         self._in_backward = True
         self._queue_end()
@@ -237,7 +261,7 @@ class ChaosCallback:
         self._end_queued = False
         if not self._in_backward:
             return  # torch.autograd.grad, which reaches no parameter
-        self._in_backward = False
+        self._in_backward = self._begun = False
         self._rounds.note_backward()
         self._rounds.unmute()
 
@@ -262,3 +286,18 @@ def _refuse_unusable(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -
             f"the optimizer leaves out '{left_out[0]}', so Horovod does not reduce its gradient; give the optimizer "
             "all parameters, or set requires_grad=False"
         )
+
+
+def _refuse_dtypes(model: torch.nn.Module, compression: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad or parameter.dtype in _REDUCIBLE:
+            continue
+        sent, _ = compression.compress(torch.zeros(1, dtype=parameter.dtype))
+        if sent.dtype not in _REDUCIBLE:
+            remedy = (
+                "keep it as a real parameter, and use torch.view_as_complex"
+                if parameter.dtype.is_complex
+                else "keep the weights in float32 (model.float(), or from_pretrained(..., dtype=torch.float32)), and "
+                "compute in bfloat16 by torch.autocast around the forward pass, or Lightning's precision='bf16-mixed'"
+            )
+            raise ConfigError(f"'{name}' is of {parameter.dtype}, which Horovod cannot reduce: {remedy}")

@@ -42,11 +42,24 @@ class KeptGradients:
         self._params: list[torch.nn.Parameter] = [
             p for group in optimizer.param_groups for p in group["params"] if p.requires_grad
         ]
+        self._known = frozenset(self._params)
         self._copies: dict[torch.nn.Parameter, torch.Tensor] = {}
         self._kept: set[torch.nn.Parameter] = set()
         self._reached: set[torch.nn.Parameter] = set()
         self._start = runtime.starts
         self._failure: Exception | None = None
+
+    def left_out(self) -> torch.nn.Parameter | None:
+        """A parameter that is to be stepped by a gradient which nobody reduces; None if there is none."""
+        return next(
+            (
+                p
+                for group in self._optimizer.param_groups
+                for p in group["params"]
+                if p.grad is not None and p not in self._known
+            ),
+            None,
+        )
 
     def keep(self, param: torch.nn.Parameter) -> None:
         """Backward has finished the local gradient of ``param``."""

@@ -79,6 +79,13 @@ def test_options(case: str, tmp_path: Path) -> None:
         check_survival(job.finish(), problem, {1}, is_named=False)
 
 
+def test_a_model_that_is_not_called_leaves_out_who_only_repeats_samples(tmp_path: Path) -> None:
+    problem = Problem(ranks=3, samples=2, epochs=4)  # one rank has nothing of its own
+    with start(tmp_path, problem, [], options_of_script={"not_called": True}) as job:
+        finished = job.finish()
+    check_history(finished, problem, {finished.member(rank) for rank in range(problem.ranks)})
+
+
 def test_without_chaosrun(tmp_path: Path) -> None:
     problem = Problem(ranks=2)
     with start(tmp_path, problem, [die(0, "between buckets")], plain_mpirun=True) as job:

@@ -61,6 +61,20 @@ REFUSED = {
         "o = c.ChaosCallback(model, optimizer).optimizer; model(torch.ones(1, 2)).sum().backward(); o.zero_grad()",
         "call it after step()",
     ),
+    "bfloat16": ("c.ChaosCallback(model.bfloat16(), optimizer)", "'weight' is of torch.bfloat16"),
+    "complex numbers": ("c.ChaosCallback(model.to(torch.complex64), optimizer)", "torch.view_as_complex"),
+    "a parameter unfrozen later": (
+        ("model.bias.requires_grad_(False); o = c.ChaosCallback(model, optimizer).optimizer\n"
+        "model(torch.ones(1, 2)).sum().backward(); o.step(); o.zero_grad()\n"
+        "model.bias.requires_grad_(True); model(torch.ones(1, 2)).sum().backward(); o.step()"),
+        "'bias' has a gradient, and was not trained",
+    ),
+    "a parameter group added later": (
+        ("model.bias.requires_grad_(False); optimizer = torch.optim.SGD([model.weight], lr=0.1)\n"
+        "o = c.ChaosCallback(model, optimizer).optimizer; o.add_param_group({'params': model.bias.requires_grad_()})\n"
+        "model(torch.ones(1, 2)).sum().backward(); o.synchronize()"),
+        "'bias' has a gradient, and was not trained",
+    ),
 }  # fmt: skip
 
 
@@ -69,30 +83,58 @@ def test_refused(case: str) -> None:
     refuses(STEPS, *REFUSED[case])
 
 
+def test_bfloat16_is_taken_where_something_else_is_sent() -> None:
+    done = run(
+        STEPS + "import horovod.torch as h; k = c.ChaosCallback(model.bfloat16(), optimizer, compression="
+        "h.Compression.fp16); model(torch.ones(1, 2).bfloat16()).sum().backward(); k.optimizer.step(); k.close()"
+    )
+    assert done.returncode == 0, done.stderr
+
+
 LIGHTNING = """
 import torch, chaos_mpi.horovod as c
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 class Module(LightningModule):
     def __init__(self, optimizers=1, **options):
         super().__init__()
         self.net, self.optimizers_wanted, self.options = torch.nn.Linear(2, 2), optimizers, options
+        self.backbone = torch.nn.Identity()
     def training_step(self, batch, batch_idx):
-        return self.net(batch).sum()
+        return self.net(self.backbone(batch)).sum()
     def configure_optimizers(self):
-        made = [torch.optim.SGD(self.parameters(), lr=0.1) for _ in range(self.optimizers_wanted)]
+        trained = [p for p in self.parameters() if p.requires_grad]
+        made = [torch.optim.SGD(trained, lr=0.1) for _ in range(self.optimizers_wanted)]
         if not self.options:
             return made
         return made, [{"scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau(made[0]), "monitor": "loss"}]
 
 chaos = c.ChaosLightningCallback()
 loader = chaos.loader(torch.ones(8, 2), batch_size=2)
-def fit(module, data=loader, **options):
+class Accumulate(Callback):
+    def on_train_epoch_start(self, trainer, module):
+        trainer.accumulate_grad_batches = 2
+    def on_train_batch_end(self, *_):
+        print("a batch was trained on", file=__import__("sys").stderr)
+
+def fit(module, data=loader, more=(), **options):
     options = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, **options}
-    Trainer(logger=False, enable_checkpointing=False, callbacks=[chaos], **options).fit(module, data)
+    Trainer(logger=False, enable_checkpointing=False, callbacks=[chaos, *more], **options).fit(module, data)
 """
 REFUSED_BY_LIGHTNINGS = {
     "accumulation": ("fit(Module(), accumulate_grad_batches=2)", "accumulate_grad_batches=2): leave it out"),
+    "scheduled accumulation": (
+        "from lightning.pytorch.callbacks import GradientAccumulationScheduler as G; fit(Module(), more=[G({4: 2})])",
+        "GradientAccumulationScheduler: leave it out",
+    ),
+    "accumulation that another callback begins": ("fit(Module(), more=[Accumulate()])", "leave it at 1"),
+    "weights in bfloat16": ("fit(Module(), precision='bf16-true')", "'net.weight' is of torch.bfloat16"),
+    "weights thawed later": (
+        ("from lightning.pytorch.callbacks import BackboneFinetuning as B\n"
+        "m = Module(); m.backbone = torch.nn.Linear(2, 2)\n"
+        "fit(m, more=[B(unfreeze_backbone_at_epoch=1, verbose=False)], max_epochs=2)"),
+        "'backbone.weight' has a gradient, and was not trained",
+    ),
     "a part of an epoch": ("fit(Module(), limit_train_batches=1)", "limit_train_batches=1"),
     "another strategy": ("fit(Module(), strategy='ddp', devices=1)", "strategy='auto'"),
     "another loader": (
@@ -131,6 +173,11 @@ REFUSED_BY_TRANSFORMERS = {
     "a stream": (
         "class S(torch.utils.data.IterableDataset):\n    def __iter__(self): return iter([])\ntrain(S())", "no length"
     ),
+    "weights in bfloat16": (
+        ("Module.__init__ = lambda self: (torch.nn.Module.__init__(self), setattr(self, 'net', "
+        "torch.nn.Linear(2, 2).bfloat16()))[0]; train()"),
+        "'net.weight' is of torch.bfloat16",
+    ),
     "training twice": ("train().train()", "train() can be called once"),
 }  # fmt: skip
 
@@ -140,6 +187,7 @@ def refuses(preparation: str, script: str, word: str) -> None:
     assert done.returncode != 0
     assert word in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
+    assert "a batch was trained on" not in done.stderr
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lightning") is None, reason="lightning is not installed")

@@ -1,4 +1,7 @@
-"""The training script of the fault tests with Horovod: ``train_horovod.py JOB.json``; logs what ``train.py`` logs."""
+"""The training script of the fault tests with Horovod: ``train_horovod.py JOB.json``; logs what ``train.py`` logs.
+
+With ``not_called`` in its options it enters the model by another way than a call.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ def main() -> None:
     session.execute = faults._settle(session.execute)  # type: ignore[method-assign]
     plain, scheduler = build_optimizer(module, problem.optimizer)
     sampler, loader = make_loader(problem)
+    forward = module.forward if job["options"].pop("not_called", False) else module
     callback = chaos_mpi.horovod.ChaosCallback(
         module, plain, scheduler=scheduler, sampler=sampler, epoch=0,
         ballast=torch.zeros(problem.ballast_bytes, dtype=torch.uint8),
@@ -37,7 +41,7 @@ def main() -> None:
                 log_batch(trace, session, state.epoch, indices, sampler)
                 time.sleep(problem.pause_s)
                 optimizer.zero_grad()
-                loss = nn.functional.mse_loss(module(inputs), targets)
+                loss = nn.functional.mse_loss(forward(inputs), targets)
                 loss.backward()
                 if problem.clip is not None:
                     optimizer.synchronize()
