@@ -47,22 +47,23 @@ def main() -> None:
     config = GPT2Config(
         vocab_size=256, n_positions=LENGTH, n_embd=64, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=0
     )
-    trainer = Trainer(
-        model=GPT2LMHeadModel(config),
-        args=TrainingArguments(
-            output_dir=tempfile.mkdtemp(),
-            max_steps=args.steps,  # (1) was: num_train_epochs
-            per_device_train_batch_size=args.batch_size,
-            learning_rate=args.lr,
-            warmup_steps=20,
-            logging_steps=50,
-            save_strategy="no",
-            report_to=[],
-        ),
-        train_dataset=Text("\n".join(pydoc_data.topics.topics.values())),
-    )
-    chaos = chaos_mpi.horovod.ChaosTrainerCallback(trainer)  # (2) is new
-    trainer.train()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model=GPT2LMHeadModel(config),
+            args=TrainingArguments(
+                output_dir=folder,
+                max_steps=args.steps,  # (1) was: num_train_epochs
+                per_device_train_batch_size=args.batch_size,
+                learning_rate=args.lr,
+                warmup_steps=20,
+                logging_steps=min(50, args.steps),
+                save_strategy="no",
+                report_to=[],
+            ),
+            train_dataset=Text("\n".join(pydoc_data.topics.topics.values())),
+        )
+        chaos = chaos_mpi.horovod.ChaosTrainerCallback(trainer)  # (2) is new
+        trainer.train()
 
     if trainer.is_world_process_zero():
         loss = next(entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry)
