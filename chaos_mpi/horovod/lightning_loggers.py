@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 #: In place of a version that is not a number; then the script has chosen it, and all ranks have the same.
 _CHOSEN = -1
+#: Versions that rank 0 tells. Always as many, because a script may make its loggers at rank 0 only.
+_TOLD = 16
 
 
 class Loggers:
@@ -31,32 +33,32 @@ class Loggers:
     Args:
         trainer: after its loggers were made.
         session: the session.
+
+    Attributes:
+        versions: the versions of rank 0's, once it has told them.
     """
 
     def __init__(self, trainer: Trainer, session: Session) -> None:
         self._trainer, self._session = trainer, session
         self._numbered = [x for x in trainer.loggers if isinstance(x, (CSVLogger, TensorBoardLogger))]
-
-    @property
-    def versions(self) -> list[int]:
-        """The number of each one's version."""
-        return [logger.version if isinstance(logger.version, int) else _CHOSEN for logger in self._numbered]
+        self.versions: list[int] = []
 
     def agree(self) -> None:
         """Have all ranks use the versions of rank 0; to be called before anything asks for them."""
-        if self._numbered:
-            versions = torch.tensor(self.versions)
-            self._session.share("versions of the loggers", [versions])
-            self._use(versions.tolist())
+        own = [x.version if isinstance(x.version, int) else _CHOSEN for x in self._numbered[:_TOLD]]
+        versions = torch.tensor(own + [_CHOSEN] * (_TOLD - len(own)))
+        self._session.share("versions of the loggers", [versions])
+        self._use(versions.tolist())
 
     def load(self, versions: Sequence[int]) -> None:
         """In a newcomer: use the versions of the members. One that resumes the job begins its own."""
-        if self._session.is_newcomer and len(versions) == len(self._numbered):
-            before = self._checkpoint_folder()
-            self._use(versions)
-            for callback in self._trainer.checkpoint_callbacks:
-                if getattr(callback, "dirpath", None) == before:  # which it had from the logger
-                    callback.dirpath = self._checkpoint_folder()
+        if not self._session.is_newcomer:
+            return
+        before = self._checkpoint_folder()
+        self._use(versions)
+        for callback in self._trainer.checkpoint_callbacks:
+            if before is not None and getattr(callback, "dirpath", None) == before:
+                callback.dirpath = self._checkpoint_folder()
 
     def take_over(self) -> None:
         """This rank is the one that writes from now on."""
@@ -65,13 +67,16 @@ class Loggers:
                 logger._experiment = _Continued(logger.log_dir)
 
     def _use(self, versions: Sequence[int]) -> None:
-        for logger, version in zip(self._numbered, versions, strict=True):
+        self.versions = list(versions)
+        for logger, version in zip(self._numbered, versions, strict=False):
             if version != _CHOSEN:
                 logger._version = version
 
-    def _checkpoint_folder(self) -> str:
-        """Where a ModelCheckpoint saves that was not told."""
-        logger = self._trainer.loggers[0]
+    def _checkpoint_folder(self) -> str | None:
+        """Where a ModelCheckpoint saves that was not told; None if that has nothing to do with these loggers."""
+        logger = self._trainer.logger  # the first
+        if logger not in self._numbered:
+            return None
         version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
         return os.path.join(logger.save_dir or self._trainer.default_root_dir, str(logger.name), version, "checkpoints")
 

@@ -148,7 +148,7 @@ TAKEOVERS: dict[str, tuple[list[Rule], int, bool, int]] = {
 def test_logged_metrics_outlive_rank_0(trainer: str, case: str, tmp_path: Path) -> None:
     rules, ranks, joins, missing = TAKEOVERS[case]
     problem = Problem(ranks=ranks, epochs=40 if joins else 2)
-    with start(tmp_path, trainer, problem, rules, options_of_script={"csv": True}) as job:
+    with start(tmp_path, trainer, problem, rules, options_of_script={"csv": ranks}) as job:
         finished = job.finish()
     assert finished.status == 0
     (result,) = finished.results().values()
@@ -160,6 +160,14 @@ def test_logged_metrics_outlive_rank_0(trainer: str, case: str, tmp_path: Path) 
     assert len(logged) >= result["steps"] - missing
     assert (written.parent / "checkpoints").is_dir()
     assert {path.name for path in written.parent.parent.iterdir()} == {written.parent.name}
+
+
+@pytest.mark.parametrize("trainer", [trainer_of("lightning")])
+def test_only_rank_0_has_a_logger(trainer: str, tmp_path: Path) -> None:
+    problem = Problem(ranks=2)
+    with start(tmp_path, trainer, problem, [], options_of_script={"csv": 1}) as job:
+        check_survival(job.finish(), problem, set())
+    assert list(tmp_path.glob("lightning_logs/version_0/metrics.csv"))
 
 
 @TRAINERS

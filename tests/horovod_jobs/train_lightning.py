@@ -2,7 +2,8 @@
 
 Its rules and its logs are those of ``train_horovod.py``. With ``until_told`` in its options it ends after the epoch in
 which the file ``stop`` appears, of which rank 0 alone knows; with ``rank_0_stops_in``, after the step in which rank 0
-alone wants that: in this method of the module, when it is first called. With ``csv`` it logs to a file.
+alone wants that: in this method of the module, when it is first called. So many of the first ranks as
+``csv`` says have a logger that writes a file.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def main() -> None:
         options = job["options"]
         if "rank_0_stops_in" in options:
             model.stops_in(options["rank_0_stops_in"])
-        logger = CSVLogger(folder, flush_logs_every_n_steps=1) if options.get("csv") else False
+        logger = CSVLogger(folder, flush_logs_every_n_steps=1) if session.rank < options.get("csv", 0) else False
         trainer = Trainer(
             accelerator="cpu", devices=1, max_epochs=problem.epochs, gradient_clip_val=problem.clip,
             callbacks=[chaos, Log(folder, options.get("until_told", False))], log_every_n_steps=1,
