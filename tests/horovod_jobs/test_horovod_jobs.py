@@ -86,6 +86,18 @@ def test_a_model_that_is_not_called_leaves_out_who_only_repeats_samples(tmp_path
     check_history(finished, problem, {finished.member(rank) for rank in range(problem.ranks)})
 
 
+@pytest.mark.parametrize("case", ["one-leaves", "one-joins"])
+def test_ranks_join_and_leave_where_the_script_says_that_a_step_ends(case: str, tmp_path: Path) -> None:
+    rules, _, left, joined = CHANGES[case.replace("-", " ")]
+    problem = Problem(ranks=3, epochs=40 if joined else 2)
+    with start(tmp_path, problem, rules, options_of_script={"not_called": True}) as job:
+        finished = job.finish()
+    ranks = [*range(problem.ranks), *joined]
+    steps = check_history(finished, problem, {finished.member(r) for r in ranks if r not in left})
+    assert all(any(finished.member(label) in contributors for contributors in steps.values()) for label in joined)
+    assert len(finished.events("leave_committed")) == (problem.ranks if left else 0)
+
+
 def test_without_chaosrun(tmp_path: Path) -> None:
     problem = Problem(ranks=2)
     with start(tmp_path, problem, [die(0, "between buckets")], plain_mpirun=True) as job:

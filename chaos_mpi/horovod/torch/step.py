@@ -260,9 +260,9 @@ class Steps:
 
     def given(self, param: torch.nn.Parameter) -> torch.Tensor | None:
         """What this rank adds to the sum."""
-        gradient = param.grad
-        if gradient is None:
+        if param.grad is None:
             return None
+        gradient = param.grad.detach()  # it has a graph after backward(create_graph=True)
         gradient = gradient.to_dense() if gradient.layout != torch.strided else gradient
         smaller, context = self._compression.compress(gradient)
         gradient = self._compression.decompress(smaller, context)
