@@ -13,8 +13,8 @@ echo "== mypy --strict"
 mypy --strict chaos_mpi
 (cd benchmarks && MYPYPATH=.:.. mypy --config-file ../pyproject.toml --explicit-package-bases ./*.py baselines/*.py)
 echo "== unit tests"
-# Here and below two tests at a time: much of each is waiting. A failure is shown when it happens, not at the end.
-many=(python -m pytest -q -n 2 --dist worksteal --instafail --durations 8)
+# Here and below several tests at a time: much of each is waiting. A failure is shown when it happens, not at the end.
+many=(python -m pytest -q -n 3 --dist worksteal --instafail --durations 8)
 timeout 900 "${many[@]}" tests/unit
 echo "== collective tests on 4 ranks"
 root=()
@@ -23,7 +23,7 @@ timeout 300 mpirun --with-ft ulfm --oversubscribe "${root[@]}" -n 4 python -m py
 echo "== fault tests: real jobs, real kills (about a quarter of an hour on two cores)"
 timeout 2400 "${many[@]}" tests/faults
 echo "== network test bed (skipped without root)"
-timeout 1200 "${many[@]}" -n 3 tests/testbed  # most of it is waiting for what does not answer
+timeout 1200 "${many[@]}" tests/testbed
 echo "== the demonstration"
 timeout 240 python launch/demo.py --kill-at-step 100
 echo "== Horovod (skipped where it is not installed; with CHAOS_TEST_HOROVOD=1 it is installed first)"

@@ -86,7 +86,7 @@ def test_ranks_join_together(tmp_path: Path) -> None:
 
 
 def test_a_rank_joins_with_prefetching_loaders(tmp_path: Path) -> None:
-    problem = Problem(ranks=2, epochs=40, workers=2)
+    problem = Problem(ranks=2, epochs=12, workers=2)
     with start_training(tmp_path, problem, [rule(1, "boundary", "join", step=3), *until_ready()]) as job:
         check_changes(job.finish(), problem, joined=[FIRST])
 
