@@ -49,7 +49,7 @@ MCA_ONE_MACHINE_WITHOUT_SHM: dict[str, str] = {"btl": "self,tcp", "btl_tcp_if_in
 
 #: Parameters of mpirun's own, by which it starts everything on the machine it runs on: proxies, if ranks are to be on
 #: others. By itself it takes the nodes of a Slurm or PBS allocation it is in, or of a host file that the environment
-#: names, as the Kubernetes MPI operator does, and has its daemons started there.
+#: names, and has its daemons started there.
 PRTE_HERE: dict[str, str] = {"ras": "^slurm,pbs", "prte_default_hostfile": "none"}
 
 #: Exit status of mpirun when its own services did not come up; seen about once in a thousand starts on a busy machine.
