@@ -2,6 +2,10 @@
 # Everything that has to hold: style, types, unit tests, collective tests on 4 ranks, real jobs with real kills.
 # usage: test.sh [--all]   (also the cases of tests/variants.txt, which are nearly the same as others: ten minutes more)
 set -euo pipefail
+if [ "$*" != "" ] && [ "$*" != --all ]; then
+    echo "test.sh takes nothing but --all, not: $*" >&2
+    exit 2
+fi
 cd "$(dirname "$0")/.."
 . launch/setup.sh
 set_up "[test,dev]"
@@ -16,7 +20,7 @@ mypy --strict chaos_mpi
 echo "== unit tests"
 # Here and below several tests at a time: much of each is waiting. A failure is shown when it happens, not at the end.
 many=(python -m pytest -q -n 3 --dist worksteal --instafail --durations 8)
-[ "${1:-}" = --all ] || many+=(--without-variants)
+[ "$*" = --all ] || many+=(--without-variants)
 timeout 900 "${many[@]}" tests/unit
 echo "== collective tests on 4 ranks"
 root=()

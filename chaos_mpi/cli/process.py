@@ -201,7 +201,8 @@ class MpirunJob:
         What a script does after the training takes as long as it takes, and so does a program around it.
         """
         alive = [pid for pid in records.members if psutil.pid_exists(pid)]
-        if self._in_other_programs(records):
+        self._note_programs(records)
+        if records.members and not alive and any(_runs(p) for programs in self._around.values() for p in programs):
             return None
         # Ranks that have started MPI may end before they are members: of too small a job, for one.
         up = {*records.starting, *records.connected} if records.connected and not records.members else ()
@@ -213,14 +214,11 @@ class MpirunJob:
             return LINGER_S
         return EXIT_LIMIT_S if ended else None
 
-    def _in_other_programs(self, records: Records) -> bool:
-        """Whether all ranks have ended, and programs that had started them, as a shell script, go on."""
+    def _note_programs(self, records: Records) -> None:
+        """Note what new ranks run within, as a shell script: when they have ended it cannot be found any more."""
         assert self._process is not None
         for pid in records.members.keys() - self._around.keys():
             self._around[pid] = _programs_between(self._process.pid, pid)
-        if any(map(psutil.pid_exists, records.members)):
-            return False
-        return any(_runs(program) for programs in self._around.values() for program in programs)
 
     def _kill_everything(self) -> None:
         assert self._process is not None

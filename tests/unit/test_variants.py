@@ -6,25 +6,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 TESTS = Path(__file__).resolve().parents[1]
 VARIANTS = (TESTS / "variants.txt").read_text(encoding="utf-8").splitlines()
 
 
-def test_every_variant_is_a_test() -> None:
+def collected(*options: str) -> set[str]:
+    """The tests that start real jobs, as ``file::test``, when pytest is called with these options."""
     folders = [str(TESTS / name) for name in ("faults", "testbed", "horovod_jobs")]
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *folders]
-    found = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True, timeout=100, check=False)
-    names = {line.rpartition("/")[2] for line in found.stdout.splitlines()}
-    assert not set(VARIANTS) - names
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *options, *folders]
+    found = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True, timeout=100, check=True)
+    return {line.rpartition("/")[2] for line in found.stdout.splitlines() if "::" in line}
+
+
+def test_variants_are_tests_and_are_left_out_on_request() -> None:
     assert len(set(VARIANTS)) == len(VARIANTS)
-
-
-@pytest.mark.parametrize("option", [[], ["--without-variants"]])
-def test_variants_are_left_out_on_request(option: list[str]) -> None:
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *option]
-    command.append(str(TESTS / "faults" / "test_kills.py"))
-    found = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True, timeout=100, check=False)
-    assert ("survives_a_kill[two-at-once]" in found.stdout) is (not option)
-    assert "survives_a_kill[in-forward]" in found.stdout
+    everything = collected()
+    assert everything.issuperset(VARIANTS)
+    assert collected("--without-variants") == everything.difference(VARIANTS)
