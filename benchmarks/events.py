@@ -27,7 +27,6 @@ for a core, where several ranks share one, as whoever is first computes its next
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import random
@@ -178,9 +177,8 @@ def measure(model: str, most: int, device_ms: float, repeats: int, rng: random.R
                 with Shrinking(system, model, most, device_ms, rng) as job:
                     for _ in range(most - 1):
                         yield {**record, **job.one_leaves()}
-            except JobError as error:
-                print(f"  {error}", file=sys.stderr)
-                yield {**record, "size": most, "error": str(error).splitlines()[0]}
+            except jobs.FAILURES as error:
+                yield {**record, "size": most, **jobs.failed(error)}
 
 
 def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -288,7 +286,8 @@ def main() -> None:
     head = {"benchmark": "events", **report.started(), "model": WORKLOADS[given.model].title}
     head["device_ms"] = given.device_ms
     repeats = 2 if given.quick else given.repeats
-    records = list(measure(given.model, given.ranks, given.device_ms, repeats, random.Random(given.seed)))
+    leaves = measure(given.model, given.ranks, given.device_ms, repeats, random.Random(given.seed))
+    records = report.collected(leaves)
     rows = summarise(records)
     result = {
         **head,
@@ -297,11 +296,8 @@ def main() -> None:
         "failures": [r for r in records if "error" in r],
         "leaves": [r for r in records if "total" in r],
     }
-    table(result)
-    for file in report.write(given.out, "events", result, plot):
-        print(f"wrote {file}")
+    report.publish(given.out, result, table, plot)
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        main()
+    main()

@@ -43,6 +43,7 @@ from typing import Any
 import jobs
 import psutil
 import report
+from jobs import JobError
 from models import WORKLOADS
 from recovery import EventLogs
 
@@ -62,10 +63,6 @@ _MARK = "BENCH_HOROVOD_JOB"
 
 #: A step that a rank has finished: see ``horovod_rank.StepLog``.
 Step = dict[str, Any]
-
-
-class JobError(RuntimeError):
-    """A job did not do what it should."""
 
 
 class HorovodJob:
@@ -92,21 +89,8 @@ class HorovodJob:
         discover.chmod(0o755)
         script = [str(_SCRIPT), system, model, str(self._steps)]
         if system == "gloo":
-            runner = shutil.which("horovodrun")
-            if runner is None:
-                raise JobError("horovodrun is not there: run launch/install_horovod.sh first")
-            command = [
-                runner,
-                "-np",
-                str(ranks),
-                "--min-np",
-                "1",
-                "--max-np",
-                "8",
-                "--gloo",
-                "--network-interface",
-                "lo",
-            ]
+            command = [horovodrun(), "-np", str(ranks), "--min-np", "1", "--max-np", "8"]
+            command += ["--gloo", "--network-interface", "lo"]
             command += ["--host-discovery-script", str(discover), sys.executable, *script]
         else:
             command = [sys.executable, "-m", "chaos_mpi.cli.chaosrun", "--restarts", "0"]
@@ -182,6 +166,12 @@ class HorovodJob:
                     yield process
 
 
+def horovodrun() -> str:
+    """Elastic Horovod's launcher, of this Python's environment if it has one; empty if there is none."""
+    own = Path(sys.executable).with_name("horovodrun")
+    return str(own) if own.exists() else shutil.which("horovodrun") or ""
+
+
 def step_ms(steps: Sequence[Step]) -> float:
     """Median time between two of them."""
     return report.quantile([1e3 * (b["mono"] - a["mono"]) for a, b in itertools.pairwise(steps)], 0.5)
@@ -245,9 +235,8 @@ def measure(system: str, model: str, ranks: int, what: str, rng: random.Random) 
         with HorovodJob(system, model, ranks, grows=what == "join") as job:
             job.wait_for_training()
             return join(job) if what == "join" else kill(job, rng)
-    except JobError as error:
-        print(f"  {error}", file=sys.stderr)
-        return {"error": str(error).splitlines()[0]}
+    except jobs.FAILURES as error:
+        return jobs.failed(error)
 
 
 def sweep(
@@ -286,17 +275,15 @@ def table(result: dict[str, Any]) -> None:
     )
     for name in ("model", "ranks", "system"):
         shown.add_column(name, no_wrap=True)
-    for name in ("step", "kill", "caught up", "again", "join", "stall", "n"):
+    for name in ("step", "kill", "caught up", "again", "n", "join", "stall", "n"):
         shown.add_column(name, justify="right", no_wrap=True)
     for row in result["rows"]:
-        figures = [row[name]["median"] for name in FIGURES]
-        words = [
-            f"{value:.0f}" if name in ("step_ms", "again") else f"{value:.2f}"
-            for name, value in zip(FIGURES, figures, strict=True)
-        ]
+        words = [f"{row[name]['median']:.{0 if name in ('step_ms', 'again') else 2}f}" for name in FIGURES]
+        kills, joins = str(row["kill_s"]["n"]), str(row["join_s"]["n"])
         shown.add_row(
-            WORKLOADS[row["model"]].title, str(row["ranks"]), SYSTEMS[row["system"]], *words, str(row["kill_s"]["n"])
-        )
+            WORKLOADS[row["model"]].title, str(row["ranks"]), SYSTEMS[row["system"]],
+            *words[:4], kills, *words[4:], joins,
+        )  # fmt: skip
     console = Console()
     console.print(shown)
     if result["failures"]:
@@ -338,18 +325,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of victims, moments and order")
     parser.add_argument("--quick", action="store_true", help="2 ranks, the small model, each once")
     given = parser.parse_args()
+    if "gloo" in given.systems and not horovodrun():
+        parser.exit(1, "horovod.py: horovodrun is not there: run launch/install_horovod.sh, or leave gloo out\n")
     jobs.prepare_driver()
     if given.quick:
         given.models, given.ranks, given.repeats = MODELS[:1], [2], 1
     head = {"benchmark": "horovod", **report.started(), "repeats": given.repeats}
-    records = list(sweep(given.systems, given.models, given.ranks, given.repeats, random.Random(given.seed)))
+    cells = sweep(given.systems, given.models, given.ranks, given.repeats, random.Random(given.seed))
+    records = report.collected(cells)
     failures = [r for r in records if "error" in r]
     result = {**head, "rows": summarise(records), "failures": failures, "jobs": records}
-    table(result)
-    for file in report.write(given.out, "horovod", result, plot):
-        print(f"wrote {file}")
+    report.publish(given.out, result, table, plot)
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        main()
+    main()

@@ -21,8 +21,8 @@ from models import WORKLOADS, Workload
 
 sys.path.append(sys.path.pop(0))  # or this directory's horovod.py would be taken for the package
 
-#: Should the driver be killed, no rank stays behind.
-LIFE_LIMIT_S = 240
+#: Should the driver be killed, no rank stays behind for long. More than the driver waits for all that it waits for.
+LIFE_LIMIT_S = 600
 #: As often Elastic Horovod's own examples commit.
 COMMIT_EVERY = 10
 

@@ -38,6 +38,16 @@ class JobError(RuntimeError):
     """A job under measurement did not do what it was asked to."""
 
 
+#: What a job that goes wrong can raise in the driver: besides, a process or a line that should be there is not.
+FAILURES = (JobError, LookupError, OSError, psutil.Error)
+
+
+def failed(error: BaseException) -> dict[str, Any]:
+    """The record of a job that has raised one of :data:`FAILURES`, after a line on the terminal."""
+    print(f"  {error!r}" if not isinstance(error, JobError) else f"  {error}", file=sys.stderr)
+    return {"error": (str(error) or repr(error)).splitlines()[0]}
+
+
 class Link:
     """One end of the connection between the driver and a rank: JSON objects, one to a line."""
 
@@ -91,8 +101,7 @@ class Job:
 
     Args:
         name: for messages.
-        commands: given the job's private directory, the processes to start (one ``mpirun``, or one process
-        for
+        commands: given the job's private directory, the processes to start (one ``mpirun``, or one process for
             each rank), each with what it needs in its environment.
         ranks: how many ranks will connect.
         spec: told to every rank; ``limit_s`` in it bounds a rank's whole life.
@@ -252,7 +261,7 @@ def started_together(jobs: Sequence[Job]) -> Iterator[None]:
 
 
 def prepare_driver() -> None:
-    """One thread for each rank; SIGTERM and SIGHUP end the driver as Ctrl-C does, so that its jobs end too."""
+    """One thread for each rank; SIGTERM and SIGHUP end the driver as Ctrl-C does, so that its jobs end, too."""
     os.environ["OMP_NUM_THREADS"] = "1"
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda n, _: sys.exit(128 + n))

@@ -15,8 +15,8 @@ until the last survivor has finished the step that was interrupted. Where a host
 its silence. No step knows of a link that is put down by order: there it is *recovered* when the last member has heard
 of the detour.
 
-    sudo python benchmarks/lost_hosts.py            # about 20 minutes on two cores; needs root and sshd
-    sudo python benchmarks/lost_hosts.py --quick    # a look: three hosts, each once
+    sudo .venv/bin/python benchmarks/lost_hosts.py            # about an hour on two cores; needs root and sshd
+    sudo .venv/bin/python benchmarks/lost_hosts.py --quick    # a look: three hosts, each once
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jobs
 import psutil
 import report
+from jobs import JobError
 from recovery import EventLogs
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -67,10 +69,6 @@ _LOOK_S = 0.02
 #: Steps that all have made before it happens.
 _BEFORE = 20
 DIGITS = ("train_digits.py", "--epochs", "1000000")
-
-
-class JobError(RuntimeError):
-    """A job did not do what it should."""
 
 
 class HostJob:
@@ -128,6 +126,8 @@ class HostJob:
         hosts = len(self._bed.hosts)
 
         def trained() -> bool:
+            if self._process.poll() is not None:
+                raise JobError(f"chaosrun ended with {self._process.returncode}; {self._last_words()}")
             events = self.logs.events()
             started = [e for own in events.values() for e in own if e["event"] == "session_started"]
             self.pids = {event["host"]: event["pid"] for event in started}
@@ -201,10 +201,12 @@ class HostJob:
         limit = time.monotonic() + _LIMIT_S
         while not condition():
             if time.monotonic() > limit:
-                self._output.flush()
-                said = Path(self._output.name).read_text(errors="replace").strip().splitlines()[-10:]
-                raise JobError(f"waited {_LIMIT_S:.0f} s until {what}; the job's last words:\n" + "\n".join(said))
+                raise JobError(f"waited {_LIMIT_S:.0f} s until {what}; {self._last_words()}")
             time.sleep(_LOOK_S)
+
+    def _last_words(self) -> str:
+        said = Path(self._output.name).read_text(errors="replace").strip().splitlines()[-10:]
+        return "the job's last words:\n" + "\n".join(said)
 
 
 _TIMES = {"detected_ms": "failure_detected", "recovered_ms": "recovered"}
@@ -248,9 +250,8 @@ def measure(kind: str, hosts: int, limit_s: float, rng: random.Random) -> dict[s
                 if kind.startswith("link"):
                     return job.went_on(began) if kind == "link cut" else job.obeyed(began)
                 return job.survived(began, survivors)
-        except (JobError, LookupError) as error:
-            print(f"  {error}", file=sys.stderr)
-            return {"error": str(error).splitlines()[0]}
+        except (*jobs.FAILURES, TestBedError) as error:
+            return jobs.failed(error)
 
 
 def sweep(
@@ -323,16 +324,6 @@ def refuse_without_bed(parser: argparse.ArgumentParser) -> None:
         parser.exit(1, f"{parser.prog}: {reason}\n")
 
 
-def collected(records: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All of them, or those that there are when Ctrl-C is pressed."""
-    found: list[dict[str, Any]] = []
-    try:
-        found.extend(records)
-    except KeyboardInterrupt:
-        print("stopped; what has been measured by now follows", file=sys.stderr)
-    return found
-
-
 def show(shown: Table, records: Sequence[dict[str, Any]]) -> None:
     """Print a table, and which jobs are not in it."""
     from rich.console import Console
@@ -356,16 +347,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="three hosts, each kind once")
     given = parser.parse_args()
     refuse_without_bed(parser)
+    jobs.prepare_driver()
     sizes, repeats = ([3], 1) if given.quick else (given.hosts, given.repeats)
     head = {"benchmark": "lost_hosts", **report.started(), "limit_s": given.heartbeat_limit}
-    records = collected(sweep(given.kinds, sizes, repeats, given.heartbeat_limit, random.Random(given.seed)))
-    rows = summarise(records, given.heartbeat_limit)
-    if not rows:
-        parser.exit(1, "lost_hosts.py: nothing was measured\n")
-    result = {**head, "rows": rows, "records": records}
-    table(result)
-    for file in report.write(given.out, "lost_hosts", result, plot):
-        print(f"wrote {file}")
+    records = report.collected(sweep(given.kinds, sizes, repeats, given.heartbeat_limit, random.Random(given.seed)))
+    result = {**head, "rows": summarise(records, given.heartbeat_limit), "records": records}
+    report.publish(given.out, result, table, plot)
 
 
 if __name__ == "__main__":

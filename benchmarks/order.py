@@ -5,8 +5,8 @@ hosts have the same rate, but for the link between the first two: there all of t
 out by itself, from what it sends anyway, and puts the members in another order (``chaos_mpi/monitor/order.py``).
 *Before* and *after* are medians of the steps of the first rank in the one and in the other.
 
-    sudo python benchmarks/order.py            # about 10 minutes on two cores; needs root and sshd
-    sudo python benchmarks/order.py --quick    # a look: four hosts, once
+    sudo .venv/bin/python benchmarks/order.py            # about 25 minutes on two cores; needs root and sshd
+    sudo .venv/bin/python benchmarks/order.py --quick    # a look: four hosts, once
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jobs
 import report
-from lost_hosts import HostJob, JobError, collected, refuse_without_bed, show
+from lost_hosts import HostJob, refuse_without_bed, show
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch.testbed.sshd import SshServers
@@ -55,9 +56,8 @@ def measure(hosts: int, rate_mbit: float, slow_mbit: float) -> dict[str, Any]:
                 stalled = next(e["seconds"] for e in first if e["event"] == "stalled")
                 order = [member.partition(":")[0] for member in changed["members"]]
                 known_s = changed["mono"] - _steps(job, 0)[0]
-        except (JobError, LookupError, TestBedError) as error:
-            print(f"  {error}", file=sys.stderr)
-            return {"error": str(error).splitlines()[0]}
+        except (*jobs.FAILURES, TestBedError) as error:
+            return jobs.failed(error)
     before, after = (1e3 * report.summary(times[epoch][1:])["median"] for epoch in (0, 1))
     return {
         "before_ms": before, "after_ms": after, "ratio": before / after, "order": order,
@@ -137,16 +137,12 @@ def main() -> None:
     if min(given.hosts) < 3:
         parser.error("--hosts: of two hosts there is but one order")
     refuse_without_bed(parser)
+    jobs.prepare_driver()
     cells = [(4, 20.0)] if given.quick else [*itertools.product(given.hosts, given.slow)] * given.repeats
     head = {"benchmark": "order", **report.started(), "rate_mbit": given.rate}
-    records = collected(sweep(random.Random(given.seed).sample(cells, len(cells)), given.rate))
-    rows = summarise(records)
-    if not rows:
-        parser.exit(1, "order.py: nothing was measured\n")
-    result = {**head, "rows": rows, "records": records}
-    table(result)
-    for file in report.write(given.out, "order", result, plot):
-        print(f"wrote {file}")
+    records = report.collected(sweep(random.Random(given.seed).sample(cells, len(cells)), given.rate))
+    result = {**head, "rows": summarise(records), "records": records}
+    report.publish(given.out, result, table, plot)
 
 
 if __name__ == "__main__":

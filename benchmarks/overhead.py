@@ -12,9 +12,12 @@ goes on on the machine hits both sides. "Bare MPI" is the faster of two hand-wri
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import random
 import statistics
 import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,8 @@ from jobs import Job, JobError
 from models import WORKLOADS, parameters
 
 _SCRIPT = Path(__file__).resolve().with_name("overhead_rank.py")
-_JOB_LIMIT_S = 600
+#: A rank ends with the driver, since it waits for it most of the time; if it hangs, it ends after so long.
+_JOB_LIMIT_S = 3600
 _TURN_LIMIT_S = 120.0
 _CHECK_STEPS = 3
 #: What each rank of each system needs beside its tensors: the Python process with torch, in bytes.
@@ -63,13 +67,11 @@ def measure(model: str, ranks: int, steps: int, rounds: int, launches: int, rng:
     """
     turns: dict[str, list[float]] = {c.key: [] for c in CONTENDERS}
     all_steps: dict[str, list[float]] = {c.key: [] for c in CONTENDERS}
-    checks: dict[str, float] = {}
     parts: dict[str, dict[str, float]] = {}
     for launch in range(launches):
         group = {system: _job(system, model, ranks) for system in ("chaos", "gloo", "mpi")}
         with jobs.started_together(list(group.values())):
-            for c in CONTENDERS:
-                checks[c.key] = _ask(group[c.system], c, "check", _CHECK_STEPS)[0]
+            refuse_different({c.key: _ask(group[c.system], c, "check", _CHECK_STEPS) for c in CONTENDERS})
             for _ in range(rounds // launches + (launch < rounds % launches)):
                 for c in rng.sample(CONTENDERS, len(CONTENDERS)):
                     seconds = _over_ranks(_ask(group[c.system], c, "run", steps))
@@ -78,10 +80,6 @@ def measure(model: str, ranks: int, steps: int, rounds: int, launches: int, rng:
             if launch == launches - 1:
                 for c in CONTENDERS:
                     parts[c.key] = _ask(group[c.system], c, "breakdown", steps)[0]
-    reference = checks["mpi_flat"]
-    differing = [key for key, value in checks.items() if abs(value - reference) > 1e-5 * abs(reference)]
-    if differing:
-        raise JobError(f"{', '.join(differing)} trained to other parameters than bare MPI: the comparison is void")
     best = min(("mpi_overlap", "mpi_flat"), key=lambda key: statistics.median(all_steps[key]))
     return {
         "model": model,
@@ -100,6 +98,18 @@ def measure(model: str, ranks: int, steps: int, rounds: int, launches: int, rng:
         "parts_us_per_step": {k: {n: 1e6 * s for n, s in p.items()} for k, p in parts.items() if p},
         "turn_ms": {key: [1e3 * s for s in values] for key, values in turns.items()},
     }
+
+
+def refuse_different(sums: Mapping[str, Sequence[float]]) -> None:
+    """Compare what all systems have trained, by a sum over the parameters of each rank.
+
+    Raises:
+        JobError: a rank of one has other parameters than the first one of bare MPI.
+    """
+    reference = sums["mpi_flat"][0]
+    differing = [key for key, own in sums.items() if any(abs(v - reference) > 1e-5 * abs(reference) for v in own)]
+    if differing:
+        raise JobError(f"{', '.join(differing)} trained to other parameters than bare MPI: the comparison is void")
 
 
 def _job(system: str, model: str, ranks: int) -> Job:
@@ -178,6 +188,8 @@ def table(result: dict[str, Any]) -> None:
         "'?' when its 95 % interval spans the target. noise: bare MPI against itself one round later."
     )
     console.print(parts)
+    if result["failures"]:
+        console.print(f"jobs that failed: {json.dumps(result['failures'])}")
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -218,6 +230,21 @@ def _enough_memory(model: str, ranks: int) -> bool:
     return needed <= free
 
 
+def sweep(given: argparse.Namespace, rng: random.Random) -> Iterator[dict[str, Any]]:
+    """Every model on every number of ranks, as :func:`measure` returns it, or ``error``."""
+    for model, ranks in itertools.product(given.models, given.ranks):
+        if (given.quick and model == "50m") or not _enough_memory(model, ranks):
+            continue
+        workload = WORKLOADS[model]
+        print(f"{workload.title} on {ranks} ranks ...", file=sys.stderr, flush=True)
+        rounds = given.rounds or (4 if given.quick else workload.rounds)
+        launches = 1 if given.quick else min(given.launches, rounds)
+        try:
+            yield measure(model, ranks, given.steps or workload.turn_steps, rounds, launches, rng)
+        except jobs.FAILURES as error:
+            yield {"model": model, "ranks": ranks, **jobs.failed(error)}
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -231,22 +258,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one launch, few rounds, no 50 M model")
     given = parser.parse_args()
     jobs.prepare_driver()
-    result = {"benchmark": "overhead", **report.started(), "cases": []}
-    rng = random.Random(given.seed)
-    for model in given.models:
-        if given.quick and model == "50m":
-            continue
-        workload = WORKLOADS[model]
-        rounds = given.rounds or (4 if given.quick else workload.rounds)
-        for ranks in given.ranks:
-            if not _enough_memory(model, ranks):
-                continue
-            print(f"{workload.title} on {ranks} ranks ...", file=sys.stderr, flush=True)
-            launches = 1 if given.quick else min(given.launches, rounds)
-            result["cases"].append(measure(model, ranks, given.steps or workload.turn_steps, rounds, launches, rng))
-    table(result)
-    for file in report.write(given.out, "overhead", result, plot):
-        print(f"wrote {file}")
+    head = {"benchmark": "overhead", **report.started()}
+    cases = report.collected(sweep(given, random.Random(given.seed)))
+    failures = [case for case in cases if "error" in case]
+    result = {**head, "cases": [case for case in cases if "error" not in case], "failures": failures}
+    report.publish(given.out, result, table, plot, rows="cases")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ it (the others wait for it):
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import os
@@ -226,9 +225,8 @@ def measure(
                         for _ in range(start - end + 1):
                             yield {**record, **victim.kill_one()}
                         yield {**record, "size": start, "step_ms": step_ms}
-                except JobError as error:
-                    print(f"  {error}", file=sys.stderr)
-                    yield {**record, "size": start, "error": str(error).splitlines()[0]}
+                except jobs.FAILURES as error:
+                    yield {**record, "size": start, **jobs.failed(error)}
 
 
 def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -347,7 +345,8 @@ def main() -> None:
     jobs.prepare_driver()
     repeats = 2 if given.quick else given.repeats
     head = {"benchmark": "recovery", **report.started(), "model": WORKLOADS[given.model].title, "fresh": given.fresh}
-    records = list(measure(given.model, given.ranks, given.least, repeats, given.fresh, random.Random(given.seed)))
+    kills = measure(given.model, given.ranks, given.least, repeats, given.fresh, random.Random(given.seed))
+    records = report.collected(kills)
     rows = summarise(records)
     result = {
         **head,
@@ -357,11 +356,8 @@ def main() -> None:
         "failures": [r for r in records if "error" in r],
         "kills": [r for r in records if "total" in r],
     }
-    table(result)
-    for file in report.write(given.out, "recovery", result, plot):
-        print(f"wrote {file}")
+    report.publish(given.out, result, table, plot)
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        main()
+    main()

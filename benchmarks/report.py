@@ -13,7 +13,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,37 @@ def write(out: Path, name: str, result: dict[str, Any], plot: Callable[[dict[str
     except ImportError:
         print("no plot: matplotlib is not installed (pip install 'chaos-mpi[plot]')", file=sys.stderr)
     return files
+
+
+def collected(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All of them, or those that there are when Ctrl-C or a signal ends the measurement (see ``prepare_driver``)."""
+    found: list[dict[str, Any]] = []
+    try:
+        found.extend(records)
+    except (KeyboardInterrupt, SystemExit):
+        print("stopped; what has been measured by now follows", file=sys.stderr)
+    return found
+
+
+def publish(
+    out: Path,
+    result: dict[str, Any],
+    table: Callable[[dict[str, Any]], None],
+    plot: Callable[[dict[str, Any], Path], None],
+    rows: str = "rows",
+) -> None:
+    """Print the table and write the files, also of a part of what was to be measured.
+
+    Args:
+        out: directory for the files.
+        result: what goes into the JSON; ``benchmark`` in it names the files.
+        rows: which part of it is empty if nothing was measured, which ends the script with status 1.
+    """
+    if not result[rows]:
+        sys.exit(f"{result['benchmark']}.py: nothing was measured")
+    table(result)
+    for file in write(out, result["benchmark"], result, plot):
+        print(f"wrote {file}")
 
 
 def started() -> dict[str, Any]:

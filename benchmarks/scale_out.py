@@ -10,8 +10,8 @@ steps on the same engine and differ in how the newcomer gets the training state:
     Autoscaling          all-gather of slices over old and new workers (Or et al.)
     Pollux/AdaptDL       checkpoint to shared storage, all restart, all read it
 
-    sudo python benchmarks/scale_out.py            # about 20 minutes on two cores; needs root
-    sudo python benchmarks/scale_out.py --quick    # a look: one cell
+    sudo .venv/bin/python benchmarks/scale_out.py            # about 35 minutes on two cores; needs root
+    sudo .venv/bin/python benchmarks/scale_out.py --quick    # a look: one cell
 """
 
 from __future__ import annotations
@@ -138,6 +138,8 @@ def _evaluated(cell: Cell, contender: str, requested: float, first: Path, second
     restarted = {path.stem: read_journal(path) for path in second.glob("*.jsonl")}
     newcomer = restarted["newcomer"] if restarted else before["newcomer"]
     contributed = noted(newcomer, "contributed")
+    if not contributed["right"]:
+        raise JobError(f"{SYSTEMS[contender]}: the newcomer trains from another state than the members had")
     total = contributed["at"] - requested
     found: dict[str, Any] = {}
     if restarted:
@@ -170,7 +172,6 @@ def _evaluated(cell: Cell, contender: str, requested: float, first: Path, second
         "slowed_max_s": max(c.slowed_s for c in costs),
         "steps_meanwhile": min(c.steps for c in costs),
         "step_ms": 1e3 * report.quantile([end - begun for begun, end in steps if end < requested], 0.5),
-        "state_right": contributed["right"],
         **found,
     }
 
@@ -220,9 +221,8 @@ def _attempted(site: Site, cell: Cell, system: str, source: int) -> dict[str, An
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         try:
             return measure(site, cell, system, source, Path(scratch))
-        except (JobError, LookupError) as error:
-            print(f"  {error}", file=sys.stderr)
-            return {"error": str(error).splitlines()[0]}
+        except jobs.FAILURES as error:
+            return jobs.failed(error)
 
 
 def main() -> None:
@@ -250,18 +250,10 @@ def main() -> None:
         cells = [Cell(10, 4, "unequal")]
     jobs.prepare_driver()
     head = {"benchmark": "scale_out", **report.started()}
-    records: list[dict[str, Any]] = []
-    try:
-        records.extend(sweep(cells, given.systems, given.repeats, given.seed))
-    except (KeyboardInterrupt, SystemExit):
-        print("stopped; what has been measured by now follows", file=sys.stderr)
+    records = report.collected(sweep(cells, given.systems, given.repeats, given.seed))
     rows = [row for row in summarise(cells, records) if row["systems"]]
-    if not rows:
-        parser.exit(1, "scale_out.py: nothing was measured\n")
     result = {**head, "missed": targets(rows), "rows": rows, "records": records}
-    table(result)
-    for file in report.write(given.out, "scale_out", result, plot):
-        print(f"wrote {file}")
+    report.publish(given.out, result, table, plot)
 
 
 if __name__ == "__main__":

@@ -47,9 +47,10 @@ def main() -> int:
     log, picture = args.out / "events.jsonl", args.out / "demo.png"
     log.unlink(missing_ok=True)
 
-    command = ["chaosrun", "-n", str(args.ranks), "--event-log", str(log)]
+    command = [program("chaosrun"), "-n", str(args.ranks), "--event-log", str(log)]
     command += [str(ROOT / "examples" / "train_digits.py"), "--epochs", str(args.epochs)]
-    print(f"$ {' '.join(os.path.relpath(part) if os.path.isabs(part) else part for part in command)}\n", flush=True)
+    print(f"$ chaosrun {' '.join(os.path.relpath(p) if os.path.isabs(p) else p for p in command[1:])}\n", flush=True)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the job is ended, too
     # One thread for each rank: more would only be in each other's way on a small machine.
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "TMPDIR": tempfile.mkdtemp(prefix="chaos-demo-")}
     job = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
@@ -57,15 +58,23 @@ def main() -> int:
     limit.start()
     try:
         accuracy = follow(job, Script(log, environment, args.kill_rank, args.kill_at_step))
-        status = job.wait(timeout=60)
+        status: int | None = job.wait(timeout=60)
+    except subprocess.TimeoutExpired:
+        status = None
     finally:
         limit.cancel()
         end(job)
         shutil.rmtree(environment["TMPDIR"], ignore_errors=True)
 
     print(flush=True)
-    subprocess.run(["chaosctl", "timeline", str(log), "--plot", str(picture)], check=True, timeout=120)
-    return judge(status, accuracy, read_events(log), picture)
+    if log.exists():
+        subprocess.run([program("chaosctl"), "timeline", str(log), "--plot", str(picture)], check=True, timeout=120)
+    return judge(status, accuracy, read_events(log) if log.exists() else [], picture)
+
+
+def program(name: str) -> str:
+    """A program of this package, of the environment that runs the demonstration."""
+    return str(Path(sys.executable).with_name(name))
 
 
 class Script:
@@ -106,7 +115,7 @@ class Script:
 
     def _tell(self, *arguments: str) -> None:
         print(f"\n*** chaosctl {' '.join(arguments)} ***\n", flush=True)
-        subprocess.Popen(["chaosctl", *arguments], env=self._environment, stdout=subprocess.DEVNULL)
+        subprocess.Popen([program("chaosctl"), *arguments], env=self._environment, stdout=subprocess.DEVNULL)
 
 
 def follow(job: subprocess.Popen[str], script: Script) -> float:
@@ -121,12 +130,14 @@ def follow(job: subprocess.Popen[str], script: Script) -> float:
     return accuracy
 
 
-def judge(status: int, accuracy: float, events: list[dict[str, Any]], picture: Path) -> int:
+def judge(status: int | None, accuracy: float, events: list[dict[str, Any]], picture: Path) -> int:
     """Say whether everything held that the README promises."""
     ended = [e for e in events if e["event"] == "session_ended" and e["outcome"] == "finished"]
     digests = {e["params_digest"] for e in ended}
+    if status is None:
+        return fail("chaosrun did not end within a minute of its last line")
     if status != 0:
-        return fail(f"chaosrun ended with status {status}")
+        return fail(f"chaosrun ended with status {status}; what it printed says why")
     if not any(e["event"] == "recovered" for e in events):
         return fail("no rank was killed: the job ended too early; give it more --epochs")
     for wanted in ("join_active", "leave_committed"):

@@ -140,7 +140,8 @@ def run_ranks(test: Path, ranks: int, show: bool) -> list[Outcome]:
             done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=RUN_LIMIT_S, check=False)
             status, output = done.returncode, done.stdout + done.stderr
         except subprocess.TimeoutExpired as error:
-            status, output = 124, str(error.output)
+            said = (part for part in (error.stdout, error.stderr) if part)  # bytes, whatever was asked for
+            status, output = 124, "".join(p.decode(errors="replace") if isinstance(p, bytes) else p for p in said)
         print(f"\n{test.name} on {ranks} ranks: mpirun returned {status} after {time.monotonic() - began:.0f} s")
         if show or status:
             print(output[-6000:])

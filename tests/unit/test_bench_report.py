@@ -56,6 +56,35 @@ def test_the_interval_of_a_median_holds_it_and_is_the_same_each_time(bench: Modu
     assert (low, high) == bench.report.median_interval(values)
 
 
+def test_what_was_measured_before_an_interruption_is_kept(
+    bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(by: type[BaseException]) -> Iterator[dict[str, int]]:
+        yield {"size": 1}
+        raise by
+
+    for by in (KeyboardInterrupt, SystemExit):
+        assert bench.report.collected(interrupted(by)) == [{"size": 1}]
+    with pytest.raises(bench.jobs.JobError):
+        bench.report.collected(interrupted(bench.jobs.JobError))
+
+    shown: list[object] = []
+    result = {"benchmark": "some", "rows": [{"ms": 1.0}]}
+    bench.report.publish(tmp_path, result, shown.append, lambda _, path: path.write_bytes(b"picture"))
+    assert shown == [result]
+    assert json.loads((tmp_path / "some.json").read_text()) == result
+    assert (tmp_path / "some.png").read_bytes() == b"picture"
+    with pytest.raises(SystemExit, match="nothing was measured"):
+        bench.report.publish(tmp_path, {"benchmark": "none", "rows": []}, shown.append, lambda *_: None)
+    assert len(shown) == 1
+
+
+def test_systems_that_train_differently_are_not_compared(bench: ModuleType) -> None:
+    bench.overhead.refuse_different({"chaos": [2.0, 2.0], "mpi_flat": [2.0, 2.00001]})
+    with pytest.raises(bench.jobs.JobError, match="chaos trained to other parameters"):
+        bench.overhead.refuse_different({"chaos": [2.0, 2.1], "mpi_flat": [2.0, 2.0]})
+
+
 def test_ratios_are_taken_within_a_round(bench: ModuleType) -> None:
     # The machine was ten times slower in the second round, for both.
     assert bench.report.paired_ratios([1.0, 10.0], [2.0, 20.0]) == [0.5, 0.5]
