@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that has to hold: style, types, unit tests, collective tests on 4 ranks, real jobs with real kills.
-# usage: test.sh [--all]   (also the cases of tests/variants.txt, which are nearly the same as others: ten minutes more)
+# usage: test.sh [--all]   (also the tests in tests/variants.txt, which are nearly the same as others: 10 to 20 minutes more)
 set -euo pipefail
 if [ "$*" != "" ] && [ "$*" != --all ]; then
     echo "test.sh takes nothing but --all, not: $*" >&2
@@ -26,14 +26,14 @@ echo "== collective tests on 4 ranks"
 root=()
 [ "$(id -u)" -ne 0 ] || root=(--allow-run-as-root)
 timeout 300 mpirun --with-ft ulfm --oversubscribe "${root[@]}" -n 4 python -m pytest -q --with-mpi tests/collective
-echo "== fault tests: real jobs, real kills (about a quarter of an hour on two cores)"
+echo "== fault tests: real jobs, real kills (10 to 20 minutes on two cores)"
 timeout 2400 "${many[@]}" tests/faults
 echo "== network test bed (skipped without root)"
 timeout 1200 "${many[@]}" tests/testbed
 echo "== the demonstration"
 timeout 240 python launch/demo.py --kill-at-step 100
-echo "== Horovod (skipped where it is not installed; with CHAOS_TEST_HOROVOD=1 it is installed first)"
+echo "== Horovod, Lightning and transformers (skipped where they are not installed; Horovod is with CHAOS_TEST_HOROVOD=1)"
 if [ -n "${CHAOS_TEST_HOROVOD:-}" ]; then
-    bash launch/install_horovod.sh || echo "Horovod could not be installed (see above), so its tests are skipped" >&2
+    timeout 1800 bash launch/install_horovod.sh || echo "Horovod could not be installed (see above), so its tests are skipped" >&2
 fi
 timeout 900 "${many[@]}" tests/horovod_jobs

@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 
-#: Cases of tests that start real jobs of which others of the same test are nearly the same.
-VARIANTS = frozenset(Path(__file__).with_name("variants.txt").read_text(encoding="utf-8").splitlines())
+#: Tests that start real jobs, and of which others are nearly the same: their node ids.
+VARIANTS = frozenset(
+    line
+    for line in Path(__file__).with_name("variants.txt").read_text(encoding="utf-8").splitlines()
+    if not line.startswith("#")
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,6 +25,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave variants out where they are not wanted."""
     if config.getoption("--without-variants"):
-        left_out = [item for item in items if f"{item.path.name}::{item.name}" in VARIANTS]
+        left_out = [item for item in items if item.nodeid in VARIANTS]
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)

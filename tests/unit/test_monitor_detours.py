@@ -362,7 +362,7 @@ def test_faster_detours_are_tried_first() -> None:
     assert bed.way("a", "b") == bed.way("b", "a") == "d"
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.data())
 def test_any_cuts_that_leave_a_host_in_reach_of_all_are_healed(data: st.DataObject) -> None:
     """And all is as before when they are over."""

@@ -91,7 +91,7 @@ class Cluster:
                     np.testing.assert_array_equal(plan.assignment(round_, name), plans[0].assignment(round_, name))
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(data=st.data())
 def test_every_sample_is_trained_exactly_once_whatever_dies(data: st.DataObject) -> None:
     draw = data.draw

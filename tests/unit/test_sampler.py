@@ -130,7 +130,7 @@ class Rank:
             self.waits_for = ""
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_every_epoch_is_exact_whatever_dies_and_when(data: st.DataObject) -> None:
     """A cluster of ranks that each run a script; kills strike in any phase, also when some are an epoch ahead.

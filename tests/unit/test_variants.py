@@ -7,15 +7,16 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
-VARIANTS = (TESTS / "variants.txt").read_text(encoding="utf-8").splitlines()
+LINES = (TESTS / "variants.txt").read_text(encoding="utf-8").splitlines()
+VARIANTS = [line for line in LINES if not line.startswith("#")]
 
 
 def collected(*options: str) -> set[str]:
-    """The tests that start real jobs, as ``file::test``, when pytest is called with these options."""
+    """Node ids of the tests that start real jobs, when pytest is called with these options."""
     folders = [str(TESTS / name) for name in ("faults", "testbed", "horovod_jobs")]
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *options, *folders]
     found = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True, timeout=100, check=True)
-    return {line.rpartition("/")[2] for line in found.stdout.splitlines() if "::" in line}
+    return {line for line in found.stdout.splitlines() if "::" in line}
 
 
 def test_variants_are_tests_and_are_left_out_on_request() -> None:
