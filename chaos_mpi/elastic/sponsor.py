@@ -183,10 +183,10 @@ class Sponsorship:
 
 
 def versions() -> dict[str, str]:
-    """What has to be the same at all members."""
+    """What has to be the same at all members. A local label of torch need not: builds for CPU and GPU fit together."""
     import torch
 
     import chaos_mpi
 
     python = ".".join(map(str, sys.version_info[:2]))
-    return {"chaos_mpi": chaos_mpi.__version__, "torch": str(torch.__version__), "Python": python}
+    return {"chaos_mpi": chaos_mpi.__version__, "torch": str(torch.__version__).partition("+")[0], "Python": python}
