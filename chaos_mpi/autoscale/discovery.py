@@ -54,18 +54,25 @@ def read_hosts(path: Path, limit_s: float = SCRIPT_LIMIT_S) -> tuple[HostSlots, 
         raise ConfigError(f"the list of hosts {path} is not text in UTF-8: {error}") from error
 
 
-def usable_hosts(entries: tuple[HostSlots, ...]) -> tuple[tuple[HostSlots, ...], tuple[HostSlots, ...]]:
+def usable_hosts(
+    entries: tuple[HostSlots, ...], own: str | None = None
+) -> tuple[tuple[HostSlots, ...], tuple[HostSlots, ...]]:
     """Those on which this job can start ranks, and the others; see :func:`split_usable`.
 
     A job that was started on several hosts can start ranks on any.
+
+    Args:
+        entries: a list of hosts.
+        own: what this machine is called in member ids; default: by its present name, which may be another one later.
     """
     if VARIABLE in os.environ:
         return entries, ()
-    own = socket.gethostname()
+    now = socket.gethostname()
+    own = now if own is None else own
     addresses = {address.address for of_card in psutil.net_if_addrs().values() for address in of_card}
-    names = {own, own.partition(".")[0], "localhost", *addresses}
+    names = {*(part for name in (own, now) for part in (name, name.partition(".")[0])), "localhost", *addresses}
     if any(host not in names for host, _ in entries):
-        names |= _further_names(own)
+        names |= _further_names(now)
     return split_usable(entries, names, own)
 
 
@@ -90,6 +97,7 @@ class Discovery:
         interval_s: time between two looks, seconds.
         observe: is told every list that is believed; only hosts that can be used.
         is_my_turn: whether it is for this member to look.
+        host: what this machine is called in member ids. It stays so when the machine gets another name (DHCP, VPN).
     """
 
     def __init__(
@@ -98,9 +106,10 @@ class Discovery:
         interval_s: float,
         observe: Callable[[tuple[HostSlots, ...]], None],
         is_my_turn: Callable[[], bool],
+        host: str,
     ) -> None:
         self._path, self._interval_s = path, interval_s
-        self._observe, self._is_my_turn = observe, is_my_turn
+        self._observe, self._is_my_turn, self._host = observe, is_my_turn, host
         self._last: tuple[HostSlots, ...] | None = None
         self._problem = ""
         self._warned: set[str] = set()
@@ -130,7 +139,7 @@ class Discovery:
             self._problem = ""
         before, self._last = self._last, found
         if found == before and not self._stop.is_set():
-            usable, others = usable_hosts(found)
+            usable, others = usable_hosts(found, self._host)
             self._warn(others)
             self._observe(usable)
 

@@ -52,7 +52,9 @@ class Autoscaler:
             log.warning(
                 "the script has no TrainingState, which a new rank would start from: the hosts in %s are not used", path
             )
-        self._discovery = Discovery(path, session.settings.discovery_interval_s, self._observe, self._is_my_turn)
+        self._discovery = Discovery(
+            path, session.settings.discovery_interval_s, self._observe, self._is_my_turn, session.host
+        )
 
     def wants_a_change(self) -> bool:
         """Whether the policy would do something about the present view, so that the members should negotiate."""

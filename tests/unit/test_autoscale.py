@@ -145,9 +145,9 @@ def test_what_is_wrong_with_a_file(tmp_path: Path) -> None:
 class Looking:
     """A discovery whose looks are made by the test."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, host: str = HERE) -> None:
         self.found: list[tuple[HostSlots, ...]] = []
-        self.discovery = Discovery(path, 3600.0, self.found.append, lambda: True)
+        self.discovery = Discovery(path, 3600.0, self.found.append, lambda: True, host)
 
     def look(self, times: int = 1) -> list[tuple[HostSlots, ...]]:
         for _ in range(times):
@@ -168,6 +168,19 @@ def test_a_list_is_believed_when_it_is_seen_twice(tmp_path: Path) -> None:
     assert looking.look()[1:] == [((HERE, 12),)]
     looking.discovery.close()
     assert len(looking.look()) == 2
+
+
+def test_a_machine_that_is_renamed_is_still_the_host_of_its_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "hosts"
+    looking = Looking(path)
+    for line, slots in (("localhost:2", 2), (f"{HERE}:3", 3), ("laptop-vpn:4", 4)):
+        path.write_text(f"{line}\n")
+        looking.look()
+        monkeypatch.setattr("socket.gethostname", lambda: "laptop-vpn")
+        looking.look()
+        assert looking.found[-1] == ((HERE, slots),)
 
 
 def test_trouble_is_told_once_and_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -204,7 +217,7 @@ def test_only_the_one_whose_turn_it_is_looks(tmp_path: Path) -> None:
         asked.set()
         return turn.is_set()
 
-    discovery = Discovery(path, 0.001, lambda _: observed.set(), is_my_turn)
+    discovery = Discovery(path, 0.001, lambda _: observed.set(), is_my_turn, HERE)
     assert asked.wait(30)
     assert not observed.is_set()
     turn.set()
