@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median_high
 from typing import Any
 
-from chaos_mpi.agent import voice
+from chaos_mpi.agent import marks, voice
 from chaos_mpi.cli.control import LAUNCHER, ask_all
 from chaos_mpi.membership import host_of
 from chaos_mpi.monitor.hostlinks import UP
@@ -33,9 +33,15 @@ _COMMON = ("epoch", "step", "steps_per_s", "data_epochs", "members", "min_ranks"
 
 
 def look(directory: Path) -> Job | None:
-    """Ask all members of the job in ``directory`` that are on this machine; None if none of them answers."""
+    """Ask all members of the job in ``directory``; None if none of them answers.
+
+    Those are all that there are where the launcher is, and else those on this machine.
+    """
     answers = ask_all(directory, {"do": "status"}, ANSWER_LIMIT_S)
-    return combine(answers, began(directory), time.time()) if answers else None
+    if not answers:
+        return None
+    is_launchers = any(map(marks.may_live, directory.glob(f"{LAUNCHER}-*.json")))
+    return combine(answers, began(directory), time.time(), all_asked=is_launchers)
 
 
 def began(directory: Path) -> float | None:
@@ -46,13 +52,14 @@ def began(directory: Path) -> float | None:
         return None
 
 
-def combine(answers: Sequence[Answer], started_at: float | None, now: float) -> Job:
+def combine(answers: Sequence[Answer], started_at: float | None, now: float, *, all_asked: bool = False) -> Job:
     """All that the members know, in JSON values.
 
     Args:
         answers: at least one; see :meth:`chaos_mpi.elastic.status.MemberStatus.answer`.
         started_at: when the job was started, Unix seconds, if that is known.
         now: Unix seconds.
+        all_asked: whether all members were asked, and not only those on the hosts of which one answers.
 
     Returns:
         ``at``, ``started_at``; ``epoch``, ``step``, ``steps_per_s``, ``data_epochs``, ``members`` (ids in rank order),
@@ -64,14 +71,14 @@ def combine(answers: Sequence[Answer], started_at: float | None, now: float) -> 
     """
     furthest = max(answers, key=lambda answer: (answer["epoch"], answer["step"]))
     by_member = {answer["member"]: answer for answer in answers}
-    here = {answer["host"] for answer in answers}
+    asked = None if all_asked else {answer["host"] for answer in answers}
     rates = [answer["steps_per_s"] for answer in answers if answer["steps_per_s"] is not None]
     return {
         "at": now,
         "started_at": started_at,
         **{name: furthest[name] for name in _COMMON},
         "steps_per_s": median_high(rates) if rates else None,
-        "ranks": [_rank(rank, member, by_member.get(member), here) for rank, member in enumerate(furthest["members"])],
+        "ranks": [_rank(rank, member, by_member.get(member), asked) for rank, member in enumerate(furthest["members"])],
         "machines": _machines(furthest, answers),
         "transfers": list({t["member"]: t for answer in answers for t in answer["transfers"]}.values()),
         # A member whose agent was too slow to answer knows of none.
@@ -96,11 +103,11 @@ def _machines(furthest: Answer, answers: Sequence[Answer]) -> dict[str, Any]:
     return {host: {**machine, "joined_at": since[host]} for host, machine in known.items()}
 
 
-def _rank(rank: int, member: str, answer: Answer | None, here: Collection[str]) -> dict[str, Any]:
+def _rank(rank: int, member: str, answer: Answer | None, asked: Collection[str] | None) -> dict[str, Any]:
     if answer is None:
         pid = member.rpartition(":")[2]
         host = host_of(member)
-        state = SILENT if host in here else ELSEWHERE
+        state = SILENT if asked is None or host in asked else ELSEWHERE
         known = {"host": host, "pid": int(pid) if pid.isdigit() else None, "state": state}
         return {"member": member, "rank": rank, **known, "step": None, "process": None, "stalled_s": None}
     same = {name: answer[name] for name in ("host", "pid", "step", "process", "stalled_s")}

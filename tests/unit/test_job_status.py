@@ -20,8 +20,9 @@ from job_answers import JOIN, MACHINE, MEMBERS, NOW, TRANSFER, answer, event
 from rich.console import Console
 
 from chaos_mpi.agent.home import note_down
+from chaos_mpi.cli.control import LAUNCHER
 from chaos_mpi.cli.joblog import Following, as_text, member_id, told
-from chaos_mpi.cli.status import combine, duration, lines, merged, nbytes, rate_text
+from chaos_mpi.cli.status import combine, duration, lines, look, merged, nbytes, rate_text
 from chaos_mpi.cli.top import frame, watch
 from chaos_mpi.elastic import transfer as records
 from chaos_mpi.elastic.transfer import STALE_S, Transfer, transfers
@@ -77,6 +78,14 @@ def test_a_member_that_does_not_answer_is_silent() -> None:
     assert (silent["host"], silent["pid"], silent["process"]) == ("a", 2, None)
     assert sorted(job["machines"]) == ["a", "b"]
     assert [rank["state"] for rank in combined(answer("a:1"))["ranks"]] == ["compute", "silent", "elsewhere"]
+
+
+def test_where_the_launcher_is_all_members_are_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chaos_mpi.cli.status.ask_all", lambda *_: [answer("a:1")])
+    states = [[rank["state"] for rank in (look(tmp_path) or {})["ranks"]]]
+    note_down(tmp_path, LAUNCHER, {})
+    states.append([rank["state"] for rank in (look(tmp_path) or {})["ranks"]])
+    assert states == [["compute", "silent", "elsewhere"], ["compute", "silent", "silent"]]
 
 
 def test_machines_elsewhere_are_known_from_what_the_agents_say() -> None:

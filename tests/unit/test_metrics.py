@@ -49,6 +49,8 @@ def test_a_job_as_metrics() -> None:
         (("host", "a"), ("member", "a:1"), ("rank", "0")): 1,
         (("host", "a"), ("member", "a:2"), ("rank", "1")): 0,
     }
+    everywhere = samples(combine([answer("a:1")], None, NOW, all_asked=True))
+    assert everywhere["chaos_mpi_member_up", (("host", "b"), ("member", "b:3"), ("rank", "2"))] == 0
     assert found["chaos_mpi_member_cpu_seconds_total", (("host", "a"), ("member", "a:1"))] == 12.5
     assert found["chaos_mpi_member_resident_memory_bytes", (("host", "a"), ("member", "a:1"))] == 400e6
     assert found["chaos_mpi_host_load1", (("host", "a"),)] == 1.0
