@@ -17,6 +17,8 @@ from chaos_mpi.agent.processes import is_running, start_time
 
 #: Files of these kinds say where their process is.
 OWNERS = ("launcher", "supervisor")
+#: Tells machines of one name apart, as many have that nobody has named; outlasts a restart (machine-id(5)).
+MACHINE_ID = Path("/etc/machine-id")
 
 
 def started() -> dict[str, Any]:
@@ -26,7 +28,11 @@ def started() -> dict[str, Any]:
 
 def here() -> dict[str, Any]:
     """Where processes are known by the numbers that they have for this one."""
-    return {"host": socket.gethostname(), "namespace": os.stat("/proc/self/ns/pid").st_ino}
+    try:
+        machine = MACHINE_ID.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):  # there is none in many containers
+        machine = ""
+    return {"host": socket.gethostname(), "machine": machine, "namespace": os.stat("/proc/self/ns/pid").st_ino}
 
 
 def may_live(path: Path) -> bool:

@@ -95,16 +95,26 @@ def test_ranks_that_train_on_without_their_launcher_keep_all_of_the_job(
     assert launcher.exists() and home.exists() and not other.exists()
 
 
-@pytest.mark.parametrize("why", ["another host", "other numbers", "it does not say", "nothing is there"])
+@pytest.mark.parametrize(
+    "why", ["another host", "another of that name", "other numbers", "it does not say", "nothing is there"]
+)
 def test_what_may_be_of_another_machine_is_kept(why: str, temporary: Path, gone: dict[str, Any]) -> None:
     said = {
         "another host": {**gone, "host": "elsewhere"},
+        "another of that name": {**gone, "machine": "0123456789abcdef0123456789abcdef"},
         "other numbers": {**gone, "namespace": 1},
         "it does not say": {"pid": gone["pid"], "started": gone["started"]},
     }
     kept = job(temporary, "chaosrun-a", **({LAUNCHER: said[why]} if why in said else {}))
     remove_left_over()
     assert kept.exists()
+
+
+def test_a_machine_is_known_by_its_id_if_it_has_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chaos_mpi.agent.marks.MACHINE_ID", tmp_path / "machine-id")
+    assert here()["machine"] == ""
+    (tmp_path / "machine-id").write_text("0123456789abcdef0123456789abcdef\n")
+    assert here()["machine"] == "0123456789abcdef0123456789abcdef"
 
 
 def test_what_is_not_this_users_alone_is_kept(temporary: Path, gone: dict[str, Any]) -> None:
