@@ -18,7 +18,7 @@ from chaos_mpi.cli.timeline import Event, Line, story
 
 #: How often a log that is followed goes on, seconds.
 PERIOD_S = 0.25
-#: What happened more recently than that may not have been told by all members, seconds.
+#: What was first heard of more recently than that may not have been told by all members, seconds.
 SETTLE_S = 0.5
 #: A job of which nobody has answered for so long has ended or hangs, seconds.
 SILENT_S = 3.0
@@ -110,11 +110,15 @@ class Listeners:
 
 
 class Following:
-    """Tells each thing once, when all members have had time to tell of it."""
+    """Tells each thing once, when all members have had time to tell of it.
+
+    That is by the clock of who listens: those of other machines may be ahead of it.
+    """
 
     def __init__(self) -> None:
         self._events: dict[tuple[str, float, str], Event] = {}
         self._told: set[tuple[str, ...]] = set()
+        self._heard_at: dict[tuple[str, ...], float] = {}
         self._waits = False
 
     @property
@@ -122,14 +126,23 @@ class Following:
         """Whether a member has told of the end of the job."""
         return any(e["event"] == "session_ended" and e["outcome"] in _ENDINGS for e in self._events.values())
 
-    def feed(self, events: Sequence[Event], until: float) -> list[Line]:
-        """The lines that are new, up to the time ``until`` (Unix seconds)."""
+    def feed(self, events: Sequence[Event], now: float, until: float = -math.inf) -> list[Line]:
+        """The lines that are new, and of which all members have told, or can have.
+
+        Args:
+            events: what was heard since the last call.
+            now: monotonic seconds.
+            until: all have been asked for what happened up to this time (Unix seconds, as in the events).
+        """
         if not events and not self._waits:
             return []
         for event in events:
             self._events.setdefault((event["member"], event["mono"], event["event"]), event)
         lines = [line for line in told(list(self._events.values())) if line.key not in self._told]
-        new = [line for line in lines if line.t <= until]
+        new = [
+            line for line in lines
+            if self._heard_at.setdefault(line.key, now) <= now - SETTLE_S or line.t <= until
+        ]  # fmt: skip
         self._waits = len(new) < len(lines)
         self._told.update(line.key for line in new)
         return new
@@ -157,8 +170,9 @@ def show(directory: Path, member: str | None, last: int | None, following: bool)
     if (job := look(directory)) is None:
         raise click.ClickException(NOBODY)
     chosen = member_id(job, member) if member is not None else None
-    seen = Following()
-    lines = seen.feed(_of(chosen, job["events"]), time.time() - SETTLE_S if following else math.inf)
+    seen, newest = Following(), max((float(event["t"]) for event in job["events"]), default=0.0)
+    until = max(newest, time.time()) - SETTLE_S if following else math.inf
+    lines = seen.feed(_of(chosen, job["events"]), time.monotonic(), until)
     yield from map(as_text, lines if last is None else lines[max(0, len(lines) - last) :])
     if following:
         yield from _follow(directory, chosen, seen)
@@ -170,8 +184,8 @@ def _follow(directory: Path, member: str | None, seen: Following) -> Iterator[st
         if listeners.look():
             heard_at = time.monotonic()
         time.sleep(PERIOD_S)
-        yield from map(as_text, seen.feed(_of(member, listeners.events()), time.time() - SETTLE_S))
-    yield from map(as_text, seen.feed(_of(member, listeners.events()), math.inf))
+        yield from map(as_text, seen.feed(_of(member, listeners.events()), time.monotonic()))
+    yield from map(as_text, seen.feed(_of(member, listeners.events()), time.monotonic(), math.inf))
     if seen.ended:
         yield "the job has ended"
     elif not directory.is_dir():

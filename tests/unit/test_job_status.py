@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import math
 import os
 import pty
 import random
 import termios
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +24,7 @@ from rich.console import Console
 
 from chaos_mpi.agent.home import note_down
 from chaos_mpi.cli.control import LAUNCHER
-from chaos_mpi.cli.joblog import Following, as_text, member_id, told
+from chaos_mpi.cli.joblog import SETTLE_S, Following, as_text, member_id, show, told
 from chaos_mpi.cli.status import combine, duration, lines, look, merged, nbytes, rate_text
 from chaos_mpi.cli.top import frame, watch
 from chaos_mpi.elastic import transfer as records
@@ -252,13 +255,48 @@ def test_what_is_forgotten_is_not_made_up() -> None:
 
 
 def test_one_who_follows_is_told_each_thing_once_and_when_all_can_know_it() -> None:
-    following = Following()
-    assert [line.text for line in following.feed(ALL[:1], until=9.0)] == []
-    assert [line.text for line in following.feed(ALL[1:3], until=15.0)] == TOLD[:1]
-    assert [line.text for line in following.feed(ALL, until=25.0)] == TOLD[1:6]
-    assert [line.text for line in following.feed(LOST[1:], until=25.0)] == []
-    assert [line.text for line in following.feed([], until=1e9)] == TOLD[6:]
-    assert following.feed(ALL, until=1e9) == []
+    following, now = Following(), 1000.0
+
+    def feed(events: list[dict[str, Any]], after_s: float, until: float = -math.inf) -> list[str]:
+        nonlocal now
+        now += after_s
+        return [line.text for line in following.feed(events, now, until)]
+
+    assert feed(ALL[:1], 0.0) == []
+    assert feed(ALL[1:3], SETTLE_S) == TOLD[:1], "whatever the clocks of the members say"
+    assert feed([*STARTED, *NEWCOMER, *ASKED], SETTLE_S) == []
+    assert feed(LOST[:1], SETTLE_S / 2) == []
+    assert feed(LOST[1:], SETTLE_S / 2) == TOLD[1:6]
+    assert feed([], SETTLE_S / 2) == TOLD[6:7]
+    assert feed(JOINED, 0.0, until=JOINED[0]["t"] - 1) == []
+    assert feed([], 0.0, until=JOINED[0]["t"]) == TOLD[7:], "all have been asked"
+    assert feed(ALL, 10.0, until=math.inf) == []
+
+
+@pytest.mark.parametrize("ahead_s", [-3600.0, 0.0, 3600.0])
+def test_a_log_is_followed_whatever_the_clocks_of_the_members_say(
+    ahead_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, end, came_to_its_end = tmp_path / "job", threading.Event(), []
+
+    def follow(*_: object) -> Iterator[dict[str, Any] | None]:
+        yield from (None, *told_later)
+        end.wait(60)
+        came_to_its_end.append(True)
+
+    now = time.time() + ahead_s
+    told_at_first = [{**e, "t": now - 100.0 + e["t"]} for e in STARTED]
+    told_later = [{**e, "t": now + e["t"]} for e in (*LOST, *JOINED)]
+    monkeypatch.setattr("chaos_mpi.cli.joblog.look", lambda _: combined(answer("a:1", events=told_at_first)))
+    monkeypatch.setattr("chaos_mpi.cli.joblog.follow", follow)
+    directory.mkdir()
+    (directory / "control-1.sock").touch()
+    log = show(directory, None, None, following=True)
+    assert [next(log).partition("  step ")[2].split(maxsplit=1)[1] for _ in range(3)] == [TOLD[0], *TOLD[6:8]]
+    assert not came_to_its_end
+    directory.rename(tmp_path / "gone")
+    end.set()
+    assert list(log) == ["nothing of the job is left on this machine; it may go on elsewhere"]
 
 
 def test_events_of_all_members_are_put_in_order_once() -> None:
