@@ -191,7 +191,8 @@ def cluster_of(
     found = parse_host_list(hosts) if hosts is not None else _read(hostfile)
     python = remote_python or sys.executable
     return Cluster(
-        place(found, ranks), ssh_command(ssh_args, ssh_program), python, network, log_dir,
+        place(found, ranks), ssh_command(ssh_args, ssh_program), python, network,
+        log_dir.absolute() if log_dir is not None else None,  # like all paths: there it would be one in the home
         heartbeat_limit or Timing().limit_s, even_split or EVEN_SPLITS[0], not no_detours,
     )  # fmt: skip
 

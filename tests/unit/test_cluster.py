@@ -88,6 +88,15 @@ def test_the_command_of_a_rank_is_understood_by_the_proxy(tmp_path: Path) -> Non
     assert placement.log_directory == str(tmp_path / "logs")
 
 
+def test_the_directory_for_output_is_the_same_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = cluster_of(None, "a,b", None, "", None, None, None, Path("logs"), None, None)
+    assert found is not None
+    options = parser().parse_args(found.rank_command(tmp_path, ["t.py"])[4:])
+    assert placement_of(options, {"PMIX_RANK": "1"}).log_directory == str(tmp_path / "logs")
+    assert f"+{tmp_path}/logs" in found._needed
+
+
 def test_routes_are_left_alone_if_so_ordered(tmp_path: Path) -> None:
     found = cluster_of(None, "a,b", None, "", None, None, None, None, None, None, no_detours=True)
     assert found is not None
