@@ -46,7 +46,7 @@ def parse_host_list(text: str, source: str = "--hosts") -> tuple[Host, ...]:
         where = f"{source}: {entry.strip()!r}"
         if not entry.strip():
             raise ConfigError(f"{source}: a host is missing in {text!r}")
-        found.append(Host(_name(name, where), _count(slots, "slots", where) if colon else 1))
+        found.append(Host(host_name(name, where), _count(slots, "slots", where) if colon else 1))
     return _merged(found, source)
 
 
@@ -69,7 +69,7 @@ def parse_hostfile(text: str, source: str) -> tuple[Host, ...]:
         name, *settings = re.sub(r"\s*=\s*", "=", entry).split()
         if ":" in name:
             raise ConfigError(f"{where}: in a host file it is 'HOST slots=N', not {name!r}")
-        host = _name(name, where)
+        host = host_name(name, where)
         counts: dict[str, int] = {}
         for setting in settings:
             key, equals, value = setting.partition("=")
@@ -109,6 +109,23 @@ def place(hosts: Sequence[Host], ranks: int | None = None) -> tuple[str, ...]:
     return tuple(slots[:wanted])
 
 
+def host_name(name: str, where: str) -> str:
+    """The name of a host for ssh, as it is given.
+
+    Args:
+        name: the name, with or without ``user@``.
+        where: it is from, for messages.
+
+    Raises:
+        ConfigError: it cannot be one: agents would not take it for a part of a member's name, or ssh for an option.
+    """
+    if name.startswith(("^", "+")):
+        raise ConfigError(f"{where}: {name[0]!r} in front of a host, which leaves hosts out or counts them, has no use")
+    if not _HOST.fullmatch(name):
+        raise ConfigError(f"{where}: {name!r} is not the name of a host")
+    return name
+
+
 def _merged(found: Iterable[Host], source: str) -> tuple[Host, ...]:
     """Each host once; slots of one that is named several times add up, as in Open MPI."""
     merged: dict[str, Host] = {}
@@ -123,14 +140,6 @@ def _merged(found: Iterable[Host], source: str) -> tuple[Host, ...]:
         if host.max_slots is not None and merged[host.host].slots > host.max_slots:
             raise ConfigError(f"{source}: {host.host} has more slots than max-slots={host.max_slots}, taken together")
     return tuple(merged.values())
-
-
-def _name(name: str, where: str) -> str:
-    if name.startswith(("^", "+")):
-        raise ConfigError(f"{where}: {name[0]!r} in front of a host, which leaves hosts out or counts them, has no use")
-    if not _HOST.fullmatch(name):
-        raise ConfigError(f"{where}: {name!r} is not the name of a host")
-    return name
 
 
 def _count(text: str, what: str, where: str) -> int:

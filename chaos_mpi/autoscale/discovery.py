@@ -38,16 +38,21 @@ def is_script(path: Path) -> bool:
     return os.path.isfile(path) and os.access(path, os.X_OK)
 
 
-def read_hosts(path: Path, limit_s: float = SCRIPT_LIMIT_S) -> tuple[HostSlots, ...]:
+def read_hosts(path: Path, limit_s: float = SCRIPT_LIMIT_S, *, for_ssh: bool = False) -> tuple[HostSlots, ...]:
     """The hosts in a file, or that an executable file prints.
+
+    Args:
+        path: of the file.
+        limit_s: time that it has to print them, seconds.
+        for_ssh: see :func:`parse_hosts`.
 
     Raises:
         ConfigError: it cannot be read or run, fails, takes longer than ``limit_s`` seconds, or its list has an error.
     """
     if is_script(path):
-        return parse_hosts(_printed_by(path, limit_s), f"the output of {path}")
+        return parse_hosts(_printed_by(path, limit_s), f"the output of {path}", for_ssh=for_ssh)
     try:
-        return parse_hosts(path.read_text(encoding="utf-8"), str(path))
+        return parse_hosts(path.read_text(encoding="utf-8"), str(path), for_ssh=for_ssh)
     except OSError as error:
         raise ConfigError(f"the list of hosts {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -128,7 +133,7 @@ class Discovery:
     def look(self) -> None:
         """Look once."""
         try:
-            found = read_hosts(self._path)
+            found = read_hosts(self._path, for_ssh=VARIABLE in os.environ)
         except ConfigError as error:
             if str(error) != self._problem:
                 self._problem = str(error)

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
+from chaos_mpi.agent.hosts import host_name
 from chaos_mpi.errors import ConfigError
 from chaos_mpi.membership import HostSlots
 
 
-def parse_hosts(text: str, source: str) -> tuple[HostSlots, ...]:
+def parse_hosts(text: str, source: str, *, for_ssh: bool = False) -> tuple[HostSlots, ...]:
     """The hosts in ``text``, in its order.
 
     Args:
         text: the list.
         source: where it is from, for messages.
+        for_ssh: whether ranks are to be started there by ssh; else this machine may have other names, ``fe80::1`` say.
 
     Raises:
         ConfigError: a line cannot be understood; names source and line.
@@ -33,6 +35,8 @@ def parse_hosts(text: str, source: str) -> tuple[HostSlots, ...]:
             raise ConfigError(f"{where}: {entry!r} is not of the form host:slots")
         if not (slots.isascii() and slots.isdecimal()):
             raise ConfigError(f"{where}: {slots!r} is not a number of slots (in {entry!r})")
+        if for_ssh:
+            host_name(host, where)
         if host in found:
             raise ConfigError(f"{where}: the host {host} is named a second time")
         found[host] = int(slots)

@@ -119,7 +119,8 @@ def main(
         hosts = cluster_of(ranks, **where)
     except ConfigError as error:
         _refuse(str(error))
-    ranks = _size(len(hosts.hosts) if hosts is not None else ranks, min_ranks, max_ranks, hosts_from, scale_policy)
+    slots = len(hosts.hosts) if hosts is not None else ranks
+    ranks = _size(slots, min_ranks, max_ranks, hosts_from, scale_policy, for_ssh=hosts is not None)
     if restarts and hosts is None:
         _refuse("--restarts is for jobs on several hosts: give --hosts or --hostfile as well")
     if restarts and hosts_from is not None and scale_policy != "manual":
@@ -163,7 +164,13 @@ def main(
 
 
 def _size(
-    ranks: int | None, min_ranks: int | None, max_ranks: int | None, hosts_from: Path | None, scale_policy: str | None
+    ranks: int | None,
+    min_ranks: int | None,
+    max_ranks: int | None,
+    hosts_from: Path | None,
+    scale_policy: str | None,
+    *,
+    for_ssh: bool,
 ) -> int:
     """How many ranks to start, once all that speaks of sizes fits together."""
     if min_ranks is not None and max_ranks is not None and min_ranks > max_ranks:
@@ -180,7 +187,7 @@ def _size(
         if hosts_from is not None and ranks is None:
             return initial_ranks(hosts_from, min_ranks, max_ranks)
         if hosts_from is not None:
-            slots_here(hosts_from)  # so that an error shows before anything is started
+            slots_here(hosts_from, for_ssh=for_ssh)  # so that an error shows before anything is started
     except ConfigError as error:
         _refuse(str(error))
     assert ranks is not None

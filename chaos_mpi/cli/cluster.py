@@ -14,7 +14,7 @@ import click
 
 from chaos_mpi.agent.environment import LAUNCHER_SETTINGS, network_settings
 from chaos_mpi.agent.guard import Settings
-from chaos_mpi.agent.hosts import Host, parse_host_list, parse_hostfile, place
+from chaos_mpi.agent.hosts import Host, host_name, parse_host_list, parse_hostfile, place
 from chaos_mpi.agent.preflight import ask, ask_here, judge
 from chaos_mpi.agent.proxy import is_here
 from chaos_mpi.agent.spawning import proxy_command, variables
@@ -205,12 +205,14 @@ def check_further(job: Path, host: str) -> list[str]:
         host: its name for ssh.
 
     Raises:
+        ConfigError: that cannot be a name.
         ChaosError: nothing can be checked from here.
     """
     try:
         fields = json.loads((job / HOSTS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []  # a job on one machine, or not the machine that it was started on
+    host_name(host, "--host")
     if is_here(host):
         return []
     answers = ask(

@@ -9,18 +9,19 @@ from chaos_mpi.autoscale.discovery import read_hosts, usable_hosts
 from chaos_mpi.errors import ConfigError
 
 
-def slots_here(source: Path) -> int:
+def slots_here(source: Path, *, for_ssh: bool = False) -> int:
     """The slots that the list gives to this machine.
 
     Args:
         source: a file with lines ``host:slots``, or a program that prints them.
+        for_ssh: whether the job is one on several hosts, to which ssh leads.
 
     Raises:
         ConfigError: there is no such file or its list cannot be used.
     """
     if not os.path.exists(source):  # and no error where it may not be looked at
         raise ConfigError(f"there is no file {source}")
-    usable, _ = usable_hosts(read_hosts(source))
+    usable, _ = usable_hosts(read_hosts(source, for_ssh=for_ssh))
     return sum(slots for _, slots in usable)
 
 

@@ -10,6 +10,8 @@ from abc import abstractmethod
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
+from chaos_mpi.agent.hosts import host_name
+from chaos_mpi.agent.spawning import VARIABLE
 from chaos_mpi.elastic import kept
 from chaos_mpi.elastic.collectives import CollectiveCalls
 from chaos_mpi.elastic.launching import Sizes
@@ -127,8 +129,11 @@ class ChangingSession(CollectiveCalls):
             The ids of the requests.
 
         Raises:
-            ConfigError: the script has no TrainingState, so there is nothing a newcomer could start from.
+            ConfigError: the script has no TrainingState, so there is nothing a newcomer could start from; or ``host``
+                can be no name of a machine in a job on several.
         """
+        if host and VARIABLE in os.environ:
+            host_name(host, "no rank can join")
         if not self.has_state:
             raise ConfigError(
                 "no rank can join: the script has not made its TrainingState (with chaos_mpi.horovod.torch: called its "

@@ -208,6 +208,19 @@ def test_trouble_is_told_once_and_changes_nothing(tmp_path: Path, caplog: pytest
     assert set(looking.found) == {((HERE, 2),)}
 
 
+def test_names_are_checked_where_they_are_for_ssh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "hosts"
+    path.write_text("edge1:1\nfd00::2:1\n")
+    monkeypatch.setenv(VARIABLE, "[]")
+    looking = Looking(path)
+    assert looking.look(2) == []
+    assert f"{path}, line 2: 'fd00::2' is not the name of a host. The hosts that were known" in caplog.text
+    path.write_text("edge1:1\n")
+    assert looking.look(2) == [(("edge1", 1),)]
+
+
 def test_only_the_one_whose_turn_it_is_looks(tmp_path: Path) -> None:
     path = tmp_path / "hosts"
     path.write_text("localhost:2\n")

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -21,6 +23,7 @@ from chaos_mpi.cli.chaosrun import main
 from chaos_mpi.cli.cluster import Cluster, check_further, cluster_of
 from chaos_mpi.cli.outcome import Records
 from chaos_mpi.cli.process import MpirunJob, _StartWatch
+from chaos_mpi.elastic.changes import ChangingSession
 from chaos_mpi.errors import ConfigError, EngineError
 
 
@@ -173,6 +176,33 @@ def test_a_further_host_with_a_name_that_is_none(tmp_path: Path) -> None:
     refused = CliRunner().invoke(chaosctl, ["add", "--job", str(tmp_path), "--host=-x"])
     assert refused.exit_code == 1, refused.output
     assert "'-x' is not the name of a host" in refused.output
+
+
+@pytest.mark.parametrize("name", ["fd00::2", "-x", "a b", "a;b"])
+def test_a_rank_on_a_host_with_a_name_that_is_none_is_refused_at_once(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    negotiator = SimpleNamespace(request_join=lambda host, answer: asked.append(host))
+    session: Any = SimpleNamespace(has_state=True, _negotiator=negotiator)
+    monkeypatch.setenv(VARIABLE, "[]")
+    with pytest.raises(ConfigError, match=f"no rank can join: '{name}' is not the name of a host"):
+        ChangingSession.request_join(session, 1, name)
+    ChangingSession.request_join(session, 1, "me@edge-1.example")
+    ChangingSession.request_join(session)
+    monkeypatch.delenv(VARIABLE)
+    ChangingSession.request_join(session, 1, name)
+    assert asked == ["me@edge-1.example", "", name]
+
+
+def test_names_in_a_list_of_hosts_are_checked_before_the_job_starts(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("localhost:1\nfd00::2:4\n")
+    (tmp_path / "t.py").touch()
+    one_machine = ["--hosts-from", str(tmp_path / "hosts"), "--dry-run", str(tmp_path / "t.py")]
+    assert CliRunner().invoke(main, one_machine).exit_code == 0
+    refused = CliRunner().invoke(main, ["--hosts", "a", *one_machine])
+    assert refused.exit_code == 2
+    assert f"{tmp_path}/hosts, line 2: 'fd00::2' is not the name of a host" in refused.output
 
 
 def test_a_line_that_is_too_long_for_the_system(tmp_path: Path) -> None:
