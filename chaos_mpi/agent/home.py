@@ -7,6 +7,7 @@ job on one host share it. It is named after the host as well: several may share 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -54,6 +55,24 @@ def refuse_foreign(path: Path) -> None:
         raise EngineError(f"{path} is there already, and is not this user's alone")
 
 
+@contextlib.contextmanager
+def held(directory: Path) -> Iterator[None]:
+    """Keep what removes old temporary files off a job's private directory and all in it, however long the job takes.
+
+    systemd-tmpfiles leaves a directory alone on which another process has a lock (tmpfiles.d(5)).
+
+    Raises:
+        OSError: the directory is not there.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):  # there are file systems without locks
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 class Home:
     """The directory, as one supervisor sees it.
 
@@ -71,11 +90,13 @@ class Home:
         self.path = Path(tempfile.gettempdir()) / f"{job}-{socket.gethostname()}"
         self._mark = self.path / f"supervisor-{os.getpid()}.json"
         self._seen: dict[str, bytes] = {}
+        self._held = contextlib.ExitStack()
         for _ in range(3):  # another supervisor may be removing it at this very moment
             try:
                 self.path.mkdir(mode=0o700, exist_ok=True)
                 refuse_foreign(self.path)
                 self._mark.write_text(json.dumps({**here(), **started()}))
+                self._held.enter_context(held(self.path))
             except FileNotFoundError:
                 continue
             except OSError as error:
@@ -106,6 +127,7 @@ class Home:
 
     def close(self, pid: int | None) -> None:
         """Remove what one rank has left, and with the last living supervisor the directory."""
+        self._held.close()
         if pid is not None:
             self.control_socket(pid).unlink(missing_ok=True)
             for kind in RECORDS:

@@ -19,7 +19,7 @@ import click
 
 from chaos_mpi import __version__
 from chaos_mpi.agent import marks
-from chaos_mpi.agent.home import note_down
+from chaos_mpi.agent.home import held, note_down
 from chaos_mpi.cli import cluster, handover, witness
 from chaos_mpi.cli.cluster import Cluster, cluster_of
 from chaos_mpi.cli.control import LAUNCHER, MEMORY_FILE, remove_left_over
@@ -332,6 +332,7 @@ def _private_directories() -> Iterator[tuple[Path, dict[str, str]]]:
 
         try:
             run_dir = private()
+            stack.enter_context(held(Path(run_dir)))
             note_down(Path(run_dir), LAUNCHER, marks.here())
             settings = {"PRTE_MCA_prte_tmpdir_base": run_dir}
             if os.access(SHM_DIRECTORY, os.W_OK | os.X_OK):

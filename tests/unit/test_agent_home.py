@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import socket
@@ -17,6 +18,7 @@ from chaos_mpi.agent.control import ControlConnector, ControlListener
 from chaos_mpi.agent.frames import Frame, Kind
 from chaos_mpi.agent.home import Home, note_down
 from chaos_mpi.agent.processes import start_time
+from chaos_mpi.cli.chaosrun import _private_directories
 from chaos_mpi.errors import EngineError
 
 LIMIT_S = 10.0
@@ -40,6 +42,34 @@ def test_the_last_one_removes_it() -> None:
     (first.path / "supervisor-1.json").unlink()
     second.close(None)
     assert not second.path.exists()
+
+
+def is_held(directory: Path) -> bool:
+    """Whether systemd-tmpfiles would leave it alone."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def test_what_removes_old_files_is_kept_off_while_a_supervisor_lives() -> None:
+    first, second = Home("chaosrun-x"), Home("chaosrun-x")
+    (first.path / "supervisor-1.json").touch()  # another one, which keeps the directory
+    assert is_held(first.path)
+    first.close(None)
+    assert is_held(first.path)
+    second.close(None)
+    assert first.path.exists() and not is_held(first.path)
+
+
+def test_what_removes_old_files_is_kept_off_while_chaosrun_lives() -> None:
+    with _private_directories() as (directory, _):
+        assert is_held(directory)
+    assert not directory.exists()
 
 
 def test_a_supervisor_that_was_killed_does_not_keep_it() -> None:
