@@ -27,6 +27,9 @@ _SPEECHLESS = "the job in {} is starting, or about to end, or hangs: none of its
 LAUNCHER = "launcher"
 #: Holds the path of the job's other private directory, which is in shared memory, if it has one.
 MEMORY_FILE = "memory"
+#: Where temporary files go if nothing else is chosen: into the first with room (:mod:`tempfile`), which may be another
+#: one than when a job was started. Only directories of this user count there.
+_PLACES = ("/tmp", "/var/tmp", "/usr/tmp")  # noqa: S108
 
 
 def living_jobs() -> dict[Path, bool]:
@@ -45,12 +48,13 @@ def living_jobs() -> dict[Path, bool]:
 
 def own_directories() -> list[Path]:
     """The private directories of all jobs of this user, also of those that were killed and could not tidy up."""
-    found = []
-    for path in Path(tempfile.gettempdir()).glob("chaosrun-*"):
-        with contextlib.suppress(OSError):  # it may go away meanwhile
-            if path.is_dir() and path.stat().st_uid == os.getuid():
-                found.append(path)
-    return sorted(found)
+    found, now = [], tempfile.gettempdir()
+    for place in _PLACES if now in _PLACES else (now,):
+        for path in sorted(Path(place).glob("chaosrun-*")):
+            with contextlib.suppress(OSError):  # it may go away meanwhile
+                if path.is_dir() and path.stat().st_uid == os.getuid():
+                    found.append(path)
+    return found
 
 
 def remove_left_over() -> None:

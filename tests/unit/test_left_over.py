@@ -13,7 +13,7 @@ import pytest
 
 from chaos_mpi.agent.marks import here
 from chaos_mpi.agent.processes import start_time
-from chaos_mpi.cli.control import LAUNCHER, MEMORY_FILE, remove_left_over
+from chaos_mpi.cli.control import LAUNCHER, MEMORY_FILE, own_directories, remove_left_over
 
 
 @pytest.fixture
@@ -83,6 +83,19 @@ def test_a_job_of_which_anything_lives_is_kept(
         path.write_text("{")
         remove_left_over()
         assert kept.exists(), "of a file that cannot be read the number of the process counts"
+
+
+def test_a_job_is_found_where_there_was_room_when_it_was_started(
+    temporary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: dict[str, Any]
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    jobs = [job(temporary, "chaosrun-b", launcher=gone), job(other, "chaosrun-a", launcher=gone)]
+    assert own_directories() == jobs[:1], "the directory for temporary files was chosen"
+    monkeypatch.setattr("chaos_mpi.cli.control._PLACES", (str(temporary), str(other), str(tmp_path / "none")))
+    assert own_directories() == jobs
+    remove_left_over()
+    assert own_directories() == []
 
 
 def test_ranks_that_train_on_without_their_launcher_keep_all_of_the_job(
