@@ -16,6 +16,8 @@ STALL_S = 5.0
 #: A file system that takes nothing keeps so much waiting, at most; and an agent that ends waits so long for it.
 MOST_WAITING_BYTES = 8 << 20
 CLOSE_LIMIT_S = 1.0
+#: A file is put aside when it would get larger, and with it the one that was put aside before goes.
+LOG_BYTES = 100_000_000
 _CHUNK_BYTES = 1 << 16
 
 
@@ -76,7 +78,7 @@ class LogFile:
     """A file that is written to by a thread: a file system that hangs must not keep the agent from its heartbeats.
 
     Args:
-        path: of the file; made when first needed.
+        path: of the file; made when first needed. The same name with ``.1`` has what came before, if that is much.
     """
 
     def __init__(self, path: Path) -> None:
@@ -108,14 +110,20 @@ class LogFile:
             self._thread.join(limit_s)
 
     def _run(self) -> None:
-        descriptor = -1
+        descriptor, size = -1, 0
         while (data := self._next()) is not None:
             try:
+                if descriptor >= 0 and size + len(data) > LOG_BYTES:
+                    self._path.replace(self._path.with_name(f"{self._path.name}.1"))
+                    os.close(descriptor)
+                    descriptor = -1
                 if descriptor < 0:
                     self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                     descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+                    size = os.fstat(descriptor).st_size
                 while data:
-                    data = data[os.write(descriptor, data) :]
+                    written = os.write(descriptor, data)
+                    data, size = data[written:], size + written
             except OSError:  # it may be full for a while
                 continue
         if descriptor >= 0:

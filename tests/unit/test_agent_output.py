@@ -6,6 +6,8 @@ import asyncio
 import os
 from pathlib import Path
 
+import pytest
+
 from chaos_mpi.agent.frames import MAGIC, Decoder, Kind
 from chaos_mpi.agent.output import Output, default_log_directory
 from chaos_mpi.agent.streams import PipeWriter, pipe_reader
@@ -73,6 +75,27 @@ def test_without_a_launcher_output_goes_to_the_file(tmp_path: Path) -> None:
     assert log.read_bytes() == b"first\nsecond\n"
     assert log.stat().st_mode & 0o777 == 0o600
     assert log.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_the_file_does_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chaos_mpi.agent.output.LOG_BYTES", 10_000)
+    said = b"".join(b"%9d\n" % number for number in range(10_000))
+
+    async def run() -> None:
+        ours, theirs = os.pipe()
+        launcher = await PipeWriter.open(theirs)
+        output = Output(launcher, tmp_path / "rank.log")
+        output.lost = True
+        for begin in range(0, len(said), 4000):
+            await pump(output, said[begin : begin + 4000])
+        output._file.close(LIMIT_S)
+        launcher.abandon()
+        os.close(ours)
+
+    asyncio.run(asyncio.wait_for(run(), LIMIT_S))
+    before, last = (tmp_path / "rank.log.1").read_bytes(), (tmp_path / "rank.log").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rank.log", "rank.log.1"]
+    assert said.endswith(before + last) and 10_000 < len(before + last) <= 20_000
 
 
 def test_a_file_that_cannot_be_written_does_not_stop_the_rank(tmp_path: Path) -> None:
