@@ -72,7 +72,10 @@ class _Command(click.Command):
 @click.option("--checkpoint-dir", type=click.Path(file_okay=False, path_type=Path), help="Write checkpoints there.")
 @click.option("--checkpoint-every", type=click.IntRange(min=1), help="Steps between checkpoints.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint, if there is one.")
-@click.option("--event-log", type=click.Path(dir_okay=False), help="Append events; %h and %m: host, member.")
+@click.option(
+    "--event-log", type=click.Path(dir_okay=False),
+    help="Append events; %h and %m: host, member. Hosts that share a file system (NFS) need one of them.",
+)  # fmt: skip
 @click.option("--metrics-port", type=click.IntRange(0, 65535), help="Serve Prometheus metrics; 0: any free port.")
 @click.option("--metrics-address", help="Where to serve them. Default: 127.0.0.1.")
 @click.option("--tag-output", is_flag=True, help="Put its rank in front of each line of output.")
