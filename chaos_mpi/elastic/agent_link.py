@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from chaos_mpi.agent.link import AgentLink
 from chaos_mpi.errors import EngineError
+from chaos_mpi.membership import host_of
 from chaos_mpi.monitor.hostlinks import UP
 from chaos_mpi.mpi.sever import sever
 from chaos_mpi.mpi.traffic import sent_by_address
@@ -77,6 +78,22 @@ def follow(session: Session, negotiator: Negotiator) -> None:
         link.follow_crashes(negotiator.propose_restart)
         link.follow_joins(negotiator.launch_ended)
         link.follow_order(traffic, negotiator.propose_order)
+
+
+def links_between(members: Collection[str], link: AgentLink | None) -> list[dict[str, str]]:
+    """The links between hosts of these members that are cut, down or on a detour, as ``link_changed`` has them.
+
+    Args:
+        members: their ids.
+        link: the connection with the agent, which knows; None: there is none, and no such link.
+    """
+    hosts = {host_of(member) for member in members}
+    known = [] if link is None else link.links
+    return [
+        {name: news[name] for name in ("a", "b", "state", "via")}
+        for news in known
+        if news["state"] != UP and {news["a"], news["b"]} <= hosts
+    ]
 
 
 def fate_of(lost: Collection[str], link: AgentLink | None) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 from chaos_mpi.agent.hosts import host_name
 from chaos_mpi.agent.spawning import VARIABLE
 from chaos_mpi.elastic import kept
+from chaos_mpi.elastic.agent_link import links_between
 from chaos_mpi.elastic.collectives import CollectiveCalls
 from chaos_mpi.elastic.launching import Sizes
 from chaos_mpi.elastic.lifecycle import write_record
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from chaos_mpi.agent.link import AgentLink
     from chaos_mpi.config import Settings
     from chaos_mpi.elastic.arrival import Arrival
     from chaos_mpi.elastic.attached import AttachedSamplers
@@ -104,6 +106,11 @@ class ChangingSession(CollectiveCalls):
     def samplers(self) -> tuple[ElasticSampler, ...]:
         """The attached samplers."""
         return tuple(self._samplers)
+
+    @property
+    @abstractmethod
+    def agent(self) -> AgentLink | None:
+        """The connection with the agent beside this rank, in a job on several hosts."""
 
     @abstractmethod
     def emit(self, event: str, **fields: Any) -> None:
@@ -188,7 +195,8 @@ class ChangingSession(CollectiveCalls):
         self._sequence.adopt(world, old.next(members))
         self._samplers.view_changed(reports, old.members, self.members)
         self.changes = self.changes.after(cause, old.members, self.members)
-        self.emit("view_committed", cause=cause, members=list(self.members), lost=[], links=[])
+        links = links_between(self.members, self.agent)
+        self.emit("view_committed", cause=cause, members=list(self.members), lost=[], links=links)
         self._tell_companions()
 
     def attach_companion(self, companion: Companion) -> None:
@@ -255,7 +263,8 @@ class ChangingSession(CollectiveCalls):
         self.resumed(int(invitation["step"]), int(invitation["initial_size"]))
         self._samplers.view_changed(invitation["reports"], old.members, self.members)
         self.changes = Changes(**invitation["changes"]).after("join", old.members, self.members)
-        self.emit("view_committed", cause="join", members=list(self.members), lost=[], links=[])
+        links = links_between(self.members, self.agent)
+        self.emit("view_committed", cause="join", members=list(self.members), lost=[], links=links)
         self._tell_companions()
 
     def depart(self) -> NoReturn:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from chaos_mpi.agent.assembly import UP_LIMIT_S
 from chaos_mpi.elastic import current
-from chaos_mpi.elastic.agent_link import fate_of, follow, open_link
+from chaos_mpi.elastic.agent_link import fate_of, follow, links_between, open_link
 from chaos_mpi.elastic.attached import AttachedSamplers
 from chaos_mpi.elastic.changes import Companion
 from chaos_mpi.elastic.control import ControlSocket, leave_on_sigterm, open_control
@@ -392,7 +392,8 @@ class Session(EndingSession):
         self._samplers.view_changed(reports, old.members, self.members)
         self.changes = self.changes.after("failure", old.members, self.members)
         lost = regrouped.lost
-        self.emit("view_committed", cause="failure", members=list(self.members), lost=list(lost), links=[])
+        links = links_between(self.members, self._agent)
+        self.emit("view_committed", cause="failure", members=list(self.members), lost=list(lost), links=links)
         if self.rank == 0 and lost:
             log.warning(
                 "step %d: %s; training goes on with %d of %d ranks",

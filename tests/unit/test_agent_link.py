@@ -13,6 +13,9 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -20,6 +23,8 @@ from chaos_mpi.agent.crashes import Crash
 from chaos_mpi.agent.link import VARIABLE, AgentLink, is_watched
 from chaos_mpi.agent.link_server import LinkServer
 from chaos_mpi.agent.sockets import connect
+from chaos_mpi.elastic.changes import ChangingSession
+from chaos_mpi.membership import Changes, View
 from chaos_mpi.monitor.hostlinks import LinkStatus, to_json
 
 LIMIT_S = 20.0
@@ -69,6 +74,27 @@ class Rank:
         answer = queue.SimpleQueue[str]()
         threading.Thread(target=lambda: answer.put(self.link.may_go_on_without(members, limit_s)), daemon=True).start()
         return answer
+
+
+def test_a_view_says_which_links_between_its_hosts_are_not_simply_up() -> None:
+    said = [("a", "b", "cut", ""), ("a", "c", "detour", "b"), ("b", "c", "up", ""), ("a", "gone", "cut", "")]
+    links = [{"a": a, "b": b, "state": state, "via": via, "no_detour": ""} for a, b, state, via in said]
+    committed: list[dict[str, Any]] = []
+    session: Any = SimpleNamespace(
+        agent=SimpleNamespace(links=links), view=View(0, ("a:1", "b:2")), members=("a:1", "b:2", "c:3"),
+        changes=Changes(), emit=lambda event, **fields: committed.append(fields),
+        _sequence=MagicMock(), _samplers=MagicMock(), _tell_companions=MagicMock(),
+    )  # fmt: skip
+    ChangingSession.change_view(session, MagicMock(), session.members, [], "join")
+    session.agent = None
+    ChangingSession.change_view(session, MagicMock(), session.members, [], "join")
+    assert [fields["links"] for fields in committed] == [
+        [
+            {"a": "a", "b": "b", "state": "cut", "via": ""},
+            {"a": "a", "b": "c", "state": "detour", "via": "b"},
+        ],
+        [],
+    ]
 
 
 @pytest.fixture
