@@ -32,17 +32,17 @@ if TYPE_CHECKING:
 log = logging.getLogger("chaos_mpi.elastic")
 
 
-def invite(bridge: Bridge, later: Sequence[int], timing: dict[str, float], asked_at: float) -> None:
+def invite(bridge: Bridge, later: Sequence[int], timing: dict[str, float], waited_s: float) -> None:
     """Tell a newcomer to come in now.
 
     Args:
         bridge: reaches it.
         later: ranks of the sponsors of those that are taken in after it, in which it takes part.
         timing: what the members have measured of its way here, seconds.
-        asked_at: when it was asked for, Unix seconds.
+        waited_s: how long ago it was asked for, seconds; its clock may be another one.
     """
     with contextlib.suppress(PeerFailedError):  # its death shows when it is taken in
-        bridge.send({"admit": {"later": list(later), "timing": timing, "asked_at": asked_at}})
+        bridge.send({"admit": {"later": list(later), "timing": timing, "waited_s": waited_s}})
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,7 @@ class Arrival:
 
     Attributes:
         id: of the join request.
-        asked_at: when it was asked for, Unix seconds.
+        asked_at: when it was asked for, on the monotonic clock.
         parts: seconds spent in each part of the way.
         active_at: when it became a member, on the monotonic clock.
         repeated_steps: steps of the members that it has repeated to catch up.

@@ -344,6 +344,6 @@ class ChangingSession(CollectiveCalls):
             return
         self._arrival = None
         parts = {**arrival.parts, "first_step_s": time.monotonic() - arrival.active_at}
-        parts["total_s"] = time.time() - arrival.asked_at
+        parts["total_s"] = time.monotonic() - arrival.asked_at
         rounded = {name: round(seconds, 6) for name, seconds in parts.items()}
         self.emit("join_active", id=arrival.id, repeated_steps=arrival.repeated_steps, **rounded)

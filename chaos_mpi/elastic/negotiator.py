@@ -77,6 +77,7 @@ class Negotiator:
         self._numbers = itertools.count(1)
         self._closed = False
         self._sponsorships: dict[str, Sponsorship] = {}
+        self._asked_at: dict[str, float] = {}  # when joins were asked for, on this machine's monotonic clock
         self._overlap: Overlap | None = None
         self._autoscaler = Autoscaler(session, limits, lambda: self.agenda, self.propose)
 
@@ -144,13 +145,16 @@ class Negotiator:
             mine = list(self._inbox.values())
         arrived = time.perf_counter()
         # What a change of the view needs to know of the samplers comes along, so that a leave needs no other round.
-        word = [[p.to_json() for p in mine], self._session.sampler_reports()]
+        word = [[_put_now(p).to_json() for p in mine], self._session.sampler_reports()]
         words, contributors = self._session.gather_with_contributors(word)
         begun = time.perf_counter()  # until here a member has waited for slower ones, as it does in every step
         view = View(0, contributors)
         proposals = [[Proposal.from_json(p) for p in row] for row, _ in words]
         hosts = {join.id: join.host for join in self.agenda.joins}
         hosts |= {p.id: p.host for row in proposals for p in row if p.kind == "join"}
+        for proposal in itertools.chain.from_iterable(proposals):
+            if proposal.kind in ("join", "restart"):
+                self._asked_at.setdefault(proposal.id, time.monotonic() - proposal.waited_s)
         outcome = negotiate(self.agenda, view, proposals, self.limits)
         outcome = self._autoscaler.settle(outcome, view)
         self.agenda = outcome.agenda
@@ -288,8 +292,7 @@ class Negotiator:
                 if (bridge := bridges.get(join.id)) is not None:
                     later = [view.rank_of(other.sponsor) for other in joins[index + 1 :]]
                     timing = {"launch_s": mine[join.id].launch_s, "waited_s": time.monotonic() - mine[join.id].ready_at}
-                    asked_at = join.asked_at or time.time() - sum(timing.values())
-                    admission.invite(bridge, later, timing, asked_at)
+                    admission.invite(bridge, later, timing, self._waited_s(join, timing))
 
         operation = Admit(
             joins, bridges, call, ready, session.sampler_reports, self._width(), session.settings.timeout_s
@@ -368,6 +371,11 @@ class Negotiator:
 
     # -- small parts -----------------------------------------------------------------------------------
 
+    def _waited_s(self, join: Join, timing: Mapping[str, float]) -> float:
+        """How long ago a join was asked for, seconds; to one who did not hear of it then, the present attempt."""
+        asked_at = self._asked_at.get(join.id)
+        return sum(timing.values()) if asked_at is None else time.monotonic() - asked_at
+
     def _request(
         self, kind: str, *, member: str = "", host: str = "", name: str = "", answer: Answer | None = None
     ) -> str:
@@ -413,6 +421,12 @@ class Negotiator:
     def _width(self) -> int:
         # The same at all members: a report is six counters, and they all have equally many samplers.
         return 64 + _REPORT_BYTES * len(self._session.samplers)
+
+
+def _put_now(proposal: Proposal) -> Proposal:
+    """A proposal with the time that it has waited until it is put before the members."""
+    waited_s = max(0.0, time.time() - proposal.asked_at) if proposal.asked_at else 0.0
+    return replace(proposal, waited_s=waited_s)
 
 
 def _leave_parts(times: Sequence[float]) -> dict[str, float]:

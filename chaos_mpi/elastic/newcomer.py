@@ -53,7 +53,7 @@ def enter_job(session: Session, bridge: Bridge, state: TrainingState) -> Arrival
         admission = _await_call(bridge, limit_s)
         if "refused" in admission:
             raise JoinError(f"the job refused this rank ({session.member}): {admission['refused']}")
-        arrival.asked_at = admission["admit"]["asked_at"]
+        arrival.asked_at = time.monotonic() - admission["admit"]["waited_s"]
         arrival.parts.update(admission["admit"]["timing"])
         world = growth.enter(bridge, session.settings.timeout_s)
         for sponsor in admission["admit"]["later"]:

@@ -51,6 +51,7 @@ class Proposal:
         attempt: for ``arrived`` and ``failed``, the number of the attempt they speak of.
         reason: for a person to read; for ``restart``, how the rank ended.
         asked_at: when the request was made, Unix seconds, by the clock of its origin; 0 if not known.
+        waited_s: how long ago that was when it was put before the members, seconds; their clocks may differ.
         hosts: see ``kind``.
         name: see ``kind``.
         obstacle: for ``restart``, why it cannot be; empty if it can as far as its origin knows.
@@ -64,6 +65,7 @@ class Proposal:
     attempt: int = 0
     reason: str = ""
     asked_at: float = 0.0
+    waited_s: float = 0.0
     hosts: tuple[HostSlots, ...] = ()
     name: str = ""
     obstacle: str = ""
@@ -90,7 +92,7 @@ class Join:
         sponsor: the member that starts it and is its first contact.
         attempt: 1 for the first start.
         newcomer: its member id once it is up, else empty.
-        asked_at: when it was asked for, Unix seconds; 0 if not known.
+        asked_at: when it was asked for, Unix seconds, by the clock of the origin; 0 if not known.
     """
 
     id: str
