@@ -17,7 +17,7 @@ from chaos_mpi.agent import launcher
 from chaos_mpi.agent.environment import THREADS_BY_HOST
 from chaos_mpi.agent.spawning import JOIN_OPTION, VARIABLE, spawn_command
 from chaos_mpi.errors import JoinError
-from chaos_mpi.membership import Join
+from chaos_mpi.membership import Join, host_of
 from chaos_mpi.mpi import growth
 from chaos_mpi.mpi.growth import Bridge
 
@@ -105,6 +105,23 @@ def facts(environ: Mapping[str, str], arguments: Sequence[str], directory: str) 
     return {"arguments": list(arguments), "directory": directory, "settings": settings, "proxy": proxy}
 
 
+def own_host(environ: Mapping[str, str]) -> str:
+    """What this machine is called in the id of this member.
+
+    On one machine a newcomer calls it as its sponsor does, also when it has got another name since (DHCP, VPN): scale
+    policies count members by host.
+
+    Args:
+        environ: of this rank.
+    """
+    if told := environ.get("CHAOS_HOST"):
+        return told
+    sponsors = host_of(_sponsor())
+    # As mpirun knows it, which leaves a domain out. With proxies it would be the name of the launch host.
+    known = environ.get("PMIX_HOSTNAME") if VARIABLE not in environ else None
+    return sponsors if known and known in (sponsors, sponsors.partition(".")[0]) else socket.gethostname()
+
+
 def refuse_orphan() -> None:
     """To be called before MPI is initialised: Open MPI's launcher may crash over a process whose sponsor is dead.
 
@@ -113,7 +130,7 @@ def refuse_orphan() -> None:
     Raises:
         JoinError: this process was started by a member on this machine that is gone.
     """
-    sponsor = str(sys._xoptions.get(JOIN_OPTION, "")).rpartition("@")[2]
+    sponsor = _sponsor()
     host, _, pid = sponsor.rpartition(":")
     if pid.isdigit() and host == socket.gethostname() and not psutil.pid_exists(int(pid)):
         raise JoinError(f"{sponsor}, which started this rank, has died meanwhile")
@@ -166,6 +183,11 @@ class LaunchWatch:
 def mark(join: Join) -> str:
     """The option in the command line of the process that is started for a join."""
     return f"{JOIN_OPTION}={join.id}.{join.attempt}@{join.sponsor}"
+
+
+def _sponsor() -> str:
+    """The member that has started this process; empty if there is none."""
+    return str(sys._xoptions.get(JOIN_OPTION, "")).rpartition("@")[2]
 
 
 def _runs(process: psutil.Process) -> bool:

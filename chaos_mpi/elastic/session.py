@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,7 +18,7 @@ from chaos_mpi.elastic.attached import AttachedSamplers
 from chaos_mpi.elastic.changes import Companion
 from chaos_mpi.elastic.control import ControlSocket, leave_on_sigterm, open_control
 from chaos_mpi.elastic.ending import EndingSession
-from chaos_mpi.elastic.launching import refuse_orphan, told_sizes
+from chaos_mpi.elastic.launching import own_host, refuse_orphan, told_sizes
 from chaos_mpi.elastic.lifecycle import ExitGuard, set_log_level, write_record
 from chaos_mpi.elastic.negotiator import Negotiator
 from chaos_mpi.elastic.newcomer import enter_job
@@ -85,7 +84,7 @@ class Session(EndingSession):
     def __init__(self, settings: Settings) -> None:
         set_log_level(settings.log_level)
         self.settings = settings
-        self.host = os.environ.get("CHAOS_HOST") or socket.gethostname()
+        self.host = own_host(os.environ)
         self.member = f"{self.host}:{os.getpid()}"
         self.step = 0
         self._ended = False

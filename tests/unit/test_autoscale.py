@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chaos_mpi.agent.spawning import VARIABLE
+from chaos_mpi.agent.spawning import JOIN_OPTION, VARIABLE
 from chaos_mpi.autoscale import Available, Decision, Manual, ScaleInputs, discovery
 from chaos_mpi.autoscale.discovery import Discovery, read_hosts, usable_hosts
 from chaos_mpi.autoscale.hostlist import parse_hosts, split_usable
 from chaos_mpi.autoscale.policy import MAX_FAILED, STARTS_PER_SLOT
 from chaos_mpi.autoscale.settling import decide, settle, with_failed
+from chaos_mpi.elastic.launching import own_host
 from chaos_mpi.errors import ConfigError
 from chaos_mpi.membership import Agenda, HostList, HostSlots, Limits, Proposal, View, negotiate
 from chaos_mpi.membership.negotiation import MAX_ATTEMPTS
@@ -181,6 +183,17 @@ def test_a_machine_that_is_renamed_is_still_the_host_of_its_ranks(
         monkeypatch.setattr("socket.gethostname", lambda: "laptop-vpn")
         looking.look()
         assert looking.found[-1] == ((HERE, slots),)
+
+
+def test_a_newcomer_calls_its_machine_as_its_sponsor_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: "laptop-vpn")
+    assert own_host({"PMIX_HOSTNAME": "laptop"}) == "laptop-vpn", "it has no sponsor"
+    monkeypatch.setitem(sys._xoptions, JOIN_OPTION, "join-laptop.local:7-1.1@laptop.local:7")
+    for known in ("laptop", "laptop.local"):
+        assert own_host({"PMIX_HOSTNAME": known}) == "laptop.local"
+    assert own_host({"PMIX_HOSTNAME": "other"}) == own_host({"PMIX_HOSTNAME": ""}) == own_host({}) == "laptop-vpn"
+    assert own_host({"PMIX_HOSTNAME": "laptop", VARIABLE: "[]"}) == "laptop-vpn"
+    assert own_host({"PMIX_HOSTNAME": "laptop", VARIABLE: "[]", "CHAOS_HOST": "edge1"}) == "edge1"
 
 
 def test_trouble_is_told_once_and_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
