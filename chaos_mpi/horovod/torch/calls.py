@@ -68,6 +68,7 @@ class Request:
         self.result: Any = None
         self.error: BaseException | None = None
         self._done = threading.Event()
+        self._inference = torch.is_inference_mode_enabled()
 
     @property
     def name(self) -> str:
@@ -82,11 +83,13 @@ class Request:
     def complete(self, operation: Operation, group: Group) -> None:
         """The operation is finished."""
         try:
-            finish = getattr(operation, "finish", None)
-            if finish is not None:
-                finish()
-            with torch.no_grad():
-                self.result = self._finish(operation, group)
+            # As in the caller's thread: no code outside of inference mode may write to its tensors.
+            with torch.inference_mode(self._inference):
+                finish = getattr(operation, "finish", None)
+                if finish is not None:
+                    finish()
+                with torch.no_grad():
+                    self.result = self._finish(operation, group)
         except BaseException as error:  # whatever it is, somebody waits
             self.fail(error)
         else:
