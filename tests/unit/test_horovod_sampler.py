@@ -54,7 +54,7 @@ class Members:
         self._monkeypatch.setattr(module, "job", lambda: FakeJob(self.places[name]))
         return call()
 
-    def train(self, batch_size: int, steps: int, dies: str = "", at: int = -1) -> None:
+    def train(self, batch_size: int, steps: int, dies: str = "", at: int = -1, counted_from: int = 0) -> None:
         """So many batches; one member dies in one of them, before its gradients are there."""
         parts = {name: list(sampler) for name, sampler in self.samplers.items()}
         for batch in range(steps):
@@ -63,9 +63,10 @@ class Members:
             alive = tuple(self.places)
             for name in alive:
                 self.trained.update(parts[name][batch * batch_size : (batch + 1) * batch_size])
+            size, number = len(parts[alive[0]][batch * batch_size : (batch + 1) * batch_size]), batch + counted_from
             for name, place in self.places.items():
                 place.members, place.step, place.last_contributors = alive, place.step + 1, alive
-                self._as(name, lambda name=name, batch=batch: self.samplers[name].record_batch(batch, batch_size))
+                self._as(name, lambda name=name: self.samplers[name].record_batch(number, size))  # noqa: B023 - now
 
     def sync(self, newcomer: str = "") -> None:
         """All are told of a change, and go on."""
@@ -83,14 +84,15 @@ class Members:
 
 @given(
     samples=st.integers(20, 60), batch_size=st.integers(1, 4), before=st.integers(0, 3), at=st.integers(0, 3),
-    joins=st.booleans(),
+    joins=st.booleans(), counted_from=st.integers(0, 5),
 )  # fmt: skip
 def test_every_sample_is_trained_on_whoever_dies_and_joins(
-    samples: int, batch_size: int, before: int, at: int, joins: bool
+    samples: int, batch_size: int, before: int, at: int, joins: bool, counted_from: int
 ) -> None:
+    """Scripts count their batches from 0, from 1, or from where they went on."""
     with pytest.MonkeyPatch.context() as patch:
         members = Members("abc", samples, patch)
-        members.train(batch_size, before + at, dies="b", at=before)
+        members.train(batch_size, before + at, dies="b", at=before, counted_from=counted_from)
         if "b" in members.places:
             del members.places["b"], members.samplers["b"]
         members.sync("d" if joins else "")
@@ -99,6 +101,31 @@ def test_every_sample_is_trained_on_whoever_dies_and_joins(
         members.train(batch_size, -(-len(next(iter(members.samplers.values()))) // batch_size))
     assert set(members.trained) == set(range(samples))
     assert sum(members.trained.values()) - samples <= 2 * 2  # those that make the parts equal, twice
+
+
+def test_the_last_batch_of_an_epoch_is_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    members = Members("ab", 22, monkeypatch)
+    members.train(4, 3)
+    assert all(sampler.processed_indices == set(range(22)) for sampler in members.samplers.values())
+
+
+def test_the_same_samples_again_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    members = Members("ab", 40, monkeypatch)
+    for _ in range(2):  # a loop that was left, and begun again
+        members.train(2, 3)
+    assert all(sampler.processed_indices == set(members.trained) for sampler in members.samplers.values())
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_state_of_horovods_own_sampler(monkeypatch: pytest.MonkeyPatch, shuffle: bool) -> None:
+    monkeypatch.setattr(module, "job", lambda: FakeJob(Place("a", ("a",))))
+    sampler = ElasticSampler(range(10), shuffle=shuffle, seed=3)
+    sampler.set_epoch(2)
+    order = list(sampler)
+    later = ElasticSampler(range(10), shuffle=shuffle, seed=3)
+    later.load_state_dict({"epoch": 2, "processed_num": 4})
+    assert list(later) == order[4:]
+    assert later.processed_num == 4
 
 
 def test_after_an_error_in_a_commit_the_samples_are_those_of_the_model_of_rank_0(

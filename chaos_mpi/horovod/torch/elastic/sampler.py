@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -34,7 +33,7 @@ class ElasticSampler(torch.utils.data.Sampler[int]):
         self.dataset, self.shuffle, self.seed = dataset, shuffle, seed
         self.epoch = 0
         self._begin_with(())
-        self._step = 0
+        self._step = self._recorded = 0
         self.reset()
 
     @property
@@ -49,23 +48,21 @@ class ElasticSampler(torch.utils.data.Sampler[int]):
         self.reset()
 
     def record_batch(self, batch_idx: int, batch_size: int) -> None:
-        """The step on this batch is finished, at all ranks.
+        """The step on the next batch is finished, at all ranks.
 
         Args:
-            batch_idx: its number since the sampler was iterated over.
+            batch_idx: not needed, as with Horovod: scripts count from where they went on, or from 1. Calls are counted.
             batch_size: samples in the batch of one rank.
         """
         session = job().session
         stepped, self._step = session.step != self._step, session.step
         # Whose gradients are in the step: the others' samples are still to be trained on.
         done = session.last_contributors if stepped else session.members
+        begin, self._recorded = self._recorded, self._recorded + batch_size
         for place, member in enumerate(self._members):
             if member in done:
-                first, stop = (place + n * batch_size * self.num_replicas for n in (batch_idx, batch_idx + 1))
+                first, stop = (place + count * self.num_replicas for count in (begin, self._recorded))
                 batch = self._dealt[first : stop : self.num_replicas]
-                if not batch:
-                    left = (index for index in self._part_of(place) if index not in self.processed_indices)
-                    batch = list(itertools.islice(left, batch_size))
                 self._in_order += [index for index in batch if index not in self.processed_indices]
                 self.processed_indices.update(batch)
 
@@ -73,12 +70,9 @@ class ElasticSampler(torch.utils.data.Sampler[int]):
         """Share the samples that are left out to the ranks that are there now."""
         session = job().session
         self._members = session.members
-        self._step = session.step
+        self._step, self._recorded = session.step, 0
         self.num_replicas, self.rank = session.size, session.rank
-        order = list(range(len(self.dataset)))
-        if self.shuffle:
-            random.Random(self.seed + self.epoch).shuffle(order)  # noqa: S311
-        self.remaining_indices = [index for index in order if index not in self.processed_indices]
+        self.remaining_indices = [index for index in self._order() if index not in self.processed_indices]
         self.num_samples = -(-len(self.remaining_indices) // self.num_replicas)
         self.total_size = self.num_samples * self.num_replicas
         self._dealt = list(self.remaining_indices)
@@ -94,9 +88,10 @@ class ElasticSampler(torch.utils.data.Sampler[int]):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there, with the ranks that are there now."""
+        """Go on from there, with the ranks that are there now. A state of Horovod's own says how many are done."""
         self.epoch = state_dict["epoch"]
-        self._begin_with(state_dict["processed_indices"])
+        done = state_dict.get("processed_indices")
+        self._begin_with(done if done is not None else self._order()[: state_dict["processed_num"]])
         self.reset()
 
     def mark(self) -> tuple[int, list[int], int]:
@@ -113,7 +108,15 @@ class ElasticSampler(torch.utils.data.Sampler[int]):
         self._in_order = list(done)  # marks hold it: it only grows, and is replaced
         self.processed_indices = set(self._in_order)
 
+    def _order(self) -> list[int]:
+        """All samples, in the order of the epoch."""
+        order = list(range(len(self.dataset)))
+        if self.shuffle:
+            random.Random(self.seed + self.epoch).shuffle(order)  # noqa: S311
+        return order
+
     def __iter__(self) -> Iterator[int]:
+        self._recorded = 0  # the same samples again, if nothing was shared out anew
         return iter(self._part_of(self.rank))
 
     def __len__(self) -> int:
