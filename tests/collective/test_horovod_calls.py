@@ -239,6 +239,36 @@ def test_optimizer(job: Session, how: dict[str, object]) -> None:
         assert torch.allclose(param, other, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("op", [hvd.Average, hvd.Sum])
+def test_steps_that_come_to_nothing(job: Session, op: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state is loaded, or another optimizer made, between backward and step; each layer is a bucket."""
+    monkeypatch.setattr("chaos_mpi.horovod.torch.step.BUCKET_BYTES", 64)
+    model, optimizer = model_and_optimizer(op=op)
+    model(batch(job.rank, 77)).square().mean().backward()
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.zero_grad()
+    model(batch(job.rank, 78)).square().mean().backward()
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), op=op)
+    for step in range(3):
+
+        def closure(step: int = step) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss: torch.Tensor = model(batch(job.rank, step)).square().mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    for param, other in zip(model.parameters(), alone(job.size, 3, job.size if op == hvd.Sum else 1.0), strict=True):
+        assert torch.allclose(param, other, rtol=1e-12, atol=1e-14)
+
+
+def test_calls_in_inference_mode(job: Session) -> None:
+    with torch.inference_mode():
+        assert hvd.allreduce(torch.ones(2), op=hvd.Sum).tolist() == [job.size] * 2
+        assert hvd.allreduce_(torch.ones(2), op=hvd.Sum).tolist() == [job.size] * 2
+        assert hvd.broadcast_(torch.full((2,), float(job.rank)), 1).tolist() == [1.0, 1.0]
+
+
 def test_optimizer_whose_gradients_are_rounded(job: Session) -> None:
     model, optimizer = model_and_optimizer(compression=hvd.Compression.fp16)
     model(batch(job.rank, 0)).square().mean().backward()

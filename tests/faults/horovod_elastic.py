@@ -25,8 +25,10 @@ hvd.init()
 session = current_session()
 model = build_model()
 faults.attach(session, model)
-optimizer, scheduler = build_optimizer(model, "sgd")
-optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
+plain, scheduler = build_optimizer(model, "sgd")
+optimizer: Any = plain
+if not job.get("makes_optimizer"):
+    optimizer = hvd.DistributedOptimizer(plain, named_parameters=model.named_parameters())
 hvd.broadcast_parameters(model.state_dict(), root_rank=0)
 hvd.broadcast_optimizer_state(optimizer, root_rank=0)
 data = Samples(SAMPLES)
@@ -69,6 +71,9 @@ def train(state: hvd.elastic.TorchState) -> None:
     """All epochs."""
     wanted = job.get("process_set") and hvd.size() > 2  # two of two would be all
     pair = hvd.add_process_set([0, 1]) if wanted else None  # anew at each entry
+    if job.get("makes_optimizer"):  # anew at each entry, too: newcomers have made no other
+        global optimizer
+        optimizer = hvd.DistributedOptimizer(plain, named_parameters=model.named_parameters())
     entries.append({"epoch": state.epoch, "step": session.step, "size": hvd.size(), "seen": state.seen})
     while state.epoch < job["epochs"]:
         train_epoch(state, pair)

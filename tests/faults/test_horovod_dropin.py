@@ -153,6 +153,15 @@ def test_join_and_leave(tmp_path: Path) -> None:
     assert len({result["lr"] for result in results.values()}) == 1
 
 
+def test_a_rank_joins_where_the_optimizer_is_made_in_the_training_function(tmp_path: Path) -> None:
+    rules: list[Rule] = [{"rank": 1, "at": "boundary", "step": 2, "do": "join"}]
+    job = run(tmp_path, "horovod_elastic.py", rules, epochs=20, pause_s=0.02, ranks=2, makes_optimizer=True)
+    newcomer = next(iter(job.events("join_active")))["member"]
+    steps = check(job, {job.member(0), job.member(1), newcomer})
+    assert newcomer in steps[len(steps)]
+    assert len(job.results()[job.member(0)]["entries"]) == 2
+
+
 def check_samples(steps: dict[int, list[str]], job: Finished, epochs: int, ranks: int) -> None:
     """Assert that every epoch has every sample once, but for those that make the ranks' parts equal."""
     counts = times_trained(steps, history(job.folder)[1])

@@ -96,6 +96,10 @@ class EchoSession:
     def boundary(self) -> None:
         """Between two steps."""
 
+    def gather_with_contributors(self, value: Any) -> tuple[list[Any], tuple[str, ...]]:
+        """All say the same."""
+        return [value] * self.size, self.members
+
     def submit(self, call: Callable[[], object]) -> Future[object]:
         """In the background, as in a real one."""
         return self._background.submit(call)

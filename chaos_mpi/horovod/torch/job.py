@@ -49,6 +49,8 @@ class Job:
         state, entered_with: what ranks that join get in an elastic job, and the elastic state that it is made of.
         entered: who was there when the training function was entered.
         elastic: whether ranks join and leave at the calls of an elastic state alone.
+        optimizers: how many have been numbered.
+        optimizers_before: how many of them were made before the training function was called.
     """
 
     def __init__(self, session: Session, *, owned: bool) -> None:
@@ -61,6 +63,7 @@ class Job:
         self.state: TrainingState | None = None
         self.entered_with: Any = None
         self.entered: tuple[str, ...] = ()
+        self.optimizers = self.optimizers_before = 0
         self.queue = self.new_queue(session)
         self.queue.check = self._refuse_before_entry
         self.queue.newcomers = lambda: session.changes.joins
@@ -68,6 +71,20 @@ class Job:
     def new_queue(self, group: Any) -> CallQueue:
         """Calls of a group of ranks."""
         return CallQueue(group, self.session.submit, self.waiting, self.session.settings.timeout_s, self._zeros)
+
+    def number_optimizer(self) -> int:
+        """The number, from 1, of one more optimizer, in the order in which every rank makes them."""
+        self.optimizers += 1
+        return self.optimizers
+
+    def renumber_optimizers(self) -> None:
+        """All ranks enter the training function: those that have been in it make its optimizers once more."""
+        self.optimizers = self.optimizers_before
+
+    def forget_steps(self) -> None:
+        """All ranks begin anew, and no call is pending: no optimizer is in the middle of a step."""
+        for steps in list(self.steps.values()):
+            steps.forget()
 
     def meet(self, what: str) -> None:
         """All ranks come to this place.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +22,10 @@ from chaos_mpi.horovod.torch.reducing import grouped_allreduce
 from chaos_mpi.horovod.torch.step import Steps
 
 NamedParameters = Iterable[tuple[str, torch.nn.Parameter]]
+
+_numbers = itertools.count()
+#: Those that there are, in the order in which they were made, which is the same at every rank.
+_living: weakref.WeakValueDictionary[int, Distributed] = weakref.WeakValueDictionary()
 
 
 class Distributed:
@@ -40,12 +46,13 @@ class Distributed:
         process_set: ProcessSet,
     ) -> None:
         """Find the parameters, and follow their gradients."""
-        if (earlier := vars(wrapped).get("_distributed")) is not None:
-            earlier.let_go()
-        wrapped._distributed = self  # type: ignore[attr-defined]
         self._wrapped = wrapped
         named = _checked_names(self.param_groups, named_parameters)
         self._parameter_names = {param: name for name, param in named}
+        own = {param for group in self.param_groups for param in group["params"]}
+        for earlier in list(_living.values()):
+            if not own.isdisjoint(earlier._trained):
+                earlier.let_go()
         self.backward_passes_per_step = backward_passes_per_step
         self.op, self.process_set = op, process_set
         self._compression, self._predivide = compression, predivide
@@ -57,24 +64,47 @@ class Distributed:
         self._steps: Steps | None = None
         if process_set is global_process_set and op in (Average, Sum) and self._trained:
             self._steps = Steps(job(), self, self._trained, op == Average, predivide, compression)  # type: ignore[arg-type]
+        this = weakref.ref(self)  # parameters outlive optimizers
+
+        def gradient_is_there(param: torch.nn.Parameter) -> None:
+            if (optimizer := this()) is not None:
+                optimizer._gradient_is_there(param)
+
         self._hooks = [
-            param.register_post_accumulate_grad_hook(self._gradient_is_there)  # type: ignore[no-untyped-call]
+            param.register_post_accumulate_grad_hook(gradient_is_there)  # type: ignore[no-untyped-call]
             for param in self._trained
         ]
+        weakref.finalize(self, _remove, self._hooks).atexit = False
+        _living[next(_numbers)] = self
 
     def let_go(self) -> None:
-        """Another one takes its place: follow no gradients any more."""
-        for hook in self._hooks:
-            hook.remove()
+        """Another one has parameters of this one: follow no gradients any more, and reduce them when a step is taken.
+
+        Raises:
+            HorovodInternalError: a step had begun, and the ranks make different calls.
+        """
+        _remove(self._hooks)
+        self._forget_gradients()
+
+    def _forget_gradients(self) -> None:
+        """Gradients that are there already belong to no step."""
+        if self._steps is not None:
+            self._steps.discard()
+        self._passes = dict.fromkeys(self._trained, 0)
+        self._synchronized = self._step_begun = False
 
     def set_backward_passes_per_step(self, passes: int) -> None:
         """Change how many backward passes make a step."""
         self.backward_passes_per_step = passes
 
     def load_state_dict(self, state_dict: Any) -> None:
-        """Take a state, as any optimizer; gradients that are there already belong to no step."""
-        self._passes = dict.fromkeys(self._trained, 0)
-        self._synchronized, self._step_begun, self._should_synchronize = False, False, True
+        """Take a state, as any optimizer; gradients that are there already belong to no step.
+
+        Raises:
+            HorovodInternalError: it is called between backward and :meth:`step`, and not by all ranks.
+        """
+        self._forget_gradients()
+        self._should_synchronize = True
         groups, state = self.param_groups, self.state
         super().load_state_dict(state_dict)  # type: ignore[misc]
         # In place, because a scheduler may hold the optimizer that this one shares them with.
@@ -127,7 +157,20 @@ class Distributed:
             self._should_synchronize = True
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Synchronize, and take the step."""
+        """Synchronize, and take the step.
+
+        Args:
+            closure: computes the loss and its gradients, once, before they are reduced. Within
+                :meth:`skip_synchronize`, and with Adasum, it is the optimizer that calls it.
+
+        Returns:
+            What ``closure`` returns.
+        """
+        loss = None
+        if closure is not None and self._should_synchronize and self.op != Adasum:
+            with torch.enable_grad():
+                loss = closure()
+            closure = None
         if self._should_synchronize:
             if self._synchronized:
                 warnings.warn(
@@ -142,7 +185,8 @@ class Distributed:
         self._wrapped._opt_called = True  # type: ignore[attr-defined]  # for a scheduler that was made before
         if self.op == Adasum and self._trained:
             return self._adaptive_step(closure)
-        return super().step(closure)  # type: ignore[misc]
+        stepped = super().step() if closure is None else super().step(closure)  # type: ignore[misc]
+        return loss if loss is not None else stepped
 
     # torch would call the hooks of a step for this one, and again for the one inside it.
     step.hooked = True  # type: ignore[attr-defined]
@@ -246,9 +290,16 @@ def DistributedOptimizer(  # noqa: N802
         process_set: whose gradients; a set is not elastic.
 
     Raises:
-        ValueError: an argument cannot be used, or names are missing or there twice.
+        ValueError: an argument cannot be used, or names are missing or there twice; the optimizer is LBFGS, which
+            computes gradients several times in a step.
     """
     op = ReduceOp(op)
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            "DistributedOptimizer cannot have torch.optim.LBFGS, whose step computes gradients as often as it likes: "
+            "each rank would search along its own gradients. Give LBFGS a closure that calls hvd.allreduce on the loss "
+            "and on every param.grad, and no DistributedOptimizer"
+        )
     if gradient_predivide_factor != 1.0 and op != Average:
         raise ValueError("gradient_predivide_factor goes with op=Average only")
     if op not in (Average, Sum, Adasum):
@@ -270,6 +321,11 @@ def DistributedOptimizer(  # noqa: N802
         optimizer, named_parameters, compression, backward_passes_per_step, op, gradient_predivide_factor, process_set
     )
     return distributed  # type: ignore[no-any-return]
+
+
+def _remove(hooks: Sequence[Any]) -> None:
+    for hook in hooks:
+        hook.remove()
 
 
 def _checked_names(

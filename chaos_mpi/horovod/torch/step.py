@@ -185,7 +185,7 @@ class Steps:
     ) -> None:
         self.params = list(params)
         self.buckets = make_buckets(self.params, BUCKET_BYTES)
-        self.number = job.session.number_model()
+        self.number = job.number_optimizer()
         self._job, self._optimizer = job, optimizer
         self._averages, self._predivide, self._compression = averages, predivide, compression
         self._bucket_of = {id(self.params[i]): b for b, bucket in enumerate(self.buckets) for i in bucket.params}
@@ -195,7 +195,7 @@ class Steps:
         self._call = f"gradient step of optimizer {self.number}[{op}, {described(self.params)}]"
         self._request: Request | None = None
         self._begun: AnnouncedStep | None = None
-        self._is_past_boundary = False
+        self._is_past_boundary = self._is_open = self._is_discarded = False
         job.steps[self.number] = self
 
     def make(self, *, zeros: bool = False) -> AnnouncedStep:
@@ -224,6 +224,7 @@ class Steps:
         self._is_past_boundary = True
         if self._job.in_graph:
             return  # this backward makes calls of its own
+        self._is_open = True
         request = self._new_request()
         begun = self._job.queue.begin(request, self._job.session)
         if begun is not None:
@@ -248,7 +249,7 @@ class Steps:
         """
         if not self._is_past_boundary:
             self._job.boundary()
-        self._is_past_boundary = False
+        self._is_past_boundary = self._is_open = False
         if self._request is None:
             self._await_device()  # it may be made in another thread, which has another stream
             self._request = self._job.queue.put(self._new_request())
@@ -257,6 +258,29 @@ class Steps:
         request, self._request, self._begun = self._request, None, None
         self._job.forget_graphs()
         self._job.waiting.wait(request)
+
+    def discard(self) -> None:
+        """Finish the step that has begun, if one has, and leave the gradients as they are; by all ranks.
+
+        Some of its gradients are with the others already, or theirs with this rank, if it has pending calls and they
+        have not: those of the next step must not be added to them.
+
+        Raises:
+            HorovodInternalError: the ranks make different calls.
+        """
+        if not self._is_open:
+            self._is_past_boundary = False
+            return
+        self._is_discarded = True
+        try:
+            self.settle()
+        finally:
+            self._is_discarded = False
+
+    def forget(self) -> None:
+        """All ranks begin anew, and no call is pending: what has begun has come to its end, or to nothing."""
+        self._request = self._begun = None
+        self._is_past_boundary = self._is_open = False
 
     def given(self, param: torch.nn.Parameter) -> torch.Tensor | None:
         """What this rank adds to the sum."""
@@ -292,6 +316,8 @@ class Steps:
         return Request(asked, lambda _: self.make(), self._deliver)
 
     def _deliver(self, step: AnnouncedStep, _: Group) -> None:
+        if self._is_discarded:
+            return
         count = len(step.contributors) if self._averages else 1
         for bucket, views in zip(self.buckets, step.memory.sums(), strict=True):
             for index, view in zip(bucket.params, views, strict=True):

@@ -59,6 +59,7 @@ def enter(state: State) -> None:
     """
     here = job()
     here.queue.drain()
+    here.optimizers_before = here.optimizers
     if here.state is not None:
         if state is not here.entered_with:
             raise ConfigError("a job has one elastic state; name all that is trained in one TorchState")
@@ -86,6 +87,7 @@ def note_members() -> None:
     here.queue.drain()
     here.entered = here.session.gather_with_contributors(None)[1]
     here.queue.renumber()
+    here.renumber_optimizers()
 
 
 def come_together() -> None:
@@ -105,6 +107,7 @@ def come_together() -> None:
             if attempt + 1 == _ATTEMPTS:
                 raise
         else:
+            here.forget_steps()
             return
 
 

@@ -10,6 +10,7 @@ from chaos_mpi.horovod.common.exceptions import HorovodInternalError, HostsUpdat
 from chaos_mpi.horovod.torch import process_sets
 from chaos_mpi.horovod.torch.elastic import membership
 from chaos_mpi.horovod.torch.elastic.state import State
+from chaos_mpi.horovod.torch.job import job
 
 T = TypeVar("T")
 
@@ -19,7 +20,7 @@ def run(func: Callable[..., T]) -> Callable[..., T]:
 
     A process that was started to join the running job enters it here, with the job's state. Before that it may give
     and get initial values (``broadcast_parameters`` and the like, which leave it as it is), but no other collective
-    call can be made.
+    call can be made. Optimizers are made before it is called, or each time that it is entered.
 
     Args:
         func: takes a :class:`State` first.
@@ -42,6 +43,7 @@ def run(func: Callable[..., T]) -> Callable[..., T]:
             except HostsUpdatedInterrupt as interrupt:
                 in_step = interrupt.skip_sync
             process_sets.forget()
+            job().forget_steps()
             state.on_reset()
 
     return wrapper
