@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,10 +12,6 @@ from chaos_mpi.elastic.collectives import refuse_unusable
 from chaos_mpi.elastic.exchanges import Exchange
 from chaos_mpi.errors import ConfigError
 from chaos_mpi.mpi.point_to_point import MAX_TAG
-
-_C10D = "torch.distributed.distributed_c10d"
-#: Between a call of torch's and what it calls of a process group there are at most so many others.
-_FRAMES = 10
 
 _OPS = {
     ReduceOp.SUM: "sum",
@@ -68,17 +63,3 @@ def checked_tag(tag: int) -> int:
     if not 0 <= tag < MAX_TAG:
         raise ConfigError(f"the tag of a message is {tag}; it must be at least 0 and less than {MAX_TAG}")
     return tag
-
-
-def carries_objects() -> bool:
-    """Whether the call is one of ``broadcast_object_list``, which torch does not tell its backends.
-
-    Ranks other than the root come to it with memory that nobody has written to yet, and read sizes and objects from
-    what they get: in the place of a root that has died nobody has anything to hand out.
-    """
-    frame, looks = sys._getframe(1), 0
-    while frame.f_back is not None and looks < _FRAMES:
-        frame, looks = frame.f_back, looks + 1
-        if frame.f_code.co_name == "broadcast_object_list" and frame.f_globals.get("__name__") == _C10D:
-            return True
-    return False

@@ -2,7 +2,7 @@
 
 ``torch.distributed.init_process_group("chaos")`` needs nothing more under ``chaosrun`` or ``mpirun``: ranks and their
 number are those of MPI, and the store that torch wants is set up here. ``RANK`` and ``WORLD_SIZE``, if they are set, or
-given as arguments, have to agree with MPI's.
+given as arguments, have to agree with MPI's. ``MASTER_ADDR`` and ``MASTER_PORT`` are not needed, and not used.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch._C._distributed_c10d import ProcessGroup, Store
 from torch.distributed.rendezvous import _rendezvous_handlers, register_rendezvous_handler
 
 from chaos_mpi.errors import ConfigError
+from chaos_mpi.torch.callers import asks_for
 from chaos_mpi.torch.store import shared_store
 
 if TYPE_CHECKING:
@@ -39,12 +40,14 @@ def register() -> None:
     dist.Backend.register_backend(NAME, _create, extended_api=True, devices=["cpu"])
     register_rendezvous_handler(NAME, _rendezvous)  # type: ignore[no-untyped-call]
     # The way that init_process_group takes when it is told nothing. Torch's own handler needs MASTER_ADDR and three
-    # more variables; where they are missing, under mpirun, the ranks find each other by MPI.
+    # more variables; where they are missing, under mpirun, the ranks find each other by MPI. With this backend they do
+    # in any case: what the script has set, as many do, was true of the ranks that the job was started with at best.
     by_environment = _rendezvous_handlers["env"]
 
     def handler(url: str, **options: Any) -> Any:
         started_alone = "RANK" not in os.environ and "WORLD_SIZE" not in os.environ
-        ours = "MASTER_ADDR" not in os.environ and ("OMPI_COMM_WORLD_SIZE" in os.environ or started_alone)
+        without = "MASTER_ADDR" not in os.environ and ("OMPI_COMM_WORLD_SIZE" in os.environ or started_alone)
+        ours = without or asks_for(NAME)
         return (_rendezvous if ours else by_environment)(url, **options)
 
     _rendezvous_handlers["env"] = handler
@@ -58,9 +61,17 @@ def _rendezvous(url: str, timeout: timedelta | None = None, **_: Any) -> Iterato
     size = int(query.get("world_size", [os.environ.get("WORLD_SIZE", "-1")])[0])
     _refuse_contradiction(session, rank, size)
     store = shared_store(session)
+    _set_local_variables(session)
     _told = session.rank, session.size
     yield store, *_told
     raise RuntimeError("the ranks of MPI cannot be initialised again: start the job anew")
+
+
+def _set_local_variables(session: Session) -> None:
+    """What torchrun sets, for scripts that ask for it; not from MPI's, to which all ranks are on the launch host."""
+    here = [member for member in session.members if member.rpartition(":")[0] == session.host]
+    os.environ.setdefault("LOCAL_RANK", str(here.index(session.member)))
+    os.environ.setdefault("LOCAL_WORLD_SIZE", str(len(here)))
 
 
 def _create(options: Any, _: Any) -> ChaosProcessGroup:

@@ -15,15 +15,17 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.distributed import ProcessGroup, Work
+from torch.distributed import Work
 
 from chaos_mpi.elastic.exchanges import AllGather, AllReduce, Barrier, Exchange
 from chaos_mpi.elastic.ranked import AllToAllParts, BroadcastFrom, GatherTo, ReduceScatterParts, ReduceTo, ScatterFrom
 from chaos_mpi.errors import ConfigError
 from chaos_mpi.membership import View
-from chaos_mpi.torch.arguments import averaged, carries_objects, checked_tag, fill, reduction, usable
+from chaos_mpi.torch.arguments import averaged, checked_tag, fill, reduction, usable
+from chaos_mpi.torch.callers import carries_objects
 from chaos_mpi.torch.carriers import Carrier
 from chaos_mpi.torch.monitoring import monitored_barrier
+from chaos_mpi.torch.registered import RegisteredGroup
 from chaos_mpi.torch.work import CollectiveWork, MessageWork, finished
 
 log = logging.getLogger("chaos_mpi.torch")
@@ -31,7 +33,7 @@ log = logging.getLogger("chaos_mpi.torch")
 Tensors = list[torch.Tensor]
 
 
-class ChaosProcessGroup(ProcessGroup):
+class ChaosProcessGroup(RegisteredGroup):
     """A group of ranks. Made by ``init_process_group("chaos")`` and ``new_group``.
 
     Where a member of the default group dies during a call, the result is that of those that are left: sums leave it
@@ -43,22 +45,23 @@ class ChaosProcessGroup(ProcessGroup):
     """
 
     def __init__(self, carrier: Carrier, timeout: timedelta) -> None:
-        super().__init__(carrier.rank, carrier.view.size)  # type: ignore[call-arg]  # torch's stub is incomplete
+        super().__init__(carrier.rank, carrier.view.size)
         self.carrier = carrier
         self._timeout = timeout
         self._alone = False
         self._warned = False
-        self._name = self._text = ""
         self._views = [carrier.view]
 
     # -- who takes part ------------------------------------------------------------------------------
 
     def rank(self) -> int:
         """This process's rank; in the default group it changes when members come and go."""
+        self.note_ranks()
         return self.carrier.rank
 
     def size(self) -> int:
         """Number of ranks; in the default group it changes when members come and go."""
+        self.note_ranks()
         return self.carrier.view.size
 
     def getRank(self) -> int:  # noqa: N802
@@ -68,33 +71,6 @@ class ChaosProcessGroup(ProcessGroup):
     def getSize(self) -> int:  # noqa: N802
         """For callers in C++."""
         return self.size()
-
-    def getBackendName(self) -> str:  # noqa: N802
-        """For callers in C++."""
-        return "chaos"
-
-    def setGroupName(self, name: str) -> None:  # noqa: N802
-        """For callers in C++."""
-        self._name = name
-
-    def getGroupName(self) -> str:  # noqa: N802
-        """For callers in C++."""
-        return self._name
-
-    def setGroupDesc(self, text: str) -> None:  # noqa: N802
-        """For callers in C++."""
-        self._text = text
-
-    def getGroupDesc(self) -> str:  # noqa: N802
-        """For callers in C++."""
-        return self._text
-
-    def _get_backend_name(self) -> str:
-        return "chaos"
-
-    def name(self) -> str:
-        """The backend's name."""
-        return "chaos"
 
     @property
     def members(self) -> tuple[str, ...]:

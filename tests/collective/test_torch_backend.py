@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -312,6 +314,35 @@ def test_calls_in_inference_mode() -> None:
     assert total.tolist() == [dist.get_world_size()] * 3
     assert [int(row) for row in rows] == list(range(dist.get_world_size()))
     dist.all_reduce(torch.ones(1))
+
+
+def test_a_model_that_rank_0_hands_out() -> None:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    torch.manual_seed(dist.get_rank())
+    model = torch.nn.Linear(3, 2)
+    state = copy.deepcopy(model.state_dict()) if dist.get_rank() == 0 else {}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, state, options=options)
+    weights: list[object] = [None] * dist.get_world_size()
+    dist.all_gather_object(weights, [parameter.tolist() for parameter in model.parameters()])
+    assert all(own == weights[0] for own in weights)
+
+
+def test_an_asynchronous_checkpoint(tmp_path: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    folder: list[Any] = [str(tmp_path)]
+    dist.broadcast_object_list(folder, 0)
+    saved = dcp.async_save({"weights": torch.arange(6.0)}, checkpoint_id=folder[0], process_group=dist.new_group())
+    total = torch.ones(1)
+    dist.all_reduce(total)  # training goes on
+    assert total.item() == dist.get_world_size()
+    saved.result(timeout=30)  # type: ignore[union-attr]
+    loaded = {"weights": torch.zeros(6)}
+    dcp.load(loaded, checkpoint_id=folder[0])
+    assert torch.equal(loaded["weights"], torch.arange(6.0))
+    dist.barrier()
 
 
 def test_functional_collectives() -> None:

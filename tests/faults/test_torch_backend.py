@@ -41,9 +41,9 @@ def test_the_finished_result_is_adopted_with_the_hook(tmp_path: Path) -> None:
     assert finished.member(3) in steps[STEP + 1], "the step that others had finished was done again without rank 3"
 
 
-def seen_in(program: str, folder: Path) -> dict[int, Any]:
+def seen_in(program: str, folder: Path, ranks: int = 4) -> dict[int, Any]:
     """What each rank that came to the end of a part of ``torch_program.py`` saw."""
-    with start("torch_program.py", folder, program, str(folder)) as job:
+    with start("torch_program.py", folder, program, str(folder), ranks=ranks) as job:
         assert job.finish().status == 0
     return {int(path.stem.removeprefix("saw-")): json.loads(path.read_text()) for path in folder.glob("saw-*.json")}
 
@@ -129,6 +129,27 @@ def test_an_object_that_only_the_dead_rank_had(tmp_path: Path) -> None:
     for saw in seen.values():
         assert "the root of 'broadcast" in saw["error"]
         assert saw["second"] == [1]
+
+
+def test_objects_for_each_rank_that_only_the_dead_rank_had(tmp_path: Path) -> None:
+    seen = seen_in("scattering_objects", tmp_path)
+    assert set(seen) == {1, 2, 3}
+    for rank, saw in seen.items():
+        assert "the root of 'broadcast" in saw["error"]
+        assert saw["second"] == [{"to": rank - 1}]
+
+
+def test_who_gathers_has_no_successor(tmp_path: Path) -> None:
+    seen = seen_in("gathering", tmp_path)
+    assert set(seen) == {1, 2, 3}
+    assert all("only rank 0 has a successor" in saw["error"] for saw in seen.values())
+    assert [seen[rank]["second"] for rank in (1, 2, 3)] == [[1, 2, 3], None, None]
+
+
+def test_groups_of_those_that_are_left(tmp_path: Path) -> None:
+    seen = seen_in("subgroups", tmp_path, ranks=5)
+    assert {rank: saw["sum"] for rank, saw in seen.items()} == {0: 1.0, 2: 1.0, 3: 5.0, 4: 5.0}
+    assert all(saw["ranks"] == [0, 1, 2, 3] for saw in seen.values())
 
 
 def test_messages_of_a_dead_rank_do_not_come_and_those_of_others_do(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def mistaken(rank: int) -> None:
 
 
 def by_environment(rank: int) -> int:
-    """RANK and WORLD_SIZE are set, as torchrun does it."""
+    """RANK, WORLD_SIZE and an address are set, as torchrun does it, or the script itself."""
     return rank
 
 
@@ -168,6 +168,50 @@ def handing_out_objects(rank: int) -> dict[str, Any]:
     given = [rank]
     dist.broadcast_object_list(given)
     seen["second"] = given
+    return seen
+
+
+def scattering_objects(rank: int) -> dict[str, Any]:
+    """Rank 0 dies instead of handing out an object to each rank."""
+    given: list[Any] = [None]
+    seen: dict[str, Any] = {}
+    if rank == 0:
+        die()
+    try:
+        dist.scatter_object_list(given, None, src=0)
+    except ViewChangedError as error:
+        seen["error"] = str(error)
+    mine = [{"to": to} for to in range(dist.get_world_size())] if dist.get_rank() == 0 else None
+    dist.scatter_object_list(given, mine, src=0)
+    seen["second"] = given
+    return seen
+
+
+def gathering(rank: int) -> dict[str, Any]:
+    """Rank 0 dies instead of taking what is gathered, for which nobody else has room."""
+    seen: dict[str, Any] = {}
+    if rank == 0:
+        die()
+    try:
+        dist.gather(torch.tensor([rank]), None, dst=0)
+    except ViewChangedError as error:
+        seen["error"] = str(error)
+    rows = [torch.empty(1, dtype=torch.int64) for _ in range(dist.get_world_size())] if dist.get_rank() == 0 else None
+    dist.gather(torch.tensor([rank]), rows, dst=0)
+    seen["second"] = [int(row) for row in rows] if rows is not None else None
+    return seen
+
+
+def subgroups(rank: int) -> dict[str, Any]:
+    """Rank 1 of five dies, and the others make groups of two."""
+    if rank == 1:
+        die()
+    dist.barrier()
+    seen: dict[str, Any] = {"ranks": dist.get_process_group_ranks(None)}
+    mine, _ = dist.new_subgroups(2)
+    total = torch.full((1,), float(dist.get_rank()))
+    dist.all_reduce(total, group=mine)
+    seen["sum"] = total.item()
     return seen
 
 
@@ -283,6 +327,7 @@ if __name__ == "__main__":
         rank, size = int(os.environ["OMPI_COMM_WORLD_RANK"]), int(os.environ["OMPI_COMM_WORLD_SIZE"])
         wrong = int(os.environ.get("WRONG", "0"))
         os.environ.update(RANK=str((rank + wrong) % size), WORLD_SIZE=str(size))
+        os.environ.update(MASTER_ADDR="192.0.2.1", MASTER_PORT="29500")  # where nobody is
     if sys.argv[1] == "initialising":
         session = chaos_mpi.init()
         if session.rank == 0:
