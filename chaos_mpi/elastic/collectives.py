@@ -108,7 +108,7 @@ class CollectiveCalls(ABC):
 
     def barrier(self) -> None:
         """Return once every member has called it."""
-        self.all_reduce(torch.zeros(1))
+        self.all_reduce(torch.zeros(1, device="cpu"))
 
     def evaluate(self, n_items: int, fn: Callable[[range], torch.Tensor]) -> torch.Tensor:
         """Sum ``fn`` over a partition of ``range(n_items)`` among the members, every item exactly once.
@@ -136,7 +136,7 @@ class CollectiveCalls(ABC):
             part = counted.to("cpu", torch.float64).reshape(-1)
             # A member may learn of a death one call later than another. Only if all used the same view, and all of
             # that view are in the sum, was every item counted once. All see the same sums, so all decide alike.
-            tags = torch.tensor([1.0, epoch, epoch**2, size], dtype=torch.float64)
+            tags = torch.tensor([1.0, epoch, epoch**2, size], dtype=torch.float64, device="cpu")
             total = self.all_reduce(torch.cat([part, tags]))
             count, epochs, squares, sizes = total[-4:].tolist()
             if count * squares == epochs**2 and sizes == count**2:

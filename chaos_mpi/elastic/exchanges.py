@@ -98,7 +98,7 @@ class Exchange(Operation):
         pending.wait(what, limit_s)
         self._has_data = True
         if self.confirms:
-            confirmed = torch.zeros(1, dtype=torch.uint8)
+            confirmed = torch.zeros(1, dtype=torch.uint8, device="cpu")
             pending.reduce(confirmed, "max")
             pending.wait(what, limit_s)
         self._pending = None
@@ -154,7 +154,7 @@ class AllReduce(Exchange):
 
     def _new_buffers(self) -> list[torch.Tensor]:
         pairs = zip(self._inputs, self._wide, strict=True)
-        return [torch.empty(t.shape, dtype=wide) for t, wide in pairs]
+        return [torch.empty(t.shape, dtype=wide, device="cpu") for t, wide in pairs]
 
 
 class AllGather(Exchange):
@@ -169,7 +169,7 @@ class AllGather(Exchange):
         tensor = tensor.detach().reshape(1) if tensor.dim() == 0 else tensor.detach()
         super().__init__(f"{call}[{_name(tensor.dtype)}, (*, {tuple(tensor.shape[1:])})]", [tensor.shape[0]])
         self._input = tensor.contiguous()
-        self.result = torch.empty(0)
+        self.result = torch.empty(0, device="cpu")
 
     @property
     def lengths(self) -> list[int]:
@@ -178,7 +178,7 @@ class AllGather(Exchange):
 
     def move(self, pending: Pending, view: View, rank: int) -> None:
         rest = self._input.shape[1:]
-        self.result = torch.empty((sum(self.lengths), *rest), dtype=self._input.dtype)
+        self.result = torch.empty((sum(self.lengths), *rest), dtype=self._input.dtype, device="cpu")
         pending.gather_parts(self._input, self.result, [n * rest.numel() for n in self.lengths])
 
 
@@ -206,13 +206,13 @@ class AllToAll(Exchange):
         super().__init__(f"{call}[{_name(tensor.dtype)}, (*, {tuple(tensor.shape[1:])}), {size} parts]", splits)
         self._input = tensor.detach().contiguous()
         self._splits, self.for_size = splits, size
-        self.result = torch.empty(0)
+        self.result = torch.empty(0, device="cpu")
         self.received: list[int] = []
 
     def move(self, pending: Pending, view: View, rank: int) -> None:
         rest = self._input.shape[1:]
         self.received = [int(n) for n in self.sizes[:, rank]]
-        self.result = torch.empty((sum(self.received), *rest), dtype=self._input.dtype)
+        self.result = torch.empty((sum(self.received), *rest), dtype=self._input.dtype, device="cpu")
         each = rest.numel()
         sent = [n * each for n in self._splits]
         pending.exchange_parts(self._input, sent, self.result, [n * each for n in self.received])
@@ -231,10 +231,10 @@ class Broadcast(Exchange):
         super().__init__(f"{call}[from rank {root}, {described(tensors)}]")
         self.bound_to_view = root != 0
         self._tensors, self._root = [t.detach() for t in tensors], root
-        self._flat = torch.empty(0, dtype=torch.uint8)
+        self._flat = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def move(self, pending: Pending, view: View, rank: int) -> None:
-        self._flat = torch.empty(sum(t.nbytes for t in self._tensors), dtype=torch.uint8)
+        self._flat = torch.empty(sum(t.nbytes for t in self._tensors), dtype=torch.uint8, device="cpu")
         if rank == self._root:
             pack_bytes(self._tensors, self._flat)
         pending.broadcast(self._flat, self._root)
@@ -266,12 +266,12 @@ class ReduceScatter(Exchange):
         self._input = tensor.detach()
         self._wide = reduced_as(call, tensor.dtype, op)
         self._rows_of, self._op, self.for_size = list(rows), op, len(rows)
-        self._whole = self.result = torch.empty(0)
+        self._whole = self.result = torch.empty(0, device="cpu")
 
     def move(self, pending: Pending, view: View, rank: int) -> None:
         rest = self._input.shape[1:]
         self._whole = self._input.to(self._wide).contiguous()
-        self.result = torch.empty((self._rows_of[rank], *rest), dtype=self._wide)
+        self.result = torch.empty((self._rows_of[rank], *rest), dtype=self._wide, device="cpu")
         pending.reduce_parts(self._whole, self.result, [n * rest.numel() for n in self._rows_of], self._op)
 
 

@@ -23,7 +23,7 @@ def plan_to_tree(plan: EpochPlan) -> dict[str, Any]:
             "sizes": list(segment.sizes),
             "origin": segment.origin,
             "gone": sorted(segment.gone),
-            "pool": torch.tensor(segment.pool, dtype=torch.int64) if segment.origin is None else None,
+            "pool": torch.tensor(segment.pool, dtype=torch.int64, device="cpu") if segment.origin is None else None,
         }
         for segment in plan.segments
     ]

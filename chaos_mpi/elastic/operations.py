@@ -54,7 +54,7 @@ class Operation(ABC):
         self.failure: PeerFailedError | None = None
         self._pending: Pending | None = None
         self._world: World | None = None
-        self._label_bounds = torch.empty(0, dtype=torch.int64)
+        self._label_bounds = torch.empty(0, dtype=torch.int64, device="cpu")
 
     @property
     def phase(self) -> str:
@@ -94,7 +94,7 @@ class Operation(ABC):
         if self.checks_label:
             # After it, because calls of different sizes fail by themselves, and then the recovery names them.
             number = int.from_bytes(hashlib.blake2b(self.label.encode(), digest_size=7).digest())
-            self._label_bounds = torch.tensor([number, -number])
+            self._label_bounds = torch.tensor([number, -number], device="cpu")
             self._pending.reduce(self._label_bounds, "max")
 
     def wait(self, what: Callable[[], str], limit_s: float) -> None:
@@ -154,10 +154,10 @@ class GatherRows(Operation):
         self._width = width
         row = len(payload).to_bytes(_LENGTH_BYTES, "little") + payload[:width]
         self._row = np.frombuffer(row.ljust(_LENGTH_BYTES + width, b"\0"), dtype=np.uint8)
-        self._rows = torch.empty((0, len(self._row)), dtype=torch.uint8)
+        self._rows = torch.empty((0, len(self._row)), dtype=torch.uint8, device="cpu")
 
     def start(self, pending: Pending, view: View, rank: int) -> None:
-        self._rows = torch.empty((view.size, len(self._row)), dtype=torch.uint8)
+        self._rows = torch.empty((view.size, len(self._row)), dtype=torch.uint8, device="cpu")
         pending.gather(self._row, self._rows.numpy())
 
     def results(self) -> list[torch.Tensor]:
@@ -193,7 +193,7 @@ class Share(Operation):
         super().__init__(label)
         self._root = root
         self._tensors = [t.detach() for t in tensors]
-        self._flat = torch.empty(sum(t.nbytes for t in self._tensors), dtype=torch.uint8)
+        self._flat = torch.empty(sum(t.nbytes for t in self._tensors), dtype=torch.uint8, device="cpu")
 
     def start(self, pending: Pending, view: View, rank: int) -> None:
         root = self._root if self._root is not None else view.members[0]

@@ -367,7 +367,7 @@ class Persistence:
             tensors = mine.tensors
         else:
             tensors = {
-                name: torch.empty(shape, dtype=getattr(torch, dtype))
+                name: torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")
                 for name, (dtype, shape) in layout["tensors"].items()
             }
         session.share("checkpoint", list(tensors.values()), root=source)

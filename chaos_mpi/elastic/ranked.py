@@ -97,11 +97,11 @@ class BroadcastFrom(RootedExchange):
     def __init__(self, call: str, called: View, tensors: Sequence[torch.Tensor], root: int) -> None:
         super().__init__(f"{call}[from rank {root}, {described(tensors)}]", called, root)
         self._tensors = [t.detach() for t in tensors]
-        self._flat = torch.empty(0, dtype=torch.uint8)
+        self._flat = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def move(self, pending: Pending, view: View, rank: int) -> None:
         root = self.root()
-        self._flat = torch.empty(sum(t.nbytes for t in self._tensors), dtype=torch.uint8)
+        self._flat = torch.empty(sum(t.nbytes for t in self._tensors), dtype=torch.uint8, device="cpu")
         if rank == root:
             pack_bytes(self._tensors, self._flat)
         pending.broadcast(self._flat, root)
@@ -148,7 +148,7 @@ class GatherTo(RootedExchange):
 
     def move(self, pending: Pending, view: View, rank: int) -> None:
         root, each = self.root(), self._input.numel()
-        everyones = torch.empty((view.size if rank == root else 0, each), dtype=self._input.dtype)
+        everyones = torch.empty((view.size if rank == root else 0, each), dtype=self._input.dtype, device="cpu")
         pending.gather_to(self._input, everyones, [each] * view.size, root)
         self.parts = dict(zip(self.present, everyones, strict=True)) if rank == root else {}
 
@@ -166,14 +166,14 @@ class ScatterFrom(RootedExchange):
     def __init__(self, call: str, called: View, like: torch.Tensor, parts: Sequence[torch.Tensor], root: int) -> None:
         super().__init__(f"{call}[from rank {root}, {described([like])}]", called, root)
         self._parts = [t.detach() for t in parts]
-        self.result = torch.empty(like.shape, dtype=like.dtype)
+        self.result = torch.empty(like.shape, dtype=like.dtype, device="cpu")
 
     def move(self, pending: Pending, view: View, rank: int) -> None:
         root, each = self.root(), self.result.numel()
         self.result = torch.empty_like(self.result)
         mine = rank == root
         whole = [self._parts[i].reshape(-1) for i in self.present] if mine else []
-        everyones = torch.cat(whole) if whole else torch.empty(0, dtype=self.result.dtype)
+        everyones = torch.cat(whole) if whole else torch.empty(0, dtype=self.result.dtype, device="cpu")
         pending.scatter_from(everyones, self.result, [each] * view.size, root)
 
 
@@ -193,7 +193,7 @@ class ReduceScatterParts(RankedExchange):
         _refuse_other_number(call, parts, called)
         self._parts, self._op, self._name = [t.detach() for t in parts], op, call
         self._wide = reduced_as(call, parts[0].dtype, op)
-        self.result = torch.empty(0)
+        self.result = torch.empty(0, device="cpu")
 
     def prepare(self, view: View) -> None:
         self.compare(f"{self._name}[{self._op}, {described([self._parts[i] for i in self.present])}]", [0])
@@ -201,7 +201,7 @@ class ReduceScatterParts(RankedExchange):
     def move(self, pending: Pending, view: View, rank: int) -> None:
         chosen = [self._parts[i].reshape(-1) for i in self.present]
         whole = torch.cat(chosen).to(self._wide)
-        self.result = torch.empty(chosen[rank].numel(), dtype=self._wide)
+        self.result = torch.empty(chosen[rank].numel(), dtype=self._wide, device="cpu")
         pending.reduce_parts(whole, self.result, [t.numel() for t in chosen], self._op)
 
 
@@ -226,7 +226,7 @@ class AllToAllParts(RankedExchange):
     def move(self, pending: Pending, view: View, rank: int) -> None:
         chosen = [self._inputs[i].reshape(-1) for i in self.present]
         received = [int(n) for n in self.sizes[:, rank]]
-        theirs = torch.empty(sum(received), dtype=chosen[0].dtype)
+        theirs = torch.empty(sum(received), dtype=chosen[0].dtype, device="cpu")
         pending.exchange_parts(torch.cat(chosen), [t.numel() for t in chosen], theirs, received)
         self.parts = dict(zip(self.present, torch.split(theirs, received), strict=True))
 

@@ -160,7 +160,7 @@ class ElasticSampler(Sampler[list[int]]):
         state = {name: value for name, value in values.items() if value is not None}
         state["lap"] = self._lap
         if remaining is not None:
-            state["remaining"] = torch.tensor(remaining, dtype=torch.int64)
+            state["remaining"] = torch.tensor(remaining, dtype=torch.int64, device="cpu")
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -181,7 +181,7 @@ class ElasticSampler(Sampler[list[int]]):
             # A rank that loads late missed what happened to the others, and makes up for it here.
             missed = [] if self._ever_issued else self._changes.get(lap, [])
             members = missed[0].old if missed else self._session.members
-            array = None if remaining is None else torch.as_tensor(remaining, dtype=torch.int64).numpy()
+            array = None if remaining is None else torch.as_tensor(remaining, dtype=torch.int64, device="cpu").numpy()
             plan = EpochPlan.from_state(values, array, members, self._sizes(members))
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, ConfigError):

@@ -42,7 +42,7 @@ class Transition(Operation):
     def __init__(self, label: str, report: Callable[[], Any], width: int, limit_s: float) -> None:
         super().__init__(label)
         self._report, self._width, self._limit_s = report, width, limit_s
-        self._rows = torch.empty((0, width), dtype=torch.uint8)
+        self._rows = torch.empty((0, width), dtype=torch.uint8, device="cpu")
         self.reports: list[Any] = []
         self.view: View | None = None
         self.world: World | None = None
@@ -57,7 +57,7 @@ class Transition(Operation):
 
     def start(self, pending: Pending, view: View, rank: int) -> None:
         payload = json.dumps(self._report()).encode()
-        self._rows = torch.zeros((view.size, self._width), dtype=torch.uint8)
+        self._rows = torch.zeros((view.size, self._width), dtype=torch.uint8, device="cpu")
         self._rows[rank, : len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
         pending.reduce(self._rows, "bor")
 

@@ -292,7 +292,7 @@ def _refuse_dtypes(model: torch.nn.Module, compression: Any) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or parameter.dtype in _REDUCIBLE:
             continue
-        sent, _ = compression.compress(torch.zeros(1, dtype=parameter.dtype))
+        sent, _ = compression.compress(torch.zeros(1, dtype=parameter.dtype, device="cpu"))
         if sent.dtype not in _REDUCIBLE:
             remedy = (
                 "keep it as a real parameter, and use torch.view_as_complex"

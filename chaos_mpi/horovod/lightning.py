@@ -293,7 +293,7 @@ class _StopTogether(Checkpoint):  # type: ignore[misc]
         self._end_step(*args)
 
     def _agree(self) -> None:
-        wish = torch.tensor([float(self._trainer.should_stop)])
+        wish = torch.tensor([float(self._trainer.should_stop)], device="cpu")
         self._trainer.should_stop = bool(self._session.all_reduce(wish, "max").item())
 
 

@@ -46,7 +46,7 @@ class Loggers:
     def agree(self) -> None:
         """Have all ranks use the versions of rank 0; to be called before anything asks for them."""
         own = [x.version if isinstance(x.version, int) else _CHOSEN for x in self._numbered[:_TOLD]]
-        versions = torch.tensor(own + [_CHOSEN] * (_TOLD - len(own)))
+        versions = torch.tensor(own + [_CHOSEN] * (_TOLD - len(own)), device="cpu")
         self._session.share("versions of the loggers", [versions])
         self._use(versions.tolist())
 

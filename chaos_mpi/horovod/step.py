@@ -47,8 +47,8 @@ class HorovodStep(Operation):
         self.contributes = contributes
         self._proposes, self._break_off = proposes, break_off
         #: How many members contribute, and how many have something to propose.
-        self._control = torch.zeros(2, dtype=torch.float64)
-        self._shared = torch.empty(sum(b.nbytes for b in buffers), dtype=torch.uint8)
+        self._control = torch.zeros(2, dtype=torch.float64, device="cpu")
+        self._shared = torch.empty(sum(b.nbytes for b in buffers), dtype=torch.uint8, device="cpu")
         self._rank = self._size = 0
 
     def start(self, pending: Pending, view: View, rank: int) -> None:
@@ -91,7 +91,7 @@ class HorovodStep(Operation):
             unpack_bytes(self._shared, self._buffers)
 
     def _confirm(self, pending: Pending) -> None:
-        self._control.copy_(torch.tensor([float(self.contributes), float(self._proposes())]))
+        self._control.copy_(torch.tensor([float(self.contributes), float(self._proposes())], device="cpu"))
         pending.reduce(self._control, "sum")
         if self._buffers:
             if self._rank == 0:

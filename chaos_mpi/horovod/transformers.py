@@ -121,7 +121,7 @@ class ChaosTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self._trainer.control.should_save &= self._trainer.args.process_index == 0
         self._end_step(*args, **kwargs)
         control = self._trainer.control
-        wishes = torch.tensor([float(control.should_training_stop), float(control.should_epoch_stop)])
+        wishes = torch.tensor([float(control.should_training_stop), float(control.should_epoch_stop)], device="cpu")
         stop, stop_epoch = self.session.all_reduce(wishes, "max").tolist()
         control.should_training_stop, control.should_epoch_stop = bool(stop), bool(stop_epoch)
 

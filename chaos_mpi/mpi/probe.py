@@ -40,7 +40,7 @@ def survive() -> dict[str, object]:
     found: dict[str, object] = {"size": world.size}
     if world.size != 2:
         return found
-    ones = torch.ones(1024)
+    ones = torch.ones(1024, device="cpu")
     pending = world.pending()
     pending.reduce(ones, "sum")
     pending.wait(lambda: "the first sum", LIMIT_S)

@@ -115,7 +115,7 @@ class RecordingSource(StateSource):
         self._heard = dict.fromkeys(guests, time.monotonic())
         self.silent: set[int] = set()
         self._gone: deque[int] = deque()
-        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._scratch = torch.empty(0, dtype=torch.uint8, device="cpu")
         #: The links of each newcomer by the rank at their other end, bytes per second.
         self.rates: dict[int, dict[int, float]] = {}
         self._measured = threading.Event()
@@ -218,7 +218,7 @@ class RecordingSource(StateSource):
         if kept + stop - start > self._kept_limit:
             self._lost_track = f"the members have kept {kept >> 20} MiB of gradients for it, and keep no more"
             return
-        part, on_host = torch.empty(stop - start, dtype=torch.uint8), OnHost(gradients)
+        part, on_host = torch.empty(stop - start, dtype=torch.uint8, device="cpu"), OnHost(gradients)
         copy_pieces(layout.pieces(on_host, start, stop), part)
         meta = {"optimizer": number, "mask": mask, "layout": digest, "strides": strides,
                 "hyper": hyper_parameters(optimizer)}  # fmt: skip
@@ -353,7 +353,7 @@ class RecordingSource(StateSource):
 
     def _probe(self, guest: int, nbytes: int, number: int) -> None:
         if self._scratch.numel() < nbytes:
-            self._scratch = torch.zeros(LARGEST_PROBE_BYTES, dtype=torch.uint8)
+            self._scratch = torch.zeros(LARGEST_PROBE_BYTES, dtype=torch.uint8, device="cpu")
         self._under_way.append((guest, self._transport.send_data(guest, number, [(self._scratch.data_ptr(), nbytes)])))
 
     def _hand_out(self, guest: int, span: Range, number: int) -> bool:

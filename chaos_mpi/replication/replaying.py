@@ -57,7 +57,7 @@ def measure_links(transport: Transport, sources: Sequence[int], probe_bytes: int
         WaitTimeoutError: a probe did not come within ``limit_s`` seconds.
     """
     probe_bytes = min(probe_bytes, LARGEST_PROBE_BYTES)
-    memory = torch.empty(probe_bytes, dtype=torch.uint8)
+    memory = torch.empty(probe_bytes, dtype=torch.uint8, device="cpu")
     number = _FIRST_NUMBER
     under_way: dict[int, deque[DataTransfer]] = {rank: deque() for rank in sources}
     arrivals: dict[int, list[float]] = {rank: [] for rank in sources}

@@ -50,7 +50,7 @@ class Snapshot:
 
     def __init__(self, ranges: Sequence[Range], layout: Layout, tensors: Mapping[str, torch.Tensor]) -> None:
         self._ranges = joined(ranges)
-        self._memory = [torch.empty(stop - start, dtype=torch.uint8) for start, stop in self._ranges]
+        self._memory = [torch.empty(stop - start, dtype=torch.uint8, device="cpu") for start, stop in self._ranges]
         for (start, stop), memory in zip(self._ranges, self._memory, strict=True):
             copy_pieces(layout.pieces(tensors, start, stop), memory)
 

@@ -121,7 +121,7 @@ class BufferSet:
         self.flats = [host_memory(b.numel + (tail if i == last else 0), b.dtype, device) for i, b in enumerate(buckets)]
         self.gradients = [flat[: b.numel] for b, flat in zip(buckets, self.flats, strict=True)]
         self.control = self.flats[-1][-tail:]
-        self.shared = torch.empty(shared_bytes, dtype=torch.uint8)
+        self.shared = torch.empty(shared_bytes, dtype=torch.uint8, device="cpu")
         self.views = [
             [flat[o : o + params[i].numel()].view(params[i].shape) for i, o in zip(b.params, b.offsets, strict=True)]
             for b, flat in zip(buckets, self.flats, strict=True)
@@ -344,4 +344,4 @@ class GradientStep(Operation):
         # Of a member that does not count, too: it has a gradient now, of zeros, so all others need one.
         used = [0.0 if p.grad is None else 1.0 for p in self._params]
         header = [1.0 if counts else 0.0, 1.0 if self._proposes() else 0.0, self._model, self._model**2]
-        self.memory.control.copy_(torch.tensor([*header, *used]))
+        self.memory.control.copy_(torch.tensor([*header, *used], device="cpu"))

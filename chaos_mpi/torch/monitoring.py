@@ -88,4 +88,4 @@ def _awaited(arrival: Message, limit: float) -> ChaosError | None:
 
 
 def _word() -> torch.Tensor:
-    return torch.zeros(1, dtype=torch.uint8)
+    return torch.zeros(1, dtype=torch.uint8, device="cpu")

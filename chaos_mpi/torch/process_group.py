@@ -287,7 +287,9 @@ class ChaosProcessGroup(RegisteredGroup):
 
     def _receive(self, tensors: Tensors, source: int | None, tag: int) -> Work:
         (tensor,) = usable("recv", tensors)
-        target = tensor.detach() if tensor.is_contiguous() else torch.empty(tensor.shape, dtype=tensor.dtype)
+        target = (
+            tensor.detach() if tensor.is_contiguous() else torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+        )
         message = self.carrier.messages().receive(target, source, checked_tag(tag))
 
         def finish() -> None:
@@ -357,7 +359,7 @@ class ChaosProcessGroup(RegisteredGroup):
         """
         if parts and max(parts) >= len(outputs):
             raise ConfigError(f"{call} got tensors of ranks up to {max(parts)}, and has room for {len(outputs)}")
-        stand_in = parts[min(parts)] if parts and repeat else torch.empty(0)
+        stand_in = parts[min(parts)] if parts and repeat else torch.empty(0, device="cpu")
         for rank, output in enumerate(outputs):
             if rank in parts:
                 fill(call, output, parts[rank])

@@ -16,7 +16,7 @@ def host_memory(numel: int, dtype: torch.dtype, device: torch.device) -> torch.T
 
     Where that is a CUDA device, the memory is page-locked: only then copies run beside the computation.
     """
-    return torch.zeros(numel, dtype=dtype, pin_memory=device.type == "cuda")
+    return torch.zeros(numel, dtype=dtype, pin_memory=device.type == "cuda", device="cpu")
 
 
 def way_to_host(device: torch.device) -> torch.cuda.Stream | None:

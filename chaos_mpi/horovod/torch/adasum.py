@@ -32,14 +32,14 @@ class Adaptive(Exchange):
         self.is_gradient_step = is_step
         self._inputs = [t.detach().cpu() for t in tensors]
         # A word in front of each rank's tensors: whether it proposes something.
-        self._proposes = torch.tensor([int(proposes)])
+        self._proposes = torch.tensor([int(proposes)], device="cpu")
         self._bytes = self._proposes.nbytes + sum(t.nbytes for t in self._inputs)
-        self._all = torch.empty(0, dtype=torch.uint8)
+        self._all = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def move(self, pending: Pending, view: View, rank: int) -> None:
-        mine = torch.empty(self._bytes, dtype=torch.uint8)
+        mine = torch.empty(self._bytes, dtype=torch.uint8, device="cpu")
         pack_bytes([self._proposes, *self._inputs], mine)
-        self._all = torch.empty(view.size * self._bytes, dtype=torch.uint8)
+        self._all = torch.empty(view.size * self._bytes, dtype=torch.uint8, device="cpu")
         pending.gather_parts(mine, self._all, [self._bytes] * view.size)
 
     def anyone_proposes(self) -> bool:

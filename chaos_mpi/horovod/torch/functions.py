@@ -92,7 +92,7 @@ def broadcast_optimizer_state(
     told = (frame, [(t.dtype, t.shape) for t in tensors])
     frame, shapes = _object_of(root, told, "optimizer_state", global_process_set)
     if not is_root:
-        tensors = [torch.empty(shape, dtype=dtype) for dtype, shape in shapes]
+        tensors = [torch.empty(shape, dtype=dtype, device="cpu") for dtype, shape in shapes]
     else:
         tensors = [t.detach().cpu().contiguous().clone() for t in tensors]
     _share([(f"optimizer_state.{i}", t) for i, t in enumerate(tensors)], root)
@@ -124,7 +124,7 @@ def _object_of(root: str, obj: Any, name: str | None, process_set: ProcessSet) -
     queue = process_set.queue
     name = queue.name("broadcast_object", name)
     call = f"{name}[from {root}]"
-    payload = torch.empty(0, dtype=torch.uint8)
+    payload = torch.empty(0, dtype=torch.uint8, device="cpu")
     if is_root:
         payload = torch.frombuffer(bytearray(_pickler.dumps(obj)), dtype=torch.uint8)
 

@@ -151,7 +151,7 @@ class Job:
             if (steps := self.steps.get(spec["step"])) is None:
                 raise NoSessionError(f"this rank has joined, and has no optimizer for: {call}")
             return steps.make(zeros=True)
-        tensors = [torch.zeros(shape, dtype=getattr(torch, dtype)) for dtype, shape in spec["tensors"]]
+        tensors = [torch.zeros(shape, dtype=getattr(torch, dtype), device="cpu") for dtype, shape in spec["tensors"]]
         return AllReduce(call, tensors)
 
 

@@ -102,7 +102,7 @@ def gather(
 
 def _packed(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """The bytes of several tensors, after the number of rows of each, in words of eight bytes: MPI counts them."""
-    words = [torch.tensor([tensor.shape[0] if tensor.dim() else 1 for tensor in tensors])]
+    words = [torch.tensor([tensor.shape[0] if tensor.dim() else 1 for tensor in tensors], device="cpu")]
     for tensor in tensors:
         flat = tensor.contiguous().reshape(-1).view(torch.uint8)
         words.append(torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(torch.int64))
@@ -158,7 +158,7 @@ class _AllGather(torch.autograd.Function):
 
         process_set: ProcessSet = ctx.process_set
         averages = grouped_allreduce(list(gradients), op=Average, process_set=process_set)
-        rows = allgather(torch.tensor([ctx.rows]), process_set=process_set)
+        rows = allgather(torch.tensor([ctx.rows], device="cpu"), process_set=process_set)
         starts = rows[: process_set.rank()].sum(0).tolist()
         parts = zip(averages, starts, ctx.rows, ctx.shapes, strict=True)
         return None, None, *(a.narrow(0, int(first), count).view(shape) for a, first, count, shape in parts)
@@ -304,7 +304,7 @@ def alltoall_async(
         return AllToAll(call, given, wanted, group.size)
 
     def finish(operation: AllToAll, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
-        return operation.result.to(tensor.device), torch.tensor(operation.received, dtype=torch.int32)
+        return operation.result.to(tensor.device), torch.tensor(operation.received, dtype=torch.int32, device="cpu")
 
     return start(queue, Request(Asked(name, call), make, finish))
 

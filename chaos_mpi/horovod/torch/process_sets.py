@@ -281,7 +281,7 @@ def _next_number(what: str, members: tuple[str, ...]) -> int:
         HorovodInternalError: the ranks do not come together, or some of ``members`` have died; at every rank.
     """
     global _last_number
-    numbers, living = job().gather(what, torch.tensor(_last_number))
+    numbers, living = job().gather(what, torch.tensor(_last_number, device="cpu"))
     _last_number = int(max(numbers)) + 1
     if lost := sorted(set(members).difference(living)):
         raise HorovodInternalError(f"{what}: {', '.join(lost)} died meanwhile")

@@ -45,7 +45,7 @@ def scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
         return tensor
     wide = tensor.dtype if tensor.dtype.is_floating_point else torch.float64
     wide = torch.float32 if tensor.dtype in _HALVES else wide
-    return (tensor.to(wide) * torch.tensor(factor, dtype=wide)).to(tensor.dtype)
+    return (tensor.to(wide) * torch.tensor(factor, dtype=wide, device="cpu")).to(tensor.dtype)
 
 
 def averaged(total: torch.Tensor, count: int) -> torch.Tensor:

@@ -69,7 +69,7 @@ def enter(state: State) -> None:
     # What newcomers would repeat to catch up are steps, and a state here has attributes that change otherwise.
     session.settings = dataclasses.replace(session.settings, join_policy="blocking")
     models, optimizers = state.parts()
-    placeholder = torch.nn.Linear(1, 1)
+    placeholder = torch.nn.Linear(1, 1, device="cpu")
     here.state = _State(
         model=models or {"none": placeholder},
         optimizer=optimizers or {"none": torch.optim.SGD(placeholder.parameters(), lr=0.0)},
@@ -124,7 +124,7 @@ def check(told: bool) -> None:
     here = job()
     here.queue.drain()
     session = here.session
-    rows, members = here.gather(CHECK, torch.tensor([session.wants_to_talk(), told]))
+    rows, members = here.gather(CHECK, torch.tensor([session.wants_to_talk(), told], device="cpu"))
     if here.elastic:
         talk = session.talk_is_due or any(wants for wants, _ in rows)
         if talk:
