@@ -160,6 +160,20 @@ class ChaosCallback:
         """Between two steps, when optimizer, scheduler and counters are up to date; all members call it, or none."""
         self.session.meet(talk=False)
 
+    #: Under Keras's other name.
+    on_train_batch_end = on_batch_end
+
+    def on_batch_begin(self, batch: int | None = None, logs: Any = None) -> None:
+        """Nothing; for loops that call all hooks of Keras's kind."""
+
+    on_train_batch_begin = on_batch_begin
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Nothing; for loops that call all hooks of Keras's kind."""
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Nothing; for loops that call all hooks of Keras's kind."""
+
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Have the samplers go to this epoch, as for a loop that takes callbacks of Keras's kind."""
         if hasattr(self.state, "epoch"):
@@ -280,6 +294,12 @@ def _refuse_unusable(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -
             "callback.optimizer"
         )
     refuse_unusable_module(model)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.device.type != "cpu":
+            raise ConfigError(
+                f"'{name}' is on {tensor.device}, and ChaosCallback takes models on the CPU only; "
+                "chaos_mpi.DistributedDataParallel and chaos_mpi.horovod.torch take models on a GPU"
+            )
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if left_out := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in trained]:
         raise ConfigError(

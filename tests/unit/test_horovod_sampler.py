@@ -132,7 +132,7 @@ def test_after_an_error_in_a_commit_the_samples_are_those_of_the_model_of_rank_0
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     members = Members("ab", 40, monkeypatch)
-    handlers = {name: state._SamplerHandler(sampler) for name, sampler in members.samplers.items()}
+    handlers = {name: state.SamplerStateHandler(sampler) for name, sampler in members.samplers.items()}
     told: list[object] = []
     monkeypatch.setattr(state, "allgather_object", lambda mine, _: told.append(mine) or list(rows or told))
 

@@ -20,3 +20,15 @@ class HostsUpdatedInterrupt(RuntimeError):
     def __init__(self, skip_sync: bool = False) -> None:
         super().__init__("the ranks of the job have changed")
         self.skip_sync = skip_sync
+
+
+class HorovodVersionMismatchError(ImportError):
+    """Not raised here, where nothing was built for a version of torch: for scripts that catch it.
+
+    Attributes:
+        name, version, installed_version: what does not fit.
+    """
+
+    def __init__(self, name: str, version: str, installed_version: str) -> None:
+        super().__init__(f"{name} is of version {version}, and Horovod was built for {installed_version}")
+        self.name, self.version, self.installed_version = name, version, installed_version

@@ -22,3 +22,10 @@ __all__ = [  # noqa: PLE0604
     *mpi_ops.__all__, "Compression", "DistributedOptimizer", "SyncBatchNorm", "allgather_object", "broadcast_object",
     "broadcast_optimizer_state", "broadcast_parameters", "elastic",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> object:
+    raise AttributeError(
+        f"chaos_mpi.horovod.torch has no {name!r}: it has what the README names under 'One line: "
+        "chaos_mpi.horovod.torch', and nothing of Horovod's core library"
+    )

@@ -46,7 +46,7 @@ from chaos_mpi.horovod.torch.process_sets import (
     global_process_set,
     remove_process_set,
 )
-from chaos_mpi.horovod.torch.reduce_ops import Adasum, Average, Max, Min, Product, Sum
+from chaos_mpi.horovod.torch.reduce_ops import Adasum, Average, Max, Min, Product, Sum, chosen_op
 from chaos_mpi.horovod.torch.reducing import (
     allreduce,
     allreduce_,
@@ -77,3 +77,6 @@ __all__ = [
     "remove_process_set", "rocm_built", "shutdown", "size", "sparse_allreduce_async", "start_timeline",
     "stop_timeline", "synchronize",
 ]  # fmt: skip
+
+#: Horovod's name for it, under which wrappers of its calls look for it.
+handle_average_backwards_compatibility = chosen_op

@@ -6,7 +6,8 @@ import copy
 import hashlib
 import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -109,38 +110,39 @@ class ObjectState(State):
         kwargs: the attributes. They have to be picklable.
     """
 
+    _saved_state: dict[str, Any]
+
     def __init__(
         self,
         bcast_object: Callable[..., Any] | None = None,
         get_rank: Callable[[], int] | None = None,
         **kwargs: Any,
     ) -> None:
-        self._saved_state = dict(kwargs)
         super().__init__(bcast_object, get_rank)
-        self._set_attributes()
+        self._take(kwargs)
 
     def save(self) -> None:
-        self._saved_state = {name: copy.deepcopy(getattr(self, name)) for name in self._saved_state}
+        self._saved_state = copy.deepcopy({name: getattr(self, name) for name in self._saved_state})
 
     def restore(self) -> None:
-        self._set_attributes()
+        for name, value in copy.deepcopy(self._saved_state).items():
+            setattr(self, name, value)
 
     def sync(self) -> None:
         if self._saved_state:
-            now = {name: getattr(self, name) for name in self._saved_state}
-            self._saved_state = self._bcast_object(now)
-            self._set_attributes()
+            self._take(self._bcast_object({name: getattr(self, name) for name in self._saved_state}))
 
     def attributes(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._saved_state}
 
     def take_attributes(self, values: dict[str, Any]) -> None:
-        self._saved_state.update({name: value for name, value in values.items() if name in self._saved_state})
-        self._set_attributes()
+        self._take({name: values.get(name, getattr(self, name)) for name in self._saved_state})
 
-    def _set_attributes(self) -> None:
-        for name, value in self._saved_state.items():
-            setattr(self, name, copy.deepcopy(value))
+    def _take(self, values: dict[str, Any]) -> None:
+        """Have these themselves as attributes, which the script may hold as well, and save what they are now."""
+        for name, value in values.items():
+            setattr(self, name, value)
+        self._saved_state = copy.deepcopy(values)
 
 
 class TorchState(ObjectState):
@@ -151,7 +153,8 @@ class TorchState(ObjectState):
         kwargs: the attributes. What is none of these kinds has to be picklable.
     """
 
-    _handlers: dict[str, _Handler]
+    #: None yet where a subclass sets attributes before it calls ``super().__init__()``.
+    _handlers: Mapping[str, StateHandler] = MappingProxyType({})
     _is_restored = False
 
     def __init__(
@@ -168,8 +171,7 @@ class TorchState(ObjectState):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._handlers:
-            self._handlers[name].value = value
-            self._handlers[name].save()
+            self._handlers[name].set_value(value)
         super().__setattr__(name, value)
 
     def save(self) -> None:
@@ -228,24 +230,38 @@ class TorchState(ObjectState):
         super().take_attributes(values)
 
 
-class _Handler(ABC):
-    """How a value of one kind is kept."""
+class StateHandler(ABC):
+    """How a value of one kind is kept. Another kind: a class like this, and :func:`set_handler_registry`.
+
+    Attributes:
+        value: the value.
+    """
 
     def __init__(self, value: Any) -> None:
         self.value = value
         self._saved: Any = None
 
+    def set_value(self, value: Any) -> None:
+        """Another one is to be kept."""
+        self.value = value
+        self.save()
+
     def save(self) -> None:
+        """Keep what :meth:`restore` goes back to."""
         self._saved = copy.deepcopy(self.value.state_dict())
 
     def restore(self) -> None:
+        """Go back to what was saved last."""
         self.value.load_state_dict(copy.deepcopy(self._saved))
 
     @abstractmethod
-    def sync(self) -> None: ...
+    def sync(self) -> None:
+        """Make the value alike at all ranks."""
 
 
-class _ModelHandler(_Handler):
+class ModelStateHandler(StateHandler):
+    """A model: parameters and buffers."""
+
     def sync(self) -> None:
         # Mostly they are alike already, but for the buffers.
         for named in (list(self.value.named_parameters()), list(self.value.named_buffers())):
@@ -253,7 +269,9 @@ class _ModelHandler(_Handler):
                 broadcast_parameters(named, 0)
 
 
-class _OptimizerHandler(_Handler):
+class OptimizerStateHandler(StateHandler):
+    """An optimizer."""
+
     def sync(self) -> None:
         tensors: list[torch.Tensor] = []
         frame = _without_tensors(self.value.state_dict(), tensors)
@@ -263,7 +281,9 @@ class _OptimizerHandler(_Handler):
             broadcast_optimizer_state(self.value, 0)
 
 
-class _SamplerHandler(_Handler):
+class SamplerStateHandler(StateHandler):
+    """An elastic sampler."""
+
     _is_restored = False
 
     def save(self) -> None:
@@ -282,15 +302,26 @@ class _SamplerHandler(_Handler):
         self._is_restored = False
 
 
-_KINDS: Sequence[tuple[type[Any], type[_Handler]]] = (
-    (torch.nn.Module, _ModelHandler),
-    (torch.optim.Optimizer, _OptimizerHandler),
-    (ElasticSampler, _SamplerHandler),
-)
+_registry: list[tuple[type[Any], type[StateHandler]]] = [
+    (torch.nn.Module, ModelStateHandler),
+    (torch.optim.Optimizer, OptimizerStateHandler),
+    (ElasticSampler, SamplerStateHandler),
+]
 
 
-def _handler_of(value: Any) -> _Handler | None:
-    return next((handler(value) for kind, handler in _KINDS if isinstance(value, kind)), None)
+def get_handler_registry() -> list[tuple[type[Any], type[StateHandler]]]:
+    """Which kinds of values have which handlers in a :class:`TorchState`; the first that fits counts."""
+    return _registry
+
+
+def set_handler_registry(registry: Iterable[tuple[type[Any], type[StateHandler]]]) -> None:
+    """Have these handlers, in every :class:`TorchState` that is made from now on."""
+    global _registry
+    _registry = list(registry)
+
+
+def _handler_of(value: Any) -> StateHandler | None:
+    return next((handler(value) for kind, handler in _registry if isinstance(value, kind)), None)
 
 
 def _differs(mine: str) -> bool:
