@@ -81,7 +81,7 @@ class RootedExchange(RankedExchange):
         if len(named) > 1 or -1 in named:
             raise ViewChangedError(
                 f"the root of '{self.call}' died while the call was made; only rank 0 has a successor, and not for "
-                "what it alone has (scatter), or alone gets (gather). Catch this at all ranks, and choose another root"
+                "what it alone has (scatter). Catch this at all ranks, and choose another root"
             )
         return named.pop()
 
@@ -135,11 +135,12 @@ class ReduceTo(RootedExchange):
 class GatherTo(RootedExchange):
     """Equally large tensors of all members; only the root has them.
 
+    The successor of rank 0 has given no room for them, so they are lost with rank 0. That is no error: one rank alone
+    would have had them, and the others are to train on.
+
     Attributes:
         parts: at the root, the flat tensor of each rank in the view of its call that is left; else empty.
     """
-
-    has_successor = False  # it has given no room for them
 
     def __init__(self, call: str, called: View, tensor: torch.Tensor, root: int) -> None:
         super().__init__(f"{call}[to rank {root}, {described([tensor])}]", called, root)
