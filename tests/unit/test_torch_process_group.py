@@ -107,7 +107,7 @@ def test_who_has_a_successor_as_root() -> None:
     rooted: dict[Any, bool] = {
         BroadcastFrom("call", called, [tensor], 0): True,
         ReduceTo("call", called, [tensor], "sum", 0): True,
-        GatherTo("call", called, tensor, 0): False,
+        GatherTo("call", called, tensor, 0): True,
         ScatterFrom("call", called, tensor, [], 0): False,
     }
     for operation, has_successor in rooted.items():
