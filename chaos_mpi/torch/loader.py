@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Self, TypeVar
 
+import torch.multiprocessing
 import torch.utils.data
 
 from chaos_mpi.elastic.sampler import ElasticSampler
 from chaos_mpi.errors import ConfigError
+from chaos_mpi.torch.workers import SurvivingInit, sigterm_held_off
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -19,7 +21,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
     With ``batch_sampler=ElasticSampler(...)`` a batch counts as taken when the training loop gets it, not
     when a worker is told to fetch it, and batches made of samples that a dead rank gave back at the end of an
     epoch come within the same ``for`` loop. With any other sampler it is torch's loader. Takes the same
-    arguments.
+    arguments. Its workers outlive a SIGTERM that is sent to all processes, so that the rank can end in good order.
 
     Raises:
         ConfigError: ``in_order=False`` with an ElasticSampler: batches out of order cannot be counted.
@@ -27,6 +29,8 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.num_workers > 0:
+            self.worker_init_fn = SurvivingInit(self.worker_init_fn)
         self._elastic: ElasticSampler | None = None
         if isinstance(self.batch_sampler, ElasticSampler):
             if not getattr(self, "in_order", True):
@@ -36,12 +40,16 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
 
     def __iter__(self) -> Any:  # torch promises one of its private iterators
         if self._elastic is None:
-            return super().__iter__()
+            return self.fetch()
         return _CountedBatches(self, self._elastic)
 
     def fetch(self) -> Iterator[Any]:
         """torch's own iterator over what the sampler issues from now on."""
-        return super().__iter__()
+        if self.num_workers == 0:
+            return super().__iter__()
+        processes: Any = self.multiprocessing_context or torch.multiprocessing
+        with sigterm_held_off(processes.get_start_method()):
+            return super().__iter__()
 
 
 class _CountedBatches(Iterator[Any]):

@@ -285,7 +285,8 @@ def test_too_few_ranks_of_a_job_that_was_resumed_with_more(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("machine", [False, True], ids=["the ranks", "the whole machine"])
 def test_all_are_told_to_end_and_resumed(machine: bool, tmp_path: Path) -> None:
-    problem = Problem(ranks=3, epochs=10, pause_s=0.02)
+    # With workers on the whole machine: they are told, too, and the ranks need them until they have stopped.
+    problem = Problem(ranks=3, epochs=10, pause_s=0.02, workers=2 if machine else 0)
     options = ["--checkpoint-dir", str(tmp_path / "saved"), "--resume"]
     with start_training(tmp_path / "a", problem, options=options) as job:
         job.wait_until(lambda: job.steps_finished() > 2, "the first steps")

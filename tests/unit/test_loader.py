@@ -1,5 +1,12 @@
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -181,3 +188,48 @@ def test_batches_out_of_order_are_refused() -> None:
     sampler = ElasticSampler(10, session=FakeSession("a", ("a",)))
     with pytest.raises(ConfigError, match="in_order"):
         DataLoader(Numbers(10), batch_sampler=sampler, num_workers=1, in_order=False)
+
+
+class Leaves:
+    """A script's own ``worker_init_fn``, which can be sent to a process that is not forked."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, worker: int) -> None:
+        (self.folder / str(worker)).touch()
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_outlive_a_sigterm_to_all_processes(context: str, tmp_path: Path) -> None:
+    how = {"multiprocessing_context": context, "worker_init_fn": Leaves(tmp_path), "prefetch_factor": 1}
+    ((_, loader),) = make(1, 40, 2, {"num_workers": 1, **how})
+    loop = iter(loader)
+    (worker,) = multiprocessing.active_children()
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGTERM)  # it may be at its very beginning
+    seen = next(loop).tolist()
+    os.kill(worker.pid, signal.SIGTERM)
+    for batch in loop:
+        seen += batch.tolist()
+    assert sorted(seen) == list(range(40))
+    assert [path.name for path in tmp_path.iterdir()] == ["0"]
+    assert worker.exitcode == 0, "it ends when the loader tells it to"
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["the-end-of-the-script", "a-rank-that-is-killed"])
+def test_workers_end_with_their_rank(killed: bool) -> None:
+    script = textwrap.dedent("""
+        import multiprocessing, os, signal, sys
+        from chaos_mpi.torch.loader import DataLoader
+
+        loader = DataLoader(range(20), batch_size=2, num_workers=2, persistent_workers=True)
+        assert len(list(loader)) == 10
+        print(len(multiprocessing.active_children()), "workers", flush=True)
+        if sys.argv[1] == "True":
+            os.kill(os.getpid(), signal.SIGKILL)
+    """)
+    # The workers have this end of the pipe, too: it is read to its end when the last one has ended.
+    done = subprocess.run([sys.executable, "-c", script, str(killed)], stdout=subprocess.PIPE, timeout=120, check=False)
+    assert done.stdout == b"2 workers\n"
+    assert done.returncode == (-signal.SIGKILL if killed else 0)
