@@ -246,7 +246,8 @@ class ChaosCallback:
     def _after_forward(self, model: torch.nn.Module, _: Any, output: Any) -> None:
         if model.training and torch.is_grad_enabled():
             for tensor in tree_leaves(output):
-                if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                # A parameter that the model returns has a hook already, and would keep one more of each call.
+                if isinstance(tensor, torch.Tensor) and tensor.grad_fn is not None:
                     tensor.register_hook(self._output_gradient)  # type: ignore[no-untyped-call]
 
     def _output_gradient(self, _: torch.Tensor) -> None:

@@ -104,16 +104,13 @@ class DistributedDataParallel(torch.nn.Module):
         if not torch.is_grad_enabled():
             return self.module(*args, **kwargs)
         if self._in_backward and torch._C._current_graph_task_id() == -1:
-            raise ConfigError(
-                "the last backward pass of this model did not come to its end, because of an error that the script has "
-                "caught: this rank cannot finish the step that the others are in, nor leave it out. Let the error end "
-                f"it; the others train on (rank {self._session.rank}, step {self._session.step})"
-            )
+            self._abandon_backward()
         self._reducer.rounds.begin()
         self._end_queued = self._in_backward
         output = self.module(*args, **kwargs)
         for tensor in tree_leaves(output):
-            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+            # Not a leaf: a parameter that the model returns has its own hook, and would keep one more of each call.
+            if isinstance(tensor, torch.Tensor) and tensor.grad_fn is not None:
                 tensor.register_hook(self._output_gradient)  # type: ignore[no-untyped-call]
         return output
 
@@ -169,6 +166,18 @@ class DistributedDataParallel(torch.nn.Module):
         self._is_late = self._session.gradient_step_is_open
         if not self._is_late:
             self._step = self._reducer.begin()
+
+    def _abandon_backward(self) -> None:
+        """The last backward pass has ended by an error, and a new forward pass begins."""
+        if self._step is not None or self._is_late:
+            raise ConfigError(
+                "the last backward pass of this model did not come to its end, because of an error that the script has "
+                "caught: this rank cannot finish the step that the others are in, nor leave it out. Let the error end "
+                f"it; the others train on (rank {self._session.rank}, step {self._session.step})"
+            )
+        # Within no_sync nothing is under way. What the script does with half a gradient is up to it, as without us.
+        self._in_backward = False
+        self._reducer.rounds.unmute()
 
     def _begin_late(self) -> None:
         self._is_late, self._waits = False, 0

@@ -89,5 +89,5 @@ def refuse_unusable_module(module: torch.nn.Module) -> None:
         if tensor.is_meta:
             raise ConfigError(f"'{name}' is on meta and has no values; materialise the module first")
     for name, part in module.named_modules():
-        if getattr(part, "sparse", False):
+        if isinstance(part, (torch.nn.Embedding, torch.nn.EmbeddingBag)) and part.sparse and part.weight.requires_grad:
             raise ConfigError(f"'{name}' produces sparse gradients, which are not supported; set sparse=False")
