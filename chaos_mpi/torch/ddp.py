@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,16 +10,19 @@ from typing import Any
 import torch
 from torch.autograd import Variable
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.hooks import RemovableHandle
 
 from chaos_mpi.elastic.current import current_session
 from chaos_mpi.elastic.session import Session
 from chaos_mpi.errors import ConfigError, MismatchError
 from chaos_mpi.torch.buckets import GradientStep, make_buckets
-from chaos_mpi.torch.modules import refuse_unusable_module
+from chaos_mpi.torch.modules import ignored_names, refuse_unfrozen, refuse_unusable_module
 from chaos_mpi.torch.reducer import Reducer
 
 #: The steps of modules in one backward end one after the other; one that does not, after an error, never will.
 _MOST_WAITS = 1000
+#: Those of this process.
+_wrappers: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
 
 
 class DistributedDataParallel(torch.nn.Module):
@@ -30,7 +34,10 @@ class DistributedDataParallel(torch.nn.Module):
     loop sees nothing but a longer step. The average is over the members that took part.
 
     At construction, all ranks get rank 0's parameters and buffers. After every step, buffers (BatchNorm
-    statistics, for one) are those of rank 0, unless ``broadcast_buffers`` is false.
+    statistics, for one) are those of rank 0, unless ``broadcast_buffers`` is false. Where the module names some that
+    torch's is to ignore (``_ddp_params_and_buffers_to_ignore``), these are each rank's own.
+
+    A module that is wrapped once more has the newer wrapper only. Parameters that are frozen now are never averaged.
 
     Args:
         module: its parameters are on one device, of dtype float16, bfloat16, float32 or float64. Half-precision
@@ -48,7 +55,8 @@ class DistributedDataParallel(torch.nn.Module):
         session: default: the open session.
 
     Raises:
-        ConfigError: an argument or a parameter is of a kind that cannot be used.
+        ConfigError: an argument or a parameter is of a kind that cannot be used; in backward: a parameter that was
+            frozen at first has a gradient.
         MismatchError: the module differs between ranks; the message names the first difference.
         NoSessionError: :func:`chaos_mpi.init` has not been called.
     """
@@ -82,27 +90,36 @@ class DistributedDataParallel(torch.nn.Module):
         self.require_backward_grad_sync = True
         self._session = session if session is not None else current_session()
         self._params = [p for p in module.parameters() if p.requires_grad]
+        self._frozen = [(name, p) for name, p in module.named_parameters() if not p.requires_grad]
         self._buckets = make_buckets(self._params, int((bucket_cap_mb or 25) * (1 << 20)))
         self._refuse_differences()
         if init_sync:
-            everything = [p.detach() for p in module.parameters()] + [b.detach() for b in module.buffers()]
-            self._session.share("initial parameters", everything)
+            self._session.share("initial parameters", [tensor.detach() for _, tensor in self._common()])
         self._reducer = Reducer(self._session, self._params, self._buckets, module if self.broadcast_buffers else None)
         self._in_backward = False
         self._end_queued = False
         self._reached: set[int] = set()
         self._is_late, self._waits = False, 0
         self._step: GradientStep | None = None
-        for position, bucket in enumerate(self._buckets):
-            for index in bucket.params:
-                self._params[index].register_post_accumulate_grad_hook(self._hook(position, index))  # type: ignore[no-untyped-call]
+        self._is_retired = self._is_part = False
+        self._take_over()
+        self._handles: list[RemovableHandle] = [
+            self._params[index].register_post_accumulate_grad_hook(self._hook(position, index))  # type: ignore[no-untyped-call]
+            for position, bucket in enumerate(self._buckets)
+            for index in bucket.params
+        ]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module."""
         if self._device is not None:
             args, kwargs = tree_map(self._moved, (args, kwargs))
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or self._is_part:
             return self.module(*args, **kwargs)
+        if self._is_retired:
+            raise ConfigError(
+                "this module was wrapped once more, and its gradients are averaged by the newer "
+                "DistributedDataParallel: call that one"
+            )
         if self._in_backward and torch._C._current_graph_task_id() == -1:
             self._abandon_backward()
         self._reducer.rounds.begin()
@@ -128,6 +145,22 @@ class DistributedDataParallel(torch.nn.Module):
             yield
         finally:
             self.require_backward_grad_sync = before
+
+    def _take_over(self) -> None:
+        """Retire earlier wrappers of these parameters: each would make a step of its own of every backward pass."""
+        mine, parts = {id(p) for p in self._params}, set(self.module.modules())
+        for earlier in list(_wrappers):
+            earlier._frozen = [(name, p) for name, p in earlier._frozen if id(p) not in mine]
+            if earlier.module is self.module or mine.issuperset(map(id, earlier._params)):
+                earlier._retire(is_part=earlier in parts)
+        _wrappers.add(self)
+
+    def _retire(self, *, is_part: bool) -> None:
+        """Have another one, which contains this one if ``is_part``, do all from now on."""
+        while self._handles:
+            self._handles.pop().remove()
+        self._reducer.close()
+        self._is_retired, self._is_part = True, is_part
 
     # -- backward ------------------------------------------------------------------------------------
 
@@ -196,13 +229,16 @@ class DistributedDataParallel(torch.nn.Module):
         step, self._step = self._step, None
         self._end_queued = False
         if not self._in_backward:
+            refuse_unfrozen(self._frozen)
             return  # torch.autograd.grad, which reaches no parameter
         self._in_backward = False
         self._reducer.rounds.note_backward()
         self._reducer.rounds.unmute()
         if step is None:
+            refuse_unfrozen(self._frozen)
             return
         self._reducer.settle(step)
+        refuse_unfrozen(self._frozen)
         if step.too_early:
             raise ConfigError(
                 "a parameter got gradients at two times of one backward pass, and the first were sent already: it is "
@@ -214,13 +250,14 @@ class DistributedDataParallel(torch.nn.Module):
 
     # -- equal modules -------------------------------------------------------------------------------
 
+    def _common(self) -> list[tuple[str, torch.Tensor]]:
+        """Parameters and buffers that all ranks are to have alike, with their names."""
+        ignored = ignored_names(self.module)
+        everything = [*self.module.named_parameters(), *self.module.named_buffers()]
+        return [(name, tensor) for name, tensor in everything if name not in ignored]
+
     def _refuse_differences(self) -> None:
-        signature = {
-            "module": [
-                [name, list(t.shape), str(t.dtype), t.requires_grad]
-                for name, t in [*self.module.named_parameters(), *self.module.named_buffers()]
-            ],
-        }
+        signature = {"module": [[name, list(t.shape), str(t.dtype), t.requires_grad] for name, t in self._common()]}
         signatures = self._session.gather(signature)
         for rank, other in enumerate(signatures[1:], start=1):
             for here, there in _pairs(signatures[0]["module"], other["module"]):
@@ -272,4 +309,10 @@ def _refuse_unusable(
     for name, chosen in [*(("device_ids", each) for each in device_ids or ()), ("output_device", output_device)]:
         if chosen is not None and not _is_that(chosen, *devices):
             raise ConfigError(f"{name} names {chosen}, but the module is on {there}; leave {name} out")
+    ignored = ignored_names(module)
+    if trained := [name for name, p in module.named_parameters() if p.requires_grad and name in ignored]:
+        raise ConfigError(
+            f"'{trained[0]}' is trained, and named in _ddp_params_and_buffers_to_ignore: each rank would come to other "
+            "values; freeze it, or leave it out there"
+        )
     refuse_unusable_module(module)

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from chaos_mpi.errors import ConfigError
 from chaos_mpi.torch.buckets import GradientStep, make_buckets
 from chaos_mpi.torch.carriers import SessionCarrier
+from chaos_mpi.torch.modules import refuse_unfrozen
 from chaos_mpi.torch.process_group import ChaosProcessGroup
 from chaos_mpi.torch.reducer import Reducer
 
@@ -37,7 +38,8 @@ class ElasticState:
         model: wrapped by torch's DistributedDataParallel on the default group of the backend ``chaos``.
 
     Raises:
-        ConfigError: it is on another group, or its parameters cannot be used.
+        ConfigError: it is on another group, or its parameters cannot be used; in backward: a parameter that was frozen
+            at first has a gradient.
     """
 
     def __init__(self, model: DistributedDataParallel) -> None:
@@ -49,7 +51,9 @@ class ElasticState:
             )
         self._model, self._group, self._session = model, group, group.carrier.session
         ignored = set(getattr(model, "parameters_to_ignore", ()))
-        self._params = [p for name, p in model.module.named_parameters() if p.requires_grad and name not in ignored]
+        named = [(name, p) for name, p in model.module.named_parameters() if name not in ignored]
+        self._params = [p for _, p in named if p.requires_grad]
+        self._frozen = [(name, p) for name, p in named if not p.requires_grad]
         if any(param.device.type != "cpu" for param in self._params):
             raise ConfigError("the backend 'chaos' takes CPU tensors; use chaos_mpi.DistributedDataParallel on a GPU")
         self._index = {id(param): index for index, param in enumerate(self._params)}
@@ -120,6 +124,7 @@ class ElasticState:
         if not self._synchronised:  # within no_sync
             self._note_backward()
         self._reducer.rounds.unmute()
+        refuse_unfrozen(self._frozen)
 
 
 def elastic_hook(state: ElasticState, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:

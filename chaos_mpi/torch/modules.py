@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +21,8 @@ class StableBuffers:
 
     Args:
         session: the session.
-        module: whose buffers all members have alike after each step; None if they may differ.
+        module: whose buffers all members have alike after each step, but those of :func:`ignored_names`; None if they
+            may differ.
 
     Attributes:
         nbytes: size of all of them.
@@ -29,8 +32,11 @@ class StableBuffers:
         self._places: list[tuple[dict[str, torch.Tensor | None], str]] = []
         self._tensors: list[torch.Tensor] = []
         known: set[int] = set()
-        for part in module.modules() if module is not None else ():
+        ignored = ignored_names(module) if module is not None else frozenset()
+        for prefix, part in module.named_modules() if module is not None else ():
             for name, buffer in part._buffers.items():
+                if f"{prefix}.{name}".removeprefix(".") in ignored:
+                    continue
                 if buffer is not None and id(buffer) not in known:
                     known.add(id(buffer))
                     self._places.append((part._buffers, name))
@@ -38,8 +44,8 @@ class StableBuffers:
         self._live = [_alias(buffer) for buffer in self._tensors]
         self.nbytes = sum(buffer.nbytes for buffer in self._live)
         self._kept = [buffer.clone() for buffer in self._live]
-        session.on_rollback(self._restore)
-        session.on_restore(self.keep)
+        session.on_rollback(_while_it_lives(self._restore))
+        session.on_restore(_while_it_lives(self.keep))
 
     @property
     def live(self) -> list[torch.Tensor]:
@@ -60,8 +66,23 @@ class StableBuffers:
         """A step is finished: these are the ones to go back to."""
         _copy(self._kept, self.live)
 
+    def forget(self) -> None:
+        """Somebody else takes care of them from now on."""
+        self._places, self._tensors, self._live, self._kept = [], [], [], []
+
     def _restore(self) -> None:
         _copy(self.live, self._kept)
+
+
+def _while_it_lives(method: Callable[[], None]) -> Callable[[], None]:
+    """Calls the method of an object as long as somebody else keeps that: a session may outlive many models."""
+    reference = weakref.WeakMethod(method)
+
+    def call() -> None:
+        if (alive := reference()) is not None:
+            alive()
+
+    return call
 
 
 def _alias(buffer: torch.Tensor) -> torch.Tensor:
@@ -77,6 +98,29 @@ def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
     if targets:
         with torch.no_grad():
             torch._foreach_copy_(targets, sources)
+
+
+def ignored_names(module: torch.nn.Module) -> frozenset[str]:
+    """Names of parameters and buffers that each rank has for itself, because the script has said so to torch's DDP."""
+    return frozenset(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
+
+
+def refuse_unfrozen(frozen: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
+    """Refuse gradients that are not reduced, after a backward pass.
+
+    Args:
+        frozen: the parameters that were not trained when the module was wrapped, with their names.
+
+    Raises:
+        ConfigError: one of them has a gradient now.
+    """
+    for name, param in frozen:
+        if param.requires_grad and param.grad is not None:
+            raise ConfigError(
+                f"'{name}' has a gradient, and was not trained when the module was wrapped, so its gradient is not "
+                "averaged, and the ranks would grow apart: wrap the module with all parameters trainable; give those "
+                "that are to learn later a parameter group whose learning rate is 0 until then"
+            )
 
 
 def refuse_unusable_module(module: torch.nn.Module) -> None:

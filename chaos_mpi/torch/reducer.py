@@ -62,3 +62,8 @@ class Reducer:
     def delivered(self) -> None:
         """The step's results are where they belong."""
         self._synced.keep()
+
+    def close(self) -> None:
+        """There will be no further step. What is left of the last one is the session's."""
+        self._synced.forget()
+        self._memory.clear()

@@ -292,6 +292,17 @@ def test_the_hook_averages_gradients(session: Session, as_view: bool) -> None:
     assert session.step == begun + 4
 
 
+def test_the_hook_refuses_gradients_of_what_was_frozen() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    module[0].requires_grad_(False)
+    model = DistributedDataParallel(module)
+    model.register_comm_hook(chaos_mpi.torch.ElasticState(model), chaos_mpi.torch.elastic_hook)
+    model(torch.ones(1, 2)).sum().backward()
+    module[0].requires_grad_(True)
+    with pytest.raises(ConfigError, match=r"'0\.weight' has a gradient"):
+        model(torch.ones(1, 2)).sum().backward()
+
+
 def test_the_hook_is_refused_outside_the_default_group() -> None:
     model = DistributedDataParallel(torch.nn.Linear(2, 2), process_group=dist.new_group())
     with pytest.raises(ConfigError, match="default group"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -162,3 +163,91 @@ def test_sparse_gradients_are_refused_and_nothing_else_that_is_called_so() -> No
     for part in (nn.Embedding(3, 2, sparse=True), nn.EmbeddingBag(3, 2, sparse=True)):
         with pytest.raises(ConfigError, match="'1' produces sparse gradients"):
             refuse_unusable_module(nn.Sequential(Attention(2, 2), part))
+
+
+def normalized() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))
+
+
+@pytest.mark.parametrize("synced", [False, True])
+@pytest.mark.parametrize("reached", ["both", "only the one that was frozen"])
+def test_a_parameter_that_is_unfrozen_later_is_refused(synced: bool, reached: str) -> None:
+    session, module = FakeSession(), normalized()
+    module[0].requires_grad_(False)
+    model = wrap(module, session)
+    model(torch.ones(4, 3)).sum().backward()
+    module[0].weight.requires_grad_(True)
+    if reached != "both":
+        module[1:].requires_grad_(False)
+    model.require_backward_grad_sync = synced
+    with pytest.raises(ConfigError, match=r"'0\.weight' has a gradient.*learning rate is 0"):
+        model(torch.ones(4, 3)).sum().backward()
+
+
+def test_a_module_that_is_wrapped_again_makes_one_step_and_leaves_nothing_behind() -> None:
+    session, module = FakeSession(), normalized()
+    model = wrap(module, session)
+    module(torch.rand(4, 3)).sum().backward()
+    assert session.step == 1
+    earlier = weakref.ref(model)
+    model = wrap(module, session)
+    assert earlier() is None
+    model(torch.rand(4, 3)).sum().backward()
+    assert session.step == session.begun == 2
+    kept = [buffer.clone() for buffer in module.buffers()]
+    module(torch.rand(4, 3))  # a forward pass whose step is never finished
+    for undo in session.undo:
+        undo()
+    assert all(map(torch.equal, module.buffers(), kept))
+
+
+def test_a_wrapper_that_has_a_successor() -> None:
+    session, module = FakeSession(), normalized()
+    earlier = wrap(module, session)
+    module[0].requires_grad_(False)  # the successor need not train all of it
+    model = wrap(module, session, broadcast_buffers=False)
+    model(torch.rand(4, 3)).sum().backward()
+    assert session.step == session.begun == 1
+    with pytest.raises(ConfigError, match="call that one"):
+        earlier(torch.rand(4, 3))
+    with torch.no_grad():
+        earlier(torch.rand(4, 3))
+    for call in (*session.undo, *session.restored):  # its buffers are not its own any more
+        before = [buffer.clone() for buffer in module.buffers()]
+        call()
+        assert all(map(torch.equal, module.buffers(), before))
+
+
+def test_a_wrapped_part_of_a_wrapped_module() -> None:
+    session = FakeSession()
+    part = wrap(nn.Linear(3, 2), session)
+    model = wrap(nn.Sequential(part, nn.Linear(2, 1)), session)
+    model(torch.rand(4, 3)).sum().backward()
+    assert session.step == session.begun == session.boundaries == 1
+
+
+def test_a_module_of_which_another_one_has_a_part_is_not_forgotten() -> None:
+    session, shared = FakeSession(), nn.Linear(3, 2)
+    whole = wrap(nn.Sequential(shared, nn.Linear(2, 1)), session)
+    wrap(nn.Sequential(shared, nn.Linear(2, 5)), session)
+    whole(torch.rand(4, 3)).sum().backward()
+    assert session.step == session.begun == 2
+
+
+def test_what_torch_is_to_ignore_is_the_rank_s_own() -> None:
+    session, module = FakeSession(), normalized()
+    module[0].bias.requires_grad_(False)
+    module._ddp_params_and_buffers_to_ignore = ["0.bias", "1.running_mean"]  # type: ignore[assignment]
+    wrap(module, session)
+    common = {tensor.data_ptr() for tensor in session.shared}
+    everything = [*module.named_parameters(), *module.named_buffers()]
+    assert {name for name, tensor in everything if tensor.data_ptr() not in common} == {"0.bias", "1.running_mean"}
+    before = module[1].running_mean.clone()
+    module(torch.rand(4, 3))
+    for undo in session.undo:
+        undo()
+    assert not torch.equal(module[1].running_mean, before)
+    assert module[1].num_batches_tracked == 0
+    module[0].bias.requires_grad_(True)
+    with pytest.raises(ConfigError, match=r"'0\.bias' is trained, and named in"):
+        wrap(module, session)
