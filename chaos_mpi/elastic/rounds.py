@@ -50,6 +50,38 @@ def warn(session: SamplerSession, text: str, *values: object) -> None:
     log.log(logging.WARNING if session.member == session.members[0] else logging.DEBUG, text, *values)
 
 
+class ReadingAhead:
+    """Notices a loop that takes batches before it is done with those it has, and warns of it once.
+
+    At its first step such a loop has batches that it has not used, and at later ones it takes fewer than it uses in
+    all. One that makes each step of several batches at once takes as many for all of them, until the end.
+    """
+
+    def __init__(self) -> None:
+        self._generation = self._at_first = 0
+        self._warned = False
+
+    def note_step(self, session: SamplerSession, generation: int, unused: int, at_end: bool) -> None:
+        """A step is finished.
+
+        Args:
+            session: of the sampler.
+            generation: of the loop.
+            unused: batches taken since the last step, less the backward passes made since then.
+            at_end: whether the loop has all batches of the epoch.
+        """
+        if generation != self._generation:
+            self._generation, self._at_first = generation, unused
+        elif self._at_first > max(unused, 0) and not at_end and not self._warned:
+            self._warned = True
+            warn(session,
+                "the loop had taken %d more batches than it used when it made its first step, but not at a later one. "
+                "If it reads ahead (a prefetcher, pairwise(loader)), samples are not counted right when ranks die, and "
+                "no rank can join: have the loader fetch ahead, by num_workers.",
+                self._at_first,
+            )  # fmt: skip
+
+
 class IssuesRounds(Protocol):
     """What an iteration needs of the sampler."""
 

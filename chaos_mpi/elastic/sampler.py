@@ -17,7 +17,7 @@ from torch.utils.data import Sampler
 from chaos_mpi.elastic.current import current_session
 from chaos_mpi.elastic.handover import change_from_tree, change_to_tree, plan_from_tree, plan_to_tree
 from chaos_mpi.elastic.partition import Change, EpochPlan
-from chaos_mpi.elastic.rounds import Rounds, SamplerSession, Taken, warn
+from chaos_mpi.elastic.rounds import ReadingAhead, Rounds, SamplerSession, Taken, warn
 from chaos_mpi.elastic.scaling import member_batches
 from chaos_mpi.errors import ConfigError
 
@@ -89,6 +89,7 @@ class ElasticSampler(Sampler[list[int]]):
         #: Whether the next iteration belongs to the loop that there is, for :class:`chaos_mpi.DataLoader`.
         self.loop_goes_on = False
         self._warned = False
+        self._ahead = ReadingAhead()
         # Per lap, from the present one on: another rank may be a lap ahead when a member dies.
         self._changes: dict[int, list[Change]] = {}
         self._joined_in: int | None = None  # the epoch in which this rank joined, until its loop begins
@@ -209,6 +210,8 @@ class ElasticSampler(Sampler[list[int]]):
                 "failures needs chaos_mpi.DataLoader in place of torch.utils.data.DataLoader.",
                 len(self._in_flight), self._backwards,
             )  # fmt: skip
+        if self._explicit:
+            self._ahead.note_step(self._session, self._generation, ahead, self.at_end)
         self._done = self._taken
         self._in_flight.clear()
         self._backwards = 0

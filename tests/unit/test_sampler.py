@@ -416,6 +416,47 @@ def test_prefetching_without_our_loader_is_noticed_once(caplog: pytest.LogCaptur
     assert not caplog.text
 
 
+def steps_of(sampler: ElasticSampler, taken: list[int], backwards: list[int]) -> None:
+    """A loop over batches of our loader, which makes a step of so many batches and backward passes each."""
+    loop = iter(sampler)
+    for count, passes in zip(taken, backwards, strict=True):
+        for _ in range(count):
+            next(loop)
+            sampler.take()
+        for _ in range(passes):
+            sampler.note_backward()
+        sampler.commit()
+
+
+def test_a_loop_that_reads_ahead_is_noticed_once(caplog: pytest.LogCaptureFixture) -> None:
+    (sampler,) = make(1, 20, 1)
+    sampler.take_explicitly()
+    for _ in range(2):
+        steps_of(sampler, [2, 1, 1], [1, 1, 1])
+    assert caplog.text.count("the loop had taken 1 more") == 1
+
+
+@pytest.mark.parametrize(
+    ("taken", "backwards"),
+    [
+        ([1] * 20, [1] * 20),
+        ([4] * 5, [4] * 5),  # accumulated
+        ([1, 4, 4, 4, 4, 3], [1, 4, 4, 4, 4, 3]),
+        ([3] * 6 + [2], [1] * 7),  # of three batches at once
+        ([1, 0] * 20, [1] * 40),  # two models in turn
+        ([1, 1, 3] + [1] * 15, [1] * 18),  # some are left out
+    ],
+)
+def test_other_loops_do_not_read_ahead(
+    taken: list[int], backwards: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    (sampler,) = make(1, 20, 1)
+    sampler.take_explicitly()
+    for _ in range(2):
+        steps_of(sampler, taken, backwards)
+    assert not caplog.text
+
+
 def test_batches_follow_the_policy() -> None:
     samplers = make(4, 1000, 6, "keep_global_batch")
     change(samplers[:3])
