@@ -85,6 +85,7 @@ class ElasticSampler(Sampler[list[int]]):
         self._known_index = 0
         self._in_flight: list[Taken] = []
         self._last_is_ghost = False
+        self._is_fresh, self._is_present = False, True
         self._backwards = 0
         #: Whether the next iteration belongs to the loop that there is, for :class:`chaos_mpi.DataLoader`.
         self.loop_goes_on = False
@@ -286,12 +287,26 @@ class ElasticSampler(Sampler[list[int]]):
         self._joined_in = plan.epoch
         self._changes = {int(lap): [change_from_tree(c) for c in cs] for lap, cs in tree["changes"].items()}
 
+    @property
+    def is_fresh(self) -> bool:
+        """Whether a batch was taken since :meth:`enter_round`."""
+        return self._is_fresh
+
+    def enter_round(self, present: bool) -> None:
+        """A forward pass begins, with a batch of this sampler's, or with others'.
+
+        What a loop had last that was left, and another one entered, says nothing of the other one's batches.
+        """
+        self._is_fresh, self._is_present = False, present
+
     def ghost_round(self) -> bool:
         """Whether the batch the loop has now is a stand-in whose gradient must count nothing."""
-        return self._last_is_ghost
+        return self._last_is_ghost and self._is_present
 
     def step_is_ghost(self) -> bool:
         """Whether there are batches since the last finished step, and all of them are stand-ins."""
+        if not self._is_present:
+            return False
         if not self._in_flight:
             return self._last_is_ghost  # a second step over the same batch
         return not any(taken.indices for taken in self._in_flight)
@@ -337,6 +352,7 @@ class ElasticSampler(Sampler[list[int]]):
         self._taken += 1
         self._in_flight.append(Taken(self._lap, indices))
         self._last_is_ghost = not indices
+        self._is_fresh = self._is_present = True
 
     def finish(self) -> None:
         """The training loop was told that the epoch is over: what returns to the pool now comes too late."""

@@ -29,6 +29,9 @@ class Rounds:
     def begin(self) -> None:
         """Before a forward pass that is trained on: the place between two steps."""
         self._session.boundary()
+        fresh = [sampler for sampler in self._session.samplers if sampler.is_fresh]
+        for sampler in self._session.samplers if fresh else ():  # without one, it is the same batch once more
+            sampler.enter_round(sampler in fresh)
         if not any(sampler.ghost_round() for sampler in self._session.samplers):
             self.unmute()  # a ghost's forward may have had no backward
         elif not self._muted:

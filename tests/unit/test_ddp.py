@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from chaos_mpi.elastic.sampler import ElasticSampler
 from chaos_mpi.errors import ConfigError
 from chaos_mpi.torch.buckets import GradientStep
 from chaos_mpi.torch.ddp import DistributedDataParallel
@@ -40,10 +41,11 @@ class FakeSession:
     """Counts the steps that are begun and those that are finished."""
 
     rank = 0
+    member, members, initial_size, expected_size, batch_policy = "b", ("a", "b"), 2, 2, "none"
 
     def __init__(self) -> None:
         self.step = self.begun = self.models = self.boundaries = 0
-        self.samplers: list[Any] = []
+        self.samplers: list[ElasticSampler] = []
         self.undo: list[Callable[[], None]] = []
         self.restored: list[Callable[[], None]] = []
         self.shared: list[torch.Tensor] = []
@@ -68,6 +70,9 @@ class FakeSession:
     def on_restore(self, note: Callable[[], None]) -> None:
         self.restored.append(note)
 
+    def attach_sampler(self, sampler: ElasticSampler) -> None:
+        self.samplers.append(sampler)
+
     def boundary(self) -> None:
         self.boundaries += 1
 
@@ -83,6 +88,8 @@ class FakeSession:
     def settle(self, step: GradientStep) -> None:
         step.wait(lambda: "nobody", 1.0)
         self.step += 1
+        for sampler in self.samplers:
+            sampler.commit()
 
 
 def wrap(module: nn.Module, session: FakeSession, **how: Any) -> DistributedDataParallel:
@@ -251,3 +258,27 @@ def test_what_torch_is_to_ignore_is_the_rank_s_own() -> None:
     module[0].bias.requires_grad_(True)
     with pytest.raises(ConfigError, match=r"'0\.bias' is trained, and named in"):
         wrap(module, session)
+
+
+def test_a_loop_that_was_left_in_a_stand_in_does_not_mute_the_next_one() -> None:
+    session, module = FakeSession(), nn.Linear(1, 1, bias=False)
+    model = wrap(module, session)
+    ghosts, reals, others = (ElasticSampler(length, session=session) for length in (1, 8, 8))
+
+    def gradient(*loops: Iterator[list[int]]) -> float:
+        for loop in loops:
+            next(loop)
+        module.zero_grad()
+        model(torch.ones(1, 1)).sum().backward()
+        assert module.weight.grad is not None
+        return float(module.weight.grad)
+
+    real = iter(reals)
+    assert gradient(iter(ghosts)) == 0.0
+    assert gradient() == 0.0, "a second step over the same batch"
+    assert gradient(real) == 1.0
+    assert gradient() == 1.0
+    session.samplers.remove(ghosts)
+    ghosts = ElasticSampler(1, session=session)
+    assert gradient(iter(ghosts), real) == 0.0, "one batch of both"
+    assert gradient(real, iter(others)) == 1.0
