@@ -7,18 +7,25 @@ schedulers, which compute the next rate from the present one, never see it.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 from typing import Any
 
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
+
+#: Every step of an optimizer runs within a function of this file, whose ``self`` is the optimizer.
+_WHERE_HOOKS_ARE_CALLED = Optimizer.profile_hook_step.__code__.co_filename
 
 
 class StepHooks:
     """Two functions called before and after every ``step()`` of an optimizer.
 
     torch calls hooks once for every class that is hooked on the way: of an optimizer that extends another one, and
-    calls its ``step()`` from its own, possibly twice. These are called for the outermost one alone.
+    calls its ``step()`` from its own, possibly twice. These are called for the outermost one alone. torch calls none
+    after a step that ends by an exception, as of its closure; if the script survives that, the second one is called
+    when the next step begins.
     """
 
     def __init__(self, optimizer: Optimizer, before: Callable[[], None], after: Callable[[], None]) -> None:
@@ -33,15 +40,33 @@ class StepHooks:
         while self._handles:
             self._handles.pop().remove()
 
-    def _enter(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._depth += 1
-        if self._depth == 1:
-            self._before()
-
-    def _leave(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._depth -= 1
-        if self._depth == 0:
+    def _enter(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._depth and _is_within_step(optimizer):
+            self._depth += 1
+            return
+        if self._depth:
             self._after()
+        self._depth = 1
+        self._before()
+
+    def _leave(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._depth > 1 and _is_within_step(optimizer):
+            self._depth -= 1
+            return
+        self._depth = 0
+        self._after()
+
+
+def _is_within_step(optimizer: Optimizer) -> bool:
+    """Whether the step that calls a hook of this optimizer was called from another step of the same one.
+
+    From the stack, since there is no other sign of a step that has ended by an exception.
+    """
+    frame: FrameType | None = sys._getframe(2)  # of torch, which calls the hook
+    while frame is not None and (frame := frame.f_back) is not None:
+        if frame.f_code.co_filename == _WHERE_HOOKS_ARE_CALLED and frame.f_locals.get("self") is optimizer:
+            return True
+    return False
 
 
 class ScaledRate:

@@ -5,6 +5,7 @@ Members and newcomer are threads, each with a model of its own, over a network i
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
 import json
@@ -519,6 +520,49 @@ def test_the_learning_rate_is_scaled_once_and_taken_back() -> None:
         optimizer.step()
     assert used == [pytest.approx(0.3)] * 2
     assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_the_learning_rate_after_a_step_that_fails() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.25)
+    scaled = ScaledRate(optimizer, lambda: 3.0)
+    seen: list[float] = []
+
+    def closure(*, fails: bool) -> float:
+        seen.append(optimizer.param_groups[0]["lr"])
+        if fails:
+            raise ZeroDivisionError
+        return 0.0
+
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step(lambda: closure(fails=True))
+    with unscaled([scaled]):
+        assert optimizer.param_groups[0]["lr"] == 0.25
+    for _ in range(2):
+        optimizer.step(lambda: closure(fails=False))
+        assert optimizer.param_groups[0]["lr"] == 0.25
+    assert seen == [0.75] * 4
+
+
+def test_hooks_of_a_step_that_survives_what_it_calls() -> None:
+    class Retrying(torch.optim.SGD):
+        """Makes two steps of its parent's in each of its own, and one that fails before them."""
+
+        def step(self, closure: Any = None) -> Any:
+            with contextlib.suppress(ZeroDivisionError):
+                super().step(lambda: 1 / 0)
+            super().step()
+            return super().step(closure)
+
+    optimizer = Retrying([nn.Parameter(torch.ones(1))], lr=0.25)
+    called: list[str] = []
+    StepHooks(optimizer, lambda: called.append("before"), lambda: called.append("after"))
+    for _ in range(2):
+        optimizer.step()
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(lambda: 1 / 0)
+    optimizer.step()
+    assert called == ["before", "after"] * 4
 
 
 # -- small parts -------------------------------------------------------------------------------------------
