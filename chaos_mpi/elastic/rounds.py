@@ -2,12 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import logging
-from collections.abc import Iterator
-from typing import Any, Protocol, Self
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, Protocol, Self, TypeVar
 
 log = logging.getLogger("chaos_mpi.elastic")
+
+#: Held by whoever moves a sampler, for that moment, and by a thread that recovers while a training loop goes on in
+#: another one: from when it reports where the samplers are until they have followed the change.
+_moving = threading.RLock()
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def moves(method: Callable[P, R]) -> Callable[P, R]:
+    """Marks what changes where a sampler is: it waits while :func:`samplers_stand_still`."""
+
+    @functools.wraps(method)
+    def held(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _moving:
+            return method(*args, **kwargs)
+
+    return held
+
+
+@contextlib.contextmanager
+def samplers_stand_still() -> Iterator[None]:
+    """Within it, no other thread moves a sampler.
+
+    Not so in the main thread, which has the training loop: nobody is to wait for that while it waits for other members.
+    """
+    if threading.current_thread() is threading.main_thread():
+        yield
+        return
+    with _moving:
+        yield
 
 
 class SamplerSession(Protocol):

@@ -17,7 +17,7 @@ from torch.utils.data import Sampler
 from chaos_mpi.elastic.current import current_session
 from chaos_mpi.elastic.handover import change_from_tree, change_to_tree, plan_from_tree, plan_to_tree
 from chaos_mpi.elastic.partition import Change, EpochPlan
-from chaos_mpi.elastic.rounds import ReadingAhead, Rounds, SamplerSession, Taken, warn
+from chaos_mpi.elastic.rounds import ReadingAhead, Rounds, SamplerSession, Taken, moves, warn
 from chaos_mpi.elastic.scaling import member_batches
 from chaos_mpi.errors import ConfigError
 
@@ -104,6 +104,7 @@ class ElasticSampler(Sampler[list[int]]):
         """The number of the present epoch."""
         return self._epoch
 
+    @moves
     def set_epoch(self, epoch: int) -> None:
         """Go to an epoch. Does nothing in the middle of that epoch; once it is complete, repeats it.
 
@@ -123,6 +124,7 @@ class ElasticSampler(Sampler[list[int]]):
         if epoch != self._epoch or self._is_complete():
             self._next_lap(epoch)
 
+    @moves
     def __iter__(self) -> Iterator[list[int]]:
         if self._is_complete():
             self._next_lap(self._epoch + 1)
@@ -165,6 +167,7 @@ class ElasticSampler(Sampler[list[int]]):
             state["remaining"] = torch.tensor(remaining, dtype=torch.int64, device="cpu")
         return state
 
+    @moves
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a :meth:`state_dict`, possibly of a job with another number of ranks. All ranks must do it.
 
@@ -201,6 +204,7 @@ class ElasticSampler(Sampler[list[int]]):
 
     # -- for the session and DDP ---------------------------------------------------------------------
 
+    @moves
     def commit(self) -> None:
         """The gradient step that used all rounds taken so far has finished."""
         ahead = len(self._in_flight) - self._backwards
@@ -340,6 +344,7 @@ class ElasticSampler(Sampler[list[int]]):
         """From now on an issued round counts as taken only when :meth:`take` is called for it."""
         self._explicit = True
 
+    @moves
     def take(self) -> None:
         """The training loop gets the batch of the next issued round.
 
@@ -354,11 +359,13 @@ class ElasticSampler(Sampler[list[int]]):
         self._last_is_ghost = not indices
         self._is_fresh = self._is_present = True
 
+    @moves
     def finish(self) -> None:
         """The training loop was told that the epoch is over: what returns to the pool now comes too late."""
         self._ended = True
         self._last_is_ghost = False
 
+    @moves
     def issue(self) -> list[int] | None:
         """The indices of the next round; None when there is none left, or not yet any that returned."""
         plan = self._current_plan()

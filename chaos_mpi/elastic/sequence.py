@@ -11,6 +11,7 @@ from typing import Any, NoReturn, Protocol
 
 from chaos_mpi.elastic.operations import Operation
 from chaos_mpi.elastic.recovery import Position, Regrouped, Regrouping
+from chaos_mpi.elastic.rounds import samplers_stand_still
 from chaos_mpi.errors import (
     ChaosError,
     CutOffError,
@@ -226,13 +227,14 @@ class OperationSequence:
         if operation is not None:
             operation.withdraw()
         spent["revoke_ms"] = spent.get("revoke_ms", 0.0) + (time.perf_counter() - begun) * 1e3
-        regrouped = self._regroup(closing=False, met=failure.met)
-        if regrouped is None:
-            raise RecoveryError("the survivors agreed to close while this rank was in a collective call")
-        for name, milliseconds in regrouped.milliseconds.items():
-            spent[name] = spent.get(name, 0.0) + milliseconds
-        spent["_regrouped"] = time.perf_counter()
-        self._enter_view(regrouped)
+        with samplers_stand_still():  # the others reckon with where they are said to be
+            regrouped = self._regroup(closing=False, met=failure.met)
+            if regrouped is None:
+                raise RecoveryError("the survivors agreed to close while this rank was in a collective call")
+            for name, milliseconds in regrouped.milliseconds.items():
+                spent[name] = spent.get(name, 0.0) + milliseconds
+            spent["_regrouped"] = time.perf_counter()
+            self._enter_view(regrouped)
         self._fruitless = 0 if regrouped.lost else self._fruitless + 1
         if self._fruitless >= _FRUITLESS_LIMIT:
             where = operation.phase if operation is not None else "a call in a group"
