@@ -33,10 +33,11 @@ class SurvivingInit:
 
     def __init__(self, script_init: WorkerInit | None) -> None:
         self._script_init = script_init
-        self._rank_pid = os.getpid()
         self._rank_ends = _rank_ends()
+        self._parent = 0  # the rank, or the server that forks for it and ends with it
 
     def __call__(self, worker: int) -> None:
+        self._parent = os.getppid()
         # A handler, because programs that the worker starts would inherit that a signal is ignored, or held off.
         signal.signal(signal.SIGTERM, self._on_sigterm)
         signal.siginterrupt(signal.SIGTERM, False)
@@ -46,7 +47,7 @@ class SurvivingInit:
             self._script_init(worker)
 
     def _on_sigterm(self, *_: object) -> None:
-        if self._rank_ends.value or os.getppid() != self._rank_pid:
+        if self._rank_ends.value or os.getppid() != self._parent:
             os._exit(0)  # as torch's own workers do
 
 

@@ -200,7 +200,7 @@ class Leaves:
         (self.folder / str(worker)).touch()
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", "spawn", "forkserver"])
 def test_workers_outlive_a_sigterm_to_all_processes(context: str, tmp_path: Path) -> None:
     how = {"multiprocessing_context": context, "worker_init_fn": Leaves(tmp_path), "prefetch_factor": 1}
     ((_, loader),) = make(1, 40, 2, {"num_workers": 1, **how})
