@@ -16,7 +16,6 @@ and is started with ``chaosrun -n 4 train.py`` or ``mpirun --with-ft ulfm -n 4 p
 from __future__ import annotations
 
 import os
-import sys
 from typing import TYPE_CHECKING
 
 from chaos_mpi.errors import (
@@ -153,16 +152,8 @@ def current_session() -> Session:
 
 
 def finalize() -> SessionResult:
-    """End the session in good order: the last line of a training script. See :meth:`Session.close`.
-
-    In a ``finally`` or ``except`` block, with an exception under way, it raises that exception instead: this rank has
-    failed, and the others are to train on.
-    """
-    session = current_session()
-    error = sys.exc_info()[1]
-    if error is not None:
-        raise error
-    return session.close()
+    """End the session in good order: the last line of a training script. See :meth:`Session.close`."""
+    return current_session().close()
 
 
 def __getattr__(name: str) -> object:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from typing import TYPE_CHECKING, NoReturn
 
 from chaos_mpi.agent.launcher import is_lost
@@ -32,6 +33,15 @@ class EndingSession(ChangingSession):
     def ends_well(self) -> bool:
         """Whether the session is open, and no failing exit of the process is under way."""
         return not self._ended and not self._guard.failing
+
+    def let_error_go_on(self) -> None:
+        """Raise the exception under way, if there is one: this rank has failed, or it leaves.
+
+        To be called by whatever ends the session in good order, before anything that all members do together: scripts
+        call that in ``finally`` blocks, while the others are at something else, and are to train on.
+        """
+        if (error := sys.exc_info()[1]) is not None:
+            raise error
 
     def give_up(self, error: WaitTimeoutError) -> NoReturn:
         """A wait reached its limit: save the state and end the whole job."""

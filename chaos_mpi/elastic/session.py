@@ -201,10 +201,13 @@ class Session(EndingSession):
     def close(self) -> SessionResult:
         """End the session in good order: compare the replicas, write the last checkpoint, leave MPI.
 
-        Every member calls it when training is over. Calling it again returns the same result.
+        Every member calls it when training is over. Calling it again returns the same result. In a ``finally`` or
+        ``except`` block, with an exception under way, it raises that exception instead: this rank has failed, or
+        leaves, and the others are to train on.
         """
         if self._result is not None:
             return self._result
+        self.let_error_go_on()
         self._refuse_if_ended()
         self.boundary(final=True)
         self._negotiator.close()

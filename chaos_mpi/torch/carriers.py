@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -107,6 +108,8 @@ class SessionCarrier(Carrier):
         return self.session.members.index(member) if member in self.session.members else -1
 
     def close(self) -> None:
+        if self._owned:
+            self.session.let_error_go_on()
         # Where messages are under way, MPI would take them for those of the communicator that gets the number next.
         if self._group is not None and self._messages is not None and not self._messages.under_way:
             self._group.free()
@@ -148,6 +151,9 @@ class SubgroupCarrier(Carrier):
         return number
 
     def close(self) -> None:
+        # With an error under way the others may never come to the calls that would be waited for here.
+        if not self.session.ends_well or sys.exc_info()[1] is not None:
+            return
         self.session.ready_for_subgroup()
         if not self._messages.under_way:
             self._group.free()

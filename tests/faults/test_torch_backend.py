@@ -64,6 +64,25 @@ def test_a_rank_dies_before_there_is_a_group(tmp_path: Path) -> None:
     assert set(seen_in("initialising", tmp_path).values()) == {3.0}
 
 
+def test_an_error_in_a_frame_that_destroys_the_group_is_of_one_rank(tmp_path: Path) -> None:
+    with start("torch_program.py", tmp_path, "fails_in_a_frame", str(tmp_path), ranks=3) as job:
+        finished = job.finish()
+    assert finished.status == 0
+    assert "1 of 3 ranks crashed on the way: KeyError: 'a mistake of one rank'" in finished.output
+    assert sorted(path.name for path in tmp_path.glob("saw-*")) == ["saw-0.json", "saw-2.json"]
+    assert {path.read_text() for path in tmp_path.glob("saw-*")} == {"2"}
+
+
+def test_a_rank_leaves_in_a_frame_that_destroys_the_group(tmp_path: Path) -> None:
+    with start("torch_program.py", tmp_path, "leaves_in_a_frame", str(tmp_path), ranks=3) as job:
+        finished = job.finish()
+    assert finished.status == 0
+    assert "Traceback" not in finished.output
+    assert "crashed" not in finished.output
+    assert {e["outcome"] for e in finished.events("session_ended")} == {"finished", "left"}
+    assert {path.read_text() for path in tmp_path.glob("saw-*")} == {"2"}
+
+
 def test_a_rank_dies_while_the_model_is_wrapped(tmp_path: Path) -> None:
     seen = seen_in("wrapping", tmp_path)
     assert set(seen) == {0, 2, 3}

@@ -45,6 +45,42 @@ def unmodified_ddp(rank: int) -> list[float]:
     return gradients
 
 
+def _in_steps(rank: int, act: Callable[[], object]) -> int:
+    """Six steps in torch's usual frame, where the third forward of rank 1 does something; the number of ranks after."""
+    model = nn.parallel.DistributedDataParallel(nn.Linear(1, 1, bias=False))
+    model.register_comm_hook(chaos_mpi.torch.ElasticState(model), chaos_mpi.torch.elastic_hook)
+    dist.new_group(list(range(dist.get_world_size())))
+    session = chaos_mpi.current_session()
+
+    def reach(*_: object) -> None:
+        if rank == 1 and session.step == 2:
+            act()
+
+    model.module.register_forward_hook(reach)
+    size = 0
+    try:
+        for _ in range(6):
+            model(torch.tensor([[rank + 1.0]])).sum().backward()
+            size = dist.get_world_size()
+    finally:
+        dist.destroy_process_group()
+    return size
+
+
+def fails_in_a_frame(rank: int) -> int:
+    """Rank 1 raises an error, and ``finally`` comes to the end of the process group before the others do."""
+
+    def fail() -> None:
+        raise KeyError("a mistake of one rank")
+
+    return _in_steps(rank, fail)
+
+
+def leaves_in_a_frame(rank: int) -> int:
+    """Rank 1 leaves by agreement: it gets a SystemExit where members negotiate."""
+    return _in_steps(rank, chaos_mpi.current_session().request_leave)
+
+
 def initialising(_: int) -> float:
     """Rank 0 has died before the others could make their process group."""
     total = torch.ones(1)

@@ -198,7 +198,8 @@ def init(comm: object = None, process_sets: Sequence[Any] | Literal["dynamic"] |
 def shutdown() -> None:
     """End this rank's part. All ranks call it; at the end of a script it is called if the script has not.
 
-    It leaves MPI, which cannot be begun again in the same process.
+    It leaves MPI, which cannot be begun again in the same process. In a ``finally`` or ``except`` block, with an
+    exception under way, it raises that exception instead, see :meth:`chaos_mpi.Session.close`.
     """
     global _job
     from chaos_mpi.horovod.torch import process_sets as sets
@@ -206,6 +207,8 @@ def shutdown() -> None:
     if not is_initialized():
         return
     ending = job()
+    if ending.owned:
+        ending.session.let_error_go_on()
     ending.queue.drain()
     sets.end()
     if ending.owned:
