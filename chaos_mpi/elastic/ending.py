@@ -31,8 +31,8 @@ class EndingSession(ChangingSession):
 
     @property
     def ends_well(self) -> bool:
-        """Whether the session is open, and no failing exit of the process is under way."""
-        return not self._ended and not self._guard.failing
+        """Whether the session is open in this process, and no failing exit of it is under way."""
+        return not self._ended and self._guard.is_at_home and not self._guard.failing
 
     def let_error_go_on(self) -> None:
         """Raise the exception under way, if there is one: this rank has failed, or it leaves.

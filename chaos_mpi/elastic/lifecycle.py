@@ -165,6 +165,11 @@ class ExitGuard:
         atexit.register(self._at_exit)
 
     @property
+    def is_at_home(self) -> bool:
+        """Whether this is the rank's own process, and none that it has forked, which may end as it likes."""
+        return os.getpid() == self._pid
+
+    @property
     def failing(self) -> bool:
         """Whether the script has called ``sys.exit``, ``exit`` or ``quit`` with a status that tells of a failure, or
         ends by an exception that another hook has dealt with."""
@@ -188,11 +193,12 @@ class ExitGuard:
         self.release()
 
         def on_exception(kind: type[BaseException], value: BaseException, traceback: TracebackType | None) -> None:
-            failed(f"{kind.__name__}: {value}")
+            if self.is_at_home:
+                failed(f"{kind.__name__}: {value}")
             self._previous(kind, value, traceback)
 
         def noting_exit(status: str | int | None = None) -> NoReturn:
-            if status not in (None, 0):
+            if status not in (None, 0) and self.is_at_home:
                 failed(f"it called sys.exit({status!r})")
             self._exit(status)
 
@@ -204,17 +210,18 @@ class ExitGuard:
         self._exit(status)
 
     def _noting_exit_at_once(self, status: int) -> NoReturn:
-        # A process that this one has forked, as for loading data, may end as it likes.
-        if status != 0 and os.getpid() == self._pid:
+        if status != 0 and self.is_at_home:
             self._end(f"it called os._exit({status})", status)
         self._exit_at_once(status)
 
     def _note_leaving(self) -> None:
         """The script is at its end: from here on the launcher need not wait for this process for long."""
-        if os.getpid() == self._pid:
+        if self.is_at_home:
             write_record(self._run_dir, "leaving", {})
 
     def _at_exit(self) -> None:
+        if not self.is_at_home:
+            return
         if (unhandled := self._unhandled) is not None:
             self._end(f"{type(unhandled).__name__}: {unhandled}", 1)
         if self.failing:
@@ -233,6 +240,9 @@ class ExitGuard:
             self._on_exception(type(error), error, None)
 
     def _on_exception(self, kind: type[BaseException], value: BaseException, traceback: TracebackType | None) -> None:
+        if not self.is_at_home:
+            self._previous(kind, value, traceback)
+            return
         stopped = isinstance(value, ChaosError)
         if stopped:
             say_once(self._run_dir, value)
