@@ -39,6 +39,9 @@ class AttachedSamplers:
         self._samplers: list[ElasticSampler] = []
         self._changes: list[_Change] = []
 
+    def __len__(self) -> int:
+        return len(self._samplers)
+
     def __iter__(self) -> Iterator[ElasticSampler]:
         return iter(self._samplers)
 
@@ -56,11 +59,8 @@ class AttachedSamplers:
             sampler.commit()
 
     def at_round_start(self) -> bool:
-        """Whether the loop has just got a new batch, so that a newcomer's loop, which begins with one, is where it is.
-
-        It is not between two steps on the same batch, as of two models that are trained in turn.
-        """
-        return not self._samplers or any(sampler.has_untrained() for sampler in self._samplers)
+        """Whether the loop has just got a new batch: a newcomer's loop, which begins with one, is where it is."""
+        return any(sampler.has_untrained() for sampler in self._samplers)
 
     def reports(self) -> list[dict[str, Any]]:
         """Where each of them is."""

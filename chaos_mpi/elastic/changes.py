@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from chaos_mpi.elastic.negotiator import Answer, Negotiator
     from chaos_mpi.elastic.operations import Operation
     from chaos_mpi.elastic.persistence import Persistence
+    from chaos_mpi.elastic.places import Places
     from chaos_mpi.elastic.sampler import ElasticSampler
     from chaos_mpi.elastic.sequence import OperationSequence
     from chaos_mpi.events import EventLog, RecentEvents
@@ -84,6 +85,7 @@ class ChangingSession(CollectiveCalls):
     _last_contributors: tuple[str, ...]
     _negotiator: Negotiator
     _persistence: Persistence
+    _places: Places
     _samplers: AttachedSamplers
     _sequence: OperationSequence
 
@@ -249,6 +251,7 @@ class ChangingSession(CollectiveCalls):
             "started_with": self.started_with,
             "changes": self.changes.to_json(),
             "place": self._sequence.place(),
+            "loop": self._places.to_json(),
             "agenda": self._negotiator.agenda.to_json(),
         }
 
@@ -257,6 +260,7 @@ class ChangingSession(CollectiveCalls):
         old = View(int(invitation["epoch"]), tuple(invitation["members"]))
         following = old.next([*old.members, *invitation["newcomers"]])
         self._sequence.take_place(world, following, invitation["place"])
+        self._places.take_over(invitation["loop"])
         self._negotiator.take_over(Agenda.from_json(invitation["agenda"]))
         self._last_contributors = old.members
         self.started_with = int(invitation["started_with"])

@@ -45,6 +45,8 @@ class Operation(ABC):
     contributes = True
     #: Whether it ends a training step.
     is_gradient_step = False
+    #: The number, from 1, of the model whose gradients it reduces, if they are to be applied after it; else 0.
+    model = 1
     #: Whether to find out that members are in different calls which MPI cannot tell apart, because they have one size.
     checks_label = True
 

@@ -31,6 +31,8 @@ log = logging.getLogger("chaos_mpi.elastic")
 FLUSH_LIMIT_S = 120.0
 #: The launcher waits for a job that is to be handed over as long as ranks do; to tell of it may take so much longer.
 TELLING_LIMIT_S = 30.0
+#: A checkpoint that is due waits for so many steps at most for a round of the training loop to begin.
+LONGEST_WAIT_STEPS = 200
 #: So often, and so long one after the other, ranks look for the state of a job that has ended without a word.
 _LOOKS, _LOOK_PERIOD_S = 20, 0.5
 
@@ -50,6 +52,7 @@ class Persistence:
         self._scaled: list[ScaledRate] = []
         self._writer: checkpoint.CheckpointWriter | None = None
         self._saved_step = -1
+        self._due_since: int | None = None  # the step at which a checkpoint became due that is not written yet
         #: The random number generators: where they were at the last boundary, of every rank at the last checkpoint, and
         #: where they are to go on from at the next boundary.
         self._rng: dict[str, Any] | None = None
@@ -110,14 +113,34 @@ class Persistence:
         """Digest over the training state of this member; empty when none is attached."""
         return self._state.digest() if self._state is not None else ""
 
-    def at_boundary(self, final: bool) -> None:
-        """Between two steps: hand a copy of the state to the writer when a checkpoint is due."""
-        directory, step = self._settings.checkpoint_dir, self._session.step
-        if self._state is not None and self._state.keeps_rng:
-            self._rng = capture_rng()
-        if directory is None or self._state is None:
+    def at_boundary(self, before: int) -> None:
+        """Steps were finished: note whether a checkpoint has become due.
+
+        Args:
+            before: the number of steps that were finished at the boundary before this one.
+        """
+        every = self._settings.checkpoint_every
+        if self._due_since is None and self._session.step // every > before // every:
+            self._due_since = self._session.step
+        self._note_rng()
+
+    def write(self, *, final: bool, at_place: bool) -> None:
+        """Hand a copy of the state to the writer if a checkpoint is due, or this is the end; called by all members.
+
+        Args:
+            final: training is over.
+            at_place: a loop that is resumed begins at such a place as this. Elsewhere in it, as between the steps of
+                two models, the rest of the round would be missing; so what is due waits, though not for ever.
+        """
+        directory, step, due_since = self._settings.checkpoint_dir, self._session.step, self._due_since
+        is_due = due_since is not None and (at_place or step - due_since >= LONGEST_WAIT_STEPS)
+        if not (final or is_due):
             return
-        if not final and (step == 0 or step % self._settings.checkpoint_every):
+        self._due_since = None
+        if self._state is None:
+            return
+        self._note_rng()
+        if directory is None:
             return
         if self._state.keeps_rng:
             self._rng_of_ranks = self._session.gather(self._rng)
@@ -130,6 +153,10 @@ class Persistence:
             self._saved_step = step
         except CheckpointError as error:  # training is worth more than this checkpoint
             log.error("there is no checkpoint of step %d: %s (host %s)", step, error, self._session.host)
+
+    def _note_rng(self) -> None:
+        if self._state is not None and self._state.keeps_rng:
+            self._rng = capture_rng()
 
     def take_rng(self, state: Mapping[str, Any] | None) -> None:
         """Go on from these states of the random number generators at the next boundary.

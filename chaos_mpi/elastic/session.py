@@ -24,6 +24,7 @@ from chaos_mpi.elastic.negotiator import Negotiator
 from chaos_mpi.elastic.newcomer import enter_job
 from chaos_mpi.elastic.operations import Operation
 from chaos_mpi.elastic.persistence import Persistence
+from chaos_mpi.elastic.places import Places
 from chaos_mpi.elastic.sequence import OperationSequence
 from chaos_mpi.elastic.submission import BackgroundCalls
 from chaos_mpi.errors import ChaosError, ConfigError, CutOffError
@@ -91,6 +92,7 @@ class Session(EndingSession):
         self._models = 0
         self._background = BackgroundCalls()
         self._samplers = AttachedSamplers()
+        self._places = Places(self._samplers)
         self._companions: list[Companion] = []
         self._rollbacks: list[Callable[[], None]] = []
         self._restored: list[Callable[[], None]] = []
@@ -247,6 +249,7 @@ class Session(EndingSession):
         A rank that was started to join a running job does so here, and has the job's state on return.
         """
         self._persistence.attach(state, newcomer=self._bridge is not None)
+        self._places.watch(self.optimizers())
         if self._bridge is not None:
             self._arrival = enter_job(self, self._bridge, state)
             self._has_entered = True
@@ -273,13 +276,17 @@ class Session(EndingSession):
         for note in self._restored:
             note()
 
-    def boundary(self, *, final: bool = False) -> None:
-        """Between two steps, when optimizer, scheduler and counters are all up to date."""
-        self._talk_is_owed |= (ended := self._end_step(final))
-        if final:
-            if not ended:
-                self._persistence.at_boundary(final)
-        elif self._talk_is_owed and self._samplers.at_round_start():
+    def boundary(self, *, final: bool = False, model: int = 0) -> None:
+        """Between two steps, when optimizer, scheduler and counters are all up to date.
+
+        Args:
+            final: the training is over.
+            model: the number of the model that is about to be called, see :meth:`number_model`; 0 if it has none.
+        """
+        self._talk_is_owed |= self._end_step()
+        talks = self._places.begin(model, self._models) and self._talk_is_owed and not final
+        self._persistence.write(final=final, at_place=talks)
+        if talks:
             self._talk_is_owed = False
             self._negotiate()
             self._stop_if_told()
@@ -310,8 +317,9 @@ class Session(EndingSession):
         Args:
             talk: whether to negotiate; the same at all members. What is due is negotiated in any case.
         """
-        self._end_step(False)
+        self._end_step()
         self._talk_is_owed = False
+        self._persistence.write(final=False, at_place=True)
         self._negotiator.due |= talk
         self._negotiate()
         self._stop_if_told()
@@ -382,6 +390,7 @@ class Session(EndingSession):
             self.step += 1
             self._last_contributors = operation.contributors
             self._samplers.commit()
+            self._places.stepped(operation.model)
             self._negotiator.due |= operation.anyone_proposes()
             self._report_arrival(operation)
 
@@ -414,7 +423,7 @@ class Session(EndingSession):
         limit_s = self.settings.timeout_s + UP_LIMIT_S
         return self._agent.may_go_on_with(present, limit_s) if self._agent is not None else ""
 
-    def _end_step(self, final: bool) -> bool:
+    def _end_step(self) -> bool:
         """Note the step that was finished since the last boundary, if there is one; whether there is."""
         self._background.settle()
         self._persistence.at_forward()
@@ -422,8 +431,8 @@ class Session(EndingSession):
             return False
         self.emit("step", **self._recorded)
         self._recorded = {}
-        self._boundary_step = self.step
-        self._persistence.at_boundary(final)
+        before, self._boundary_step = self._boundary_step, self.step
+        self._persistence.at_boundary(before)
         return True
 
 

@@ -164,7 +164,7 @@ class GradientStep(Operation):
         model: int = 1,
     ) -> None:
         super().__init__("gradient step" if model == 1 else f"gradient step of model {model}")
-        self._model = model
+        self.model = model
         self._params, self._buckets, self._buffers = params, buckets, buffers
         self.memory = memory
         self.contributes = contributes
@@ -343,5 +343,5 @@ class GradientStep(Operation):
         counts = self.contributes
         # Of a member that does not count, too: it has a gradient now, of zeros, so all others need one.
         used = [0.0 if p.grad is None else 1.0 for p in self._params]
-        header = [1.0 if counts else 0.0, 1.0 if self._proposes() else 0.0, self._model, self._model**2]
+        header = [1.0 if counts else 0.0, 1.0 if self._proposes() else 0.0, self.model, self.model**2]
         self.memory.control.copy_(torch.tensor([*header, *used], device="cpu"))

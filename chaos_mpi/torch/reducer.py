@@ -40,7 +40,7 @@ class Reducer:
         self._synced = StableBuffers(session, module)
         staged = make_staging(buckets, params)
         self._memory = [BufferSet(buckets, params, self._synced.nbytes, staged) for _ in range(2)]
-        self.rounds = Rounds(session, params)
+        self.rounds = Rounds(session, params, self._number)
 
     def begin(self) -> GradientStep:
         """Begin a step, in the middle of backward."""

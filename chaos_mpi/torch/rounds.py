@@ -20,15 +20,16 @@ class Rounds:
     Args:
         session: the session.
         params: the parameters that are trained.
+        model: the number of the model; 0 if it has none.
     """
 
-    def __init__(self, session: Session, params: Sequence[torch.nn.Parameter]) -> None:
-        self._session, self._params = session, params
+    def __init__(self, session: Session, params: Sequence[torch.nn.Parameter], model: int = 0) -> None:
+        self._session, self._params, self._model = session, params, model
         self._muted: list[RemovableHandle] = []
 
     def begin(self) -> None:
         """Before a forward pass that is trained on: the place between two steps."""
-        self._session.boundary()
+        self._session.boundary(model=self._model)
         fresh = [sampler for sampler in self._session.samplers if sampler.is_fresh]
         for sampler in self._session.samplers if fresh else ():  # without one, it is the same batch once more
             sampler.enter_round(sampler in fresh)

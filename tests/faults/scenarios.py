@@ -100,6 +100,24 @@ def leaves_between_forwards(session: chaos_mpi.Session) -> None:
     chaos_mpi.finalize()
 
 
+def joined_between_two_models(session: chaos_mpi.Session) -> None:
+    """Two models are trained in turn, without a sampler; a rank joins, and all go on together for ten rounds."""
+    models = {name: chaos_mpi.DistributedDataParallel(nn.Linear(4, 4)) for name in "ab"}
+    optimizers = {name: torch.optim.SGD(model.parameters(), lr=0.01) for name, model in models.items()}
+    state = chaos_mpi.TrainingState(model=models, optimizer=optimizers, left=-1)
+    if session.rank == 0:
+        session.request_join()
+    while state.left != 0:
+        for name, model in models.items():
+            optimizers[name].zero_grad()
+            model(torch.ones(2, 4)).square().sum().backward()
+            optimizers[name].step()
+            time.sleep(0.002)  # the newcomer needs the core to start
+        if session.size == 3:
+            state.left = 10 if state.left < 0 else state.left - 1
+    assert chaos_mpi.finalize().replicas_identical
+
+
 def works_afterwards(session: chaos_mpi.Session) -> None:
     """Training is over, and one rank still has work for longer than a launcher would wait for one that hangs."""
     rank = session.rank

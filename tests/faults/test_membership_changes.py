@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from checks import check_history
 from fault_points import Rule
-from jobs import Finished, start_training
+from jobs import Finished, start, start_training
 from problem import Problem
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(100, method="signal")]
@@ -203,6 +203,14 @@ def test_a_death_in_a_leave_that_would_leave_too_few(tmp_path: Path) -> None:
         finished = job.finish()
         check_changes(finished, problem, dead={2})
     assert "cannot leave: too few ranks would be left" in finished.output
+
+
+def test_a_rank_joins_a_loop_over_two_models_without_a_sampler(tmp_path: Path) -> None:
+    with start("scenarios.py", tmp_path, "joined_between_two_models", ranks=2) as job:
+        finished = job.finish()
+    assert finished.status == 0
+    assert len(finished.events("join_active")) == 1
+    assert finished.output.count("came to the end") == 3
 
 
 def test_a_source_dies_in_the_middle_of_a_large_transfer(tmp_path: Path) -> None:

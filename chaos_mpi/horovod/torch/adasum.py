@@ -25,6 +25,8 @@ class Adaptive(Exchange):
         proposes: whether this member has something to propose to the others at the end of the step.
     """
 
+    model = 0  # what is added up are steps that the optimizers have made
+
     def __init__(
         self, call: str, tensors: Sequence[torch.Tensor], *, is_step: bool = False, proposes: bool = False
     ) -> None:
