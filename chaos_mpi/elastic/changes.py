@@ -226,6 +226,10 @@ class ChangingSession(CollectiveCalls):
         """The training state and where the samplers are; its tensors are the live ones."""
         return self._persistence.pack_with([sampler.hand_over() for sampler in self._samplers])
 
+    def loose_tensors(self) -> dict[str, torch.Tensor]:
+        """What of the training state may differ between members, see :func:`admission.tensors_of_rank_0`."""
+        return self._persistence.loose_tensors()
+
     def take_rng(self, state: Mapping[str, Any] | None) -> None:
         """Go on from these random number generators, from the next boundary on; None to keep this rank's."""
         self._persistence.take_rng(state)

@@ -175,7 +175,7 @@ class Negotiator:
         if outcome.order:
             self._arrange(outcome.order)
         if outcome.cut and self._overlap is not None:
-            self._overlap.cut(begun)
+            self._overlap.cut(begun, admission.tensors_of_rank_0(self._session))
         if outcome.activate:
             self._activate(outcome.activate, begun)
         if outcome.admit:
@@ -285,6 +285,7 @@ class Negotiator:
             sponsorship.call_in()
         ready = all(join.id in mine and mine[join.id].is_there() for join in joins if join.sponsor == session.member)
         ready = ready and self._can_hand_over()
+        others = admission.tensors_of_rank_0(session)  # before newcomers are connected: a death now costs nothing
         bridges = {id_: s.bridge for id_, s in mine.items() if s.bridge is not None}
 
         def call(view: View) -> None:
@@ -299,7 +300,7 @@ class Negotiator:
         )
         session.execute(operation)
         assert operation.view is not None
-        state = LiveState.of(session) if operation.world is not None else None
+        state = LiveState.of(session, others) if operation.world is not None else None
         policy, optimizers = session.settings.join_policy, session.optimizers()
         if state is not None and overlaps(policy, joins, state.layout.total_bytes, optimizers):
             self._overlap = Overlap(session, operation, joins, state, begun, self.propose)
@@ -322,13 +323,14 @@ class Negotiator:
     def _activate(self, joins: tuple[Join, ...], begun: float) -> None:
         overlap, self._overlap = self._overlap, None
         assert overlap is not None
+        of_rank_0 = admission.tensors_of_rank_0(self._session)
         lost = overlap.stop(self._width())
         if lost is None:
             self._start_again(joins, self._session.view)
             return
         again = self._renew(lost, self._session.view)  # now, as the others are told the agenda
         others = tuple(join for join in joins if join not in lost)
-        if overlap.activate(begun):
+        if overlap.activate(begun, of_rank_0):
             self._welcome(others)
         else:
             again += self._renew(others, self._session.view)

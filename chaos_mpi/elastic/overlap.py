@@ -8,7 +8,7 @@ serves the newcomers; see :mod:`chaos_mpi.replication.recording`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from chaos_mpi.elastic import admission
@@ -95,11 +95,16 @@ class Overlap:
         self._source.start()
         session.emit("stalled", seconds=round(time.perf_counter() - begun, 6), cause="join")
 
-    def cut(self, begun: float) -> None:
-        """Fix the state that the newcomers start from, and record from here on what they are to repeat."""
+    def cut(self, begun: float, others: Mapping[str, torch.Tensor]) -> None:
+        """Fix the state that the newcomers start from, and record from here on what they are to repeat.
+
+        Args:
+            begun: when the members stopped for it, on the performance counter.
+            others: see :meth:`LiveState.of`.
+        """
         session = self._session
         self._source.await_rates(session.settings.timeout_s)
-        state = LiveState.of(session)
+        state = LiveState.of(session, others)
         sources = [rank for rank, member in enumerate(self._members) if member in session.members]
         names = {rank: self._members[rank] for rank in sources}
         ranges: list[Range] = []
@@ -144,11 +149,12 @@ class Overlap:
         self._lost = frozenset(lost)
         return tuple(join for rank, join in self._numbered() if rank in lost)
 
-    def activate(self, begun: float) -> bool:
+    def activate(self, begun: float, others: Mapping[str, torch.Tensor]) -> bool:
         """After :meth:`stop`: let the newcomers fetch what they lack, and go on together with them.
 
         Args:
             begun: when the members stopped for it, on the performance counter.
+            others: see :meth:`LiveState.of`.
 
         Returns:
             Whether all members and newcomers are in one view now; the same everywhere.
@@ -158,7 +164,7 @@ class Overlap:
         view, reports = self._stopped
         newcomers = [join.newcomer for rank, join in self._numbered() if rank not in lost]
         shrink = view.members != self._members or bool(lost)
-        state = LiveState.of(session)
+        state = LiveState.of(session, others)
         invitation: dict[str, Any] = {
             "layout": state.layout.to_json(),
             "skeleton": state.skeleton,

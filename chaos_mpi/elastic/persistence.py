@@ -247,6 +247,17 @@ class Persistence:
         with unscaled(self._scaled):
             return pack({"state": self._state.capture(), "samplers": samplers, "rng": self._rng}, clone=False)
 
+    def loose_tensors(self) -> dict[str, torch.Tensor]:
+        """The live tensors of models and extras that are no parameters, by name; none if they cannot be sent."""
+        assert self._state is not None
+        parameters = {parameter.data_ptr() for parameter in self._state.parameters()}
+        try:
+            tensors = self.pack_with([]).tensors
+        except CheckpointError:
+            return {}
+        parts = ("state.model.", "state.extras.")
+        return {n: t for n, t in tensors.items() if n.startswith(parts) and t.data_ptr() not in parameters}
+
     def _packed(self, *, clone: bool) -> Packed:
         assert self._state is not None
         await_devices(tensor for _, tensor in self._state.named_tensors())  # others may read them

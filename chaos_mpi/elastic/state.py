@@ -147,6 +147,10 @@ class TrainingState:
         """All optimizers, in the order in which they were named."""
         return [thing for place, thing in self._objects.items() if place[0] == "optimizer"]
 
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Those of all models."""
+        return [parameter for _, module in self._models() for parameter in module.parameters()]
+
     def capture(self) -> dict[str, Any]:
         """The state as a nested dict. Its tensors are the live ones: pack it with a clone to keep it."""
         tree: dict[str, Any] = {part: {} for part, given in self._given.items() if given is not None}

@@ -100,22 +100,52 @@ def leaves_between_forwards(session: chaos_mpi.Session) -> None:
     chaos_mpi.finalize()
 
 
-def joined_between_two_models(session: chaos_mpi.Session) -> None:
-    """Two models are trained in turn, without a sampler; a rank joins, and all go on together for ten rounds."""
-    models = {name: chaos_mpi.DistributedDataParallel(nn.Linear(4, 4)) for name in "ab"}
-    optimizers = {name: torch.optim.SGD(model.parameters(), lr=0.01) for name, model in models.items()}
-    state = chaos_mpi.TrainingState(model=models, optimizer=optimizers, left=-1)
+def _until_one_has_joined(
+    session: chaos_mpi.Session, state: chaos_mpi.TrainingState, size: int, train: Callable[[], None]
+) -> chaos_mpi.SessionResult:
+    """Rank 0 asks for one more rank; when there are so many, all go on for ten rounds. The state has ``left=-1``."""
     if session.rank == 0:
         session.request_join()
     while state.left != 0:
+        train()
+        time.sleep(0.002)  # the newcomer needs the core to start
+        if session.size == size:
+            state.left = 10 if state.left < 0 else state.left - 1
+    return chaos_mpi.finalize()
+
+
+def joined_between_two_models(session: chaos_mpi.Session) -> None:
+    """Two models are trained in turn, without a sampler, and a rank joins two."""
+    models = {name: chaos_mpi.DistributedDataParallel(nn.Linear(4, 4)) for name in "ab"}
+    optimizers = {name: torch.optim.SGD(model.parameters(), lr=0.01) for name, model in models.items()}
+    state = chaos_mpi.TrainingState(model=models, optimizer=optimizers, left=-1)
+
+    def train() -> None:
         for name, model in models.items():
             optimizers[name].zero_grad()
             model(torch.ones(2, 4)).square().sum().backward()
             optimizers[name].step()
-            time.sleep(0.002)  # the newcomer needs the core to start
-        if session.size == 3:
-            state.left = 10 if state.left < 0 else state.left - 1
-    assert chaos_mpi.finalize().replicas_identical
+
+    assert _until_one_has_joined(session, state, 3, train).replicas_identical
+
+
+def joined_with_buffers_that_differ(session: chaos_mpi.Session) -> None:
+    """Each of three ranks has statistics of its own, and a tensor besides, when a rank joins."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    model = chaos_mpi.DistributedDataParallel(net, broadcast_buffers=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    state = chaos_mpi.TrainingState(model=model, optimizer=optimizer, left=-1, seen=torch.zeros(3))
+
+    def train() -> None:
+        optimizer.zero_grad()
+        model(torch.randn(8, 4) + session.rank).square().sum().backward()
+        optimizer.step()
+        state.seen += session.rank
+
+    result = _until_one_has_joined(session, state, 4, train)
+    assert not result.replicas_identical
+    if session.is_newcomer:
+        assert 0 < float(state.seen[0]) < 100, "it has the tensor of another rank than 0"
 
 
 def works_afterwards(session: chaos_mpi.Session) -> None:

@@ -213,6 +213,18 @@ def test_a_rank_joins_a_loop_over_two_models_without_a_sampler(tmp_path: Path) -
     assert finished.output.count("came to the end") == 3
 
 
+@pytest.mark.parametrize("policy", ["blocking", "overlap"])
+def test_a_rank_joins_where_buffers_differ(policy: str, tmp_path: Path) -> None:
+    environment = {"CHAOS_JOIN_POLICY": policy}
+    with start("scenarios.py", tmp_path, "joined_with_buffers_that_differ", ranks=3, environment=environment) as job:
+        finished = job.finish()
+    assert finished.status == 0
+    assert [event["attempt"] for event in finished.events("join_spawned")] == [1]
+    assert len(finished.events("join_active")) == 1
+    assert finished.output.count("came to the end") == 4
+    assert "differ between the ranks" in finished.output
+
+
 def test_a_source_dies_in_the_middle_of_a_large_transfer(tmp_path: Path) -> None:
     problem = Problem(ranks=3, epochs=40, ballast_bytes=400 << 20)
     rules = [*JOIN, rule(FIRST, "newcomer:fetch")]

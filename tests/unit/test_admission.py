@@ -1,0 +1,107 @@
+"""What newcomers get of a state that is not the same at all members."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from one_rank import OneRank
+from torch import nn
+
+from chaos_mpi import TrainingState
+from chaos_mpi.elastic.admission import LiveState, differing, tensors_of_rank_0
+
+RANKS = 3
+
+
+class Meeting:
+    """Where members that are threads of this process give each other something."""
+
+    def __init__(self) -> None:
+        self._barrier = threading.Barrier(RANKS, timeout=30.0)
+        self._given: list[Any] = [None] * RANKS
+
+    def exchange(self, rank: int, value: Any) -> list[Any]:
+        """What all have given, in rank order."""
+        self._given[rank] = value
+        self._barrier.wait()
+        given = list(self._given)
+        self._barrier.wait()
+        return given
+
+
+class Member(OneRank):
+    """One of several."""
+
+    def __init__(self, meeting: Meeting, rank: int) -> None:
+        super().__init__()
+        self.meeting, self.place = meeting, rank
+        self.shared: list[str] = []
+        self._sequence.world.rank = rank
+        net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.fill_(0.5)
+        # Attached to no session, which would compare it between ranks.
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        self.state = TrainingState(model=net, optimizer=optimizer, best=torch.zeros(2), same=torch.ones(1), own=rank)
+        self._persistence._state = self.state
+        self.net = net
+
+    def gather(self, value: Any) -> list[Any]:
+        return self.meeting.exchange(self.place, value)
+
+    def share(self, label: str, tensors: Sequence[torch.Tensor], root: str | None = None) -> None:
+        given = self.meeting.exchange(self.place, [tensor.clone() for tensor in tensors])
+        for tensor, other in zip(tensors, given[0], strict=True):
+            tensor.copy_(other)
+
+
+def served(change: Any) -> list[tuple[Member, LiveState, dict[str, torch.Tensor]]]:
+    """Each member, what it serves after ``change(member)``, and what of it is not its own."""
+    meeting = Meeting()
+    members = [Member(meeting, rank) for rank in range(RANKS)]
+
+    def serve(member: Member) -> tuple[Member, LiveState, dict[str, torch.Tensor]]:
+        change(member)
+        others = tensors_of_rank_0(member)
+        return member, LiveState.of(member, others), others
+
+    with ThreadPoolExecutor(RANKS) as pool:
+        return list(pool.map(serve, members))
+
+
+def test_all_members_serve_the_buffers_of_rank_0_and_keep_their_own() -> None:
+    def change(member: Member) -> None:
+        with torch.no_grad():
+            member.net(torch.randn(8, 2) + member.place)
+        member.state.best += member.place
+
+    result = served(change)
+    _, first, _ = result[0]
+    for member, state, others in result:
+        assert set(others) == {"state.model.1.running_mean", "state.model.1.running_var", "state.extras.best"}
+        assert state.layout.to_json() == first.layout.to_json()
+        assert all(torch.equal(state.tensors[name], first.tensors[name]) for name in state.tensors)
+        assert member.state.best.tolist() == [member.place] * 2
+        assert torch.equal(state.tensors["state.model.1.running_mean"], member.net[1].running_mean) == (
+            member.place == 0
+        )
+
+
+def test_nothing_is_shared_where_nothing_differs() -> None:
+    for member, state, others in served(lambda member: member.net(torch.ones(4, 2))):
+        assert not others
+        assert state.tensors["state.model.1.running_mean"].data_ptr() == member.net[1].running_mean.data_ptr()
+
+
+def test_what_differs_in_kind_or_is_not_everywhere_is_left_to_those_who_check_it() -> None:
+    rows = [
+        {"a": ["f [1]", "1"], "b": ["f [1]", "1"], "c": ["f [1]", "1"], "d": ["f [1]", "1"]},
+        {"a": ["f [1]", "1"], "b": ["f [1]", "2"], "c": ["f [2]", "2"], "e": ["f [1]", "1"]},
+    ]
+    assert differing(rows) == ["b"]
+    assert differing([{}, *rows]) == []
