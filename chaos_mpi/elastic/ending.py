@@ -29,6 +29,10 @@ class EndingSession(ChangingSession):
         """A script that just ends is closed without a word."""
         self._guard.is_quiet = True
 
+    def on_rollback(self, undo: Callable[[], None]) -> None:
+        """Call ``undo`` before an emergency save: it takes back what the unfinished step changed."""
+        self._rollbacks.append(undo)
+
     @property
     def ends_well(self) -> bool:
         """Whether the session is open in this process, and no failing exit of it is under way."""

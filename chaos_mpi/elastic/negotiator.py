@@ -166,6 +166,7 @@ class Negotiator:
         if outcome.move is not None:
             self._move(outcome.move)
         if outcome.leave:
+            self._session.hand_over(outcome.leave)
             told = {member: reports for member, (_, reports) in zip(contributors, words, strict=True)}
             stayers = self._part(outcome.leave, told, (arrived, begun, time.perf_counter()))
             outcome = with_stayers(outcome, stayers, itertools.chain.from_iterable(proposals))

@@ -96,6 +96,7 @@ class Session(EndingSession):
         self._companions: list[Companion] = []
         self._rollbacks: list[Callable[[], None]] = []
         self._restored: list[Callable[[], None]] = []
+        self._handing_over: list[Callable[[tuple[str, ...]], None]] = []
         self._recorded: dict[str, Any] = {}
         self._boundary_step = 0
         self._talk_is_owed = False  # a step was finished, and the members have not come to a place to negotiate since
@@ -261,13 +262,22 @@ class Session(EndingSession):
         self._models += 1
         return self._models
 
-    def on_rollback(self, undo: Callable[[], None]) -> None:
-        """Call ``undo`` before an emergency save: it takes back what the unfinished step changed."""
-        self._rollbacks.append(undo)
-
     def on_restore(self, note: Callable[[], None]) -> None:
         """Call ``note`` after the training state was replaced by another one."""
         self._restored.append(note)
+
+    def on_leave(self, hand_over: Callable[[tuple[str, ...]], None]) -> None:
+        """Call ``hand_over`` with those who are about to leave: what only they have, others are to get from them.
+
+        All members are there then, between two steps, and it may make collective calls. Every member registers the
+        same ones, in the same order; a rank that joins does so before its training state is made.
+        """
+        self._handing_over.append(hand_over)
+
+    def hand_over(self, leaving: tuple[str, ...]) -> None:
+        """These members are about to leave. Called by all."""
+        for hand_over in self._handing_over:
+            hand_over(leaving)
 
     def resumed(self, step: int, initial_size: int) -> None:
         """The training state now is that of ``step``, of a job that was started with ``initial_size`` ranks."""

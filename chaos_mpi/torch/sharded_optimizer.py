@@ -28,7 +28,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     are, bit for bit, those that the plain optimizer gives.
 
     Each :meth:`step` begins with a look at who is there and what everyone keeps. Where a node lacks a part, since a
-    rank has died or joined, another node hands it over. It is not in a TrainingState (pass ``optimizer={}``): it
+    rank has died or joined, another node hands it over; what only a rank has that leaves, it hands over before. It is
+    not in a TrainingState (pass ``optimizer={}``): it
     differs between members, and a rank that joins gets its part at its first step. It is saved with
     ``torch.distributed.checkpoint``, to which each rank gives its :meth:`state_dict`; before it is loaded from there,
     :meth:`allocate` makes what it is loaded into. The learning-rate factor of a batch policy does not reach it.
@@ -69,6 +70,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._parts = self._split(parts)
         self._kept: dict[int, torch.optim.Optimizer] = {}
         self._is_shared_out = False  # at all members at once; some of them may keep nothing
+        self._session.on_leave(self._keep_what_leaves)
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -173,6 +175,21 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 self._kept = {number: part for number, part in self._kept.items() if number in mine}
                 return _keepers(wanted)
             self._hand_over(missing, keepers, wanted[self._session.member])
+
+    def _keep_what_leaves(self, leaving: tuple[str, ...]) -> None:
+        """Have those who stay get the parts that only ``leaving`` keep. Called by all of them."""
+        while True:
+            rows, members = self._session.gather_with_contributors(
+                [len(self._parts), int(self._is_chosen), *self._kept]
+            )
+            self._split_as_others(rows)
+            kept = {member: row[2:] for member, row in zip(members, rows, strict=True)}
+            staying = {member: self._node_of(member) for member in members if member not in leaving}
+            leave = only_with(kept, leaving)
+            if not leave or not staying:
+                return
+            wanted = assigned(staying, len(self._parts))
+            self._hand_over(leave, _keepers(kept), wanted.get(self._session.member, ()))
 
     def _split_as_others(self, rows: Sequence[Sequence[int]]) -> None:
         """One that joined has seen other nodes than those that were there from the start."""
@@ -293,6 +310,12 @@ def assigned(node_of: Mapping[str, str], parts: int) -> dict[str, list[int]]:
         for number in range(parts):
             wanted[members[number % len(members)]].append(number)
     return wanted
+
+
+def only_with(kept: Mapping[str, Iterable[int]], leaving: Iterable[str]) -> list[int]:
+    """The parts that some of ``leaving`` keep, and nobody else does."""
+    leaving = set(leaving)
+    return sorted(number for number, members in _keepers(kept).items() if leaving.issuperset(members))
 
 
 def _keepers(kept: Mapping[str, Iterable[int]]) -> dict[int, list[str]]:

@@ -198,6 +198,16 @@ def test_a_sharded_optimizer_heals_from_the_other_node(tmp_path: Path) -> None:
     assert seen[0]["parameters"] == seen[3]["parameters"]
 
 
+def test_a_rank_that_leaves_hands_its_part_of_a_sharded_optimizer_over(tmp_path: Path) -> None:
+    seen = seen_in("sharded_optimizer_and_a_leave", tmp_path)
+    assert set(seen) == {0, 2, 3}
+    for saw in seen.values():
+        assert saw["equal"], "the parameters are not those of an optimizer that is not sharded"
+        assert saw["error"] == ""
+        assert saw["parameters"] == seen[0]["parameters"]
+    assert sorted(number for saw in seen.values() for number in saw["kept"]) == [0, 1, 2, 3]
+
+
 def test_a_sharded_optimizer_says_when_nothing_is_left_to_heal_from(tmp_path: Path) -> None:
     seen = seen_in("sharded_optimizer_without_replica", tmp_path)
     assert set(seen) == {2}

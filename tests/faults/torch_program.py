@@ -314,12 +314,20 @@ def group_of_some(rank: int) -> dict[str, Any]:
     return seen
 
 
-def _train_sharded(rank: int, deaths: dict[int, int]) -> dict[str, Any]:
-    """Four ranks are two nodes of two. ``deaths``: who dies in which step. Against the same steps without sharding."""
+def _train_sharded(
+    rank: int, deaths: dict[int, int], leaves: dict[int, int] | None = None, per_node: int = 2
+) -> dict[str, Any]:
+    """Four ranks, ``per_node`` on each of the nodes, against the same steps without sharding.
+
+    Args:
+        rank: of this process.
+        deaths, leaves: who dies, or asks to leave, in which step.
+        per_node: how many ranks are a node.
+    """
     torch.manual_seed(1)
     model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)))
     model.register_comm_hook(chaos_mpi.torch.ElasticState(model), chaos_mpi.torch.elastic_hook)
-    nodes = {member: place // 2 for place, member in enumerate(chaos_mpi.current_session().members)}
+    nodes = {member: place // per_node for place, member in enumerate(chaos_mpi.current_session().members)}
     optimizer = chaos_mpi.torch.ShardedOptimizer(
         model.parameters(), torch.optim.AdamW, node_of=lambda member: str(nodes[member]), lr=0.1
     )
@@ -329,6 +337,8 @@ def _train_sharded(rank: int, deaths: dict[int, int]) -> dict[str, Any]:
     for step in range(8):
         if deaths.get(rank) == step:
             die()
+        if (leaves or {}).get(rank) == step:
+            chaos_mpi.current_session().request_leave()
         optimizer.zero_grad()
         model(torch.full((3, 4), float(rank + step))).pow(2).sum().backward()
         for copy, param in zip(plain, model.parameters(), strict=True):
@@ -348,6 +358,11 @@ def _train_sharded(rank: int, deaths: dict[int, int]) -> dict[str, Any]:
 def sharded_optimizer(rank: int) -> dict[str, Any]:
     """One rank of each node dies, one after the other, and not the same."""
     return _train_sharded(rank, {1: 2, 2: 5})
+
+
+def sharded_optimizer_and_a_leave(rank: int) -> dict[str, Any]:
+    """There is one node, and a rank of it leaves, which alone keeps its part."""
+    return _train_sharded(rank, {}, {1: 2}, per_node=4)
 
 
 def sharded_optimizer_without_replica(rank: int) -> dict[str, Any]:

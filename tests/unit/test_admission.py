@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from meeting import Meeting
 from one_rank import OneRank
 from torch import nn
 
@@ -15,22 +15,6 @@ from chaos_mpi import TrainingState
 from chaos_mpi.elastic.admission import LiveState, differing, tensors_of_rank_0
 
 RANKS = 3
-
-
-class Meeting:
-    """Where members that are threads of this process give each other something."""
-
-    def __init__(self) -> None:
-        self._barrier = threading.Barrier(RANKS, timeout=30.0)
-        self._given: list[Any] = [None] * RANKS
-
-    def exchange(self, rank: int, value: Any) -> list[Any]:
-        """What all have given, in rank order."""
-        self._given[rank] = value
-        self._barrier.wait()
-        given = list(self._given)
-        self._barrier.wait()
-        return given
 
 
 class Member(OneRank):
@@ -62,7 +46,7 @@ class Member(OneRank):
 
 def served(change: Any) -> list[tuple[Member, LiveState, dict[str, torch.Tensor]]]:
     """Each member, what it serves after ``change(member)``, and what of it is not its own."""
-    meeting = Meeting()
+    meeting = Meeting(RANKS)
     members = [Member(meeting, rank) for rank in range(RANKS)]
 
     def serve(member: Member) -> tuple[Member, LiveState, dict[str, torch.Tensor]]:
