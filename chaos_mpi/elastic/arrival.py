@@ -164,7 +164,10 @@ def restore(
     state.restore(tree["state"], owned=True)
     handed: Sequence[Any] = tree["samplers"]
     if len(handed) != len(session.samplers):
-        raise JoinError(f"the others have {len(handed)} samplers, this rank has {len(session.samplers)}")
+        raise JoinError(
+            f"the others have {len(handed)} samplers, this rank has {len(session.samplers)}: make all of them "
+            "before the TrainingState, once for all epochs"
+        )
     for sampler, part in zip(session.samplers, handed, strict=True):
         sampler.take_over(part)
     session.take_rng(tree["rng"])

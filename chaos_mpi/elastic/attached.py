@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from chaos_mpi.elastic.sampler import ElasticSampler
+
+
+log = logging.getLogger("chaos_mpi.elastic")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,7 @@ class AttachedSamplers:
     def __init__(self) -> None:
         self._samplers: list[ElasticSampler] = []
         self._changes: list[_Change] = []
+        self._has_warned = False
 
     def __len__(self) -> int:
         return len(self._samplers)
@@ -52,6 +57,17 @@ class AttachedSamplers:
         for change in self._changes:
             if index >= change.attached:
                 change.tell(index, sampler)
+
+    def warn_of_late_one(self, rank: int) -> None:
+        """A sampler is made after the training state, so a rank that joins there does not have it. Said once."""
+        level = logging.DEBUG if self._has_warned or rank != 0 else logging.WARNING
+        self._has_warned = True
+        log.log(
+            level,
+            "an ElasticSampler was made after the TrainingState: from now on no rank can join, because a newcomer has "
+            "none when it gets the state. Make samplers once, before the state, give them to it (sampler=...), and go "
+            "through the epochs with the same ones; each one that is made is kept until the end",
+        )
 
     def commit(self) -> None:
         """A gradient step is finished: what was taken for it is trained on."""

@@ -243,6 +243,8 @@ class Session(EndingSession):
     def attach_sampler(self, sampler: ElasticSampler) -> None:
         """Keep ``sampler`` informed of finished steps and of changes of the view."""
         self._samplers.attach(sampler)
+        if self.has_state:
+            self._samplers.warn_of_late_one(self.rank)
 
     def attach_state(self, state: TrainingState) -> None:
         """Take charge of the training state: compare it between ranks, resume it, keep it safe.

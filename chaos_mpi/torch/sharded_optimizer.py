@@ -29,10 +29,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     Each :meth:`step` begins with a look at who is there and what everyone keeps. Where a node lacks a part, since a
     rank has died or joined, another node hands it over; what only a rank has that leaves, it hands over before. It is
-    not in a TrainingState (pass ``optimizer={}``): it
-    differs between members, and a rank that joins gets its part at its first step. It is saved with
-    ``torch.distributed.checkpoint``, to which each rank gives its :meth:`state_dict`; before it is loaded from there,
-    :meth:`allocate` makes what it is loaded into. The learning-rate factor of a batch policy does not reach it.
+    not in a TrainingState (pass ``optimizer={}``): it differs between members, and a rank that joins gets its part at
+    its first step. It is saved with ``torch.distributed.checkpoint``, to which each rank gives its :meth:`state_dict`;
+    before it is loaded from there, :meth:`allocate` makes what it is loaded into. The learning-rate factor of a batch
+    policy does not reach it.
 
     Args:
         params: parameters, or groups of them, as for any optimizer; the same at every member.

@@ -124,6 +124,17 @@ def test_a_loop_over_two_models_without_a_sampler_is_joined_where_it_begins() ->
     assert talks == [2, 4]
 
 
+def test_a_sampler_that_a_newcomer_would_not_have_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    session = OneRank()
+    ElasticSampler(4, session=session)
+    script(session)
+    assert not caplog.records
+    for _ in range(2):
+        ElasticSampler(4, session=session)
+    (told,) = caplog.records
+    assert "made after the TrainingState: from now on no rank can join" in told.getMessage()
+
+
 # -- checkpoints ----------------------------------------------------------------------------------------
 
 #: Trains on one batch; ``stop`` is called after each of its gradient steps.
