@@ -16,6 +16,7 @@ from chaos_mpi.elastic import current
 from chaos_mpi.elastic.agent_link import fate_of, follow, links_between, open_link
 from chaos_mpi.elastic.attached import AttachedSamplers
 from chaos_mpi.elastic.changes import Companion
+from chaos_mpi.elastic.children import end_workers_with_rank
 from chaos_mpi.elastic.control import ControlSocket, leave_on_sigterm, open_control
 from chaos_mpi.elastic.ending import EndingSession
 from chaos_mpi.elastic.launching import own_host, refuse_orphan, told_sizes
@@ -134,6 +135,7 @@ class Session(EndingSession):
             self._write_identity()
             self._control = open_control(self, settings.run_dir)
         leave_on_sigterm(self)
+        end_workers_with_rank()
         newcomer = self._bridge is not None
         self.emit("session_started", pid=os.getpid(), host=self.host, members=list(self.members), newcomer=newcomer)
 

@@ -213,6 +213,17 @@ def test_a_rank_joins_a_loop_over_two_models_without_a_sampler(tmp_path: Path) -
     assert finished.output.count("came to the end") == 3
 
 
+def test_a_newcomer_dies_and_leaves_workers_behind(tmp_path: Path) -> None:
+    problem = Problem(ranks=2, epochs=12, workers=2)
+    with start_training(tmp_path, problem, [*JOIN, rule(FIRST, "forward", "die")]) as job:
+        finished = job.finish()
+        check_changes(finished, problem, dead={FIRST}, joined={FIRST})
+    recovered = finished.events("recovered")
+    assert recovered
+    # The workers look every 5 s whether their rank is there.
+    assert max(event["total_ms"] for event in recovered) < 3000
+
+
 @pytest.mark.parametrize("policy", ["blocking", "overlap"])
 def test_a_rank_joins_where_buffers_differ(policy: str, tmp_path: Path) -> None:
     environment = {"CHAOS_JOIN_POLICY": policy}
