@@ -18,10 +18,11 @@ def start_time(pid: int) -> int:
     """When a process started, in clock ticks since boot (proc(5)); with the pid it names one process. 0: it has
     ended."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        # Bytes: a name, which is in brackets, need not be text.
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
         return 0
-    return 0 if fields[0] in "ZX" else int(fields[19])
+    return 0 if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
 def is_running(pid: int, started: int) -> bool:
