@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import click
-import psutil
 
 from chaos_mpi.agent.marks import may_live
 from chaos_mpi.cli.control import RefusedError, ask, ask_all
-from chaos_mpi.cli.outcome import read_records
+from chaos_mpi.cli.outcome import lives, read_records
 from chaos_mpi.cli.terminal import say
 from chaos_mpi.config import load_settings
 from chaos_mpi.elastic import kept
@@ -125,7 +124,7 @@ def begin(environ: Mapping[str, str], new: Path, ranks: int) -> HandOver | None:
 def ready(job: Path, ranks: int) -> bool:
     """Whether all ranks of a new job that live wait for the state, and have come so far that they can be told."""
     records = read_records(job)
-    started = {*records.starting, *records.members}
+    started = {**records.starting, **records.members}
     waiting = {int(path.stem.rpartition("-")[2]) for path in job.glob("ready-*.json")}
-    others = [pid for pid in started - waiting if psutil.pid_exists(pid)]
+    others = [pid for pid, record in started.items() if pid not in waiting and lives(pid, record)]
     return len(started) >= ranks and bool(waiting) and not others

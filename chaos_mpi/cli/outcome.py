@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from chaos_mpi.agent.home import CRASH, LOST
+from chaos_mpi.agent.processes import is_running
 
 EXIT_FINISHED = 0
 EXIT_FAILED = 1
@@ -75,6 +76,12 @@ def read_records(run_dir: Path) -> Records:
         if isinstance(record, dict):
             found[kind][int(pid)] = record
     return Records(*(found[kind] for kind in _KINDS))
+
+
+def lives(pid: int, record: Record) -> bool:
+    """Whether the process that wrote a record still runs: another one may have got its number since."""
+    began = record.get("started")
+    return isinstance(began, int) and is_running(pid, began)
 
 
 def judge(records: Records, mpirun_status: int) -> Verdict:

@@ -21,7 +21,7 @@ import psutil
 from chaos_mpi.agent import registry
 from chaos_mpi.agent.proxy import KILL_SIGNAL
 from chaos_mpi.cli.control import end_ranks
-from chaos_mpi.cli.outcome import Records, describe_status, read_records
+from chaos_mpi.cli.outcome import Records, describe_status, lives, read_records
 from chaos_mpi.cli.output import OutputFilter
 from chaos_mpi.cli.terminal import say, write
 from chaos_mpi.elastic.lifecycle import alike, write_record
@@ -200,13 +200,13 @@ class MpirunJob:
         It is when all ranks have ended, or one has ended the whole job: mpirun waits for ever for a stopped process.
         What a script does after the training takes as long as it takes, and so does a program around it.
         """
-        alive = [pid for pid in records.members if psutil.pid_exists(pid)]
+        alive = [pid for pid, record in records.members.items() if lives(pid, record)]
         self._note_programs(records)
         if records.members and not alive and any(_runs(p) for programs in self._around.values() for p in programs):
             return None
         # Ranks that have started MPI may end before they are members: of too small a job, for one.
-        up = {*records.starting, *records.connected} if records.connected and not records.members else ()
-        if (records.members and not alive) or (up and not any(map(psutil.pid_exists, up))):
+        up = {**records.starting, **records.connected} if records.connected and not records.members else {}
+        if (records.members and not alive) or (up and not any(lives(*rank) for rank in up.items())):
             return LEFT_ALONE_S
         failed = any(record.get("outcome") == "failed" for record in records.outcomes.values())
         ended = bool(records.members) and all(_is_through(pid, records) for pid in alive)

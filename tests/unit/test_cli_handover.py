@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +15,8 @@ import pytest
 
 from chaos_mpi.agent.home import note_down
 from chaos_mpi.agent.launcher import LauncherPipe
-from chaos_mpi.cli.handover import HandOver
+from chaos_mpi.agent.processes import start_time
+from chaos_mpi.cli.handover import HandOver, ready
 from chaos_mpi.elastic import kept
 from chaos_mpi.elastic.awaited import AwaitedState
 from chaos_mpi.elastic.control import ControlSocket
@@ -92,6 +95,18 @@ def test_a_job_that_says_nothing_and_does_not_end(
     HandOver(old, name, new, ranks=1, limit_s=1).run()
     assert "no member of the job" in told[0]
     assert (f"go on by: {kept.VARIABLE}={name} chaosrun" if is_kept else "still runs") in told[0]
+
+
+def test_a_number_that_another_process_has_now_is_no_new_rank(jobs: Jobs) -> None:
+    new = jobs[1]
+    assert ready(new, 1)
+    with subprocess.Popen(["sleep", "60"]) as other:
+        record, began = new / f"starting-{other.pid}.json", start_time(other.pid)
+        record.write_text(json.dumps({"started": began}))
+        assert not ready(new, 2), "it lives, and does not wait yet"
+        record.write_text(json.dumps({"started": began - 1}))
+        assert ready(new, 2)
+        other.kill()
 
 
 def test_who_was_slower_than_another_launcher_does_not_say_how_to_go_on(jobs: Jobs) -> None:
