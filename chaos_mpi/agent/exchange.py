@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from chaos_mpi.agent.contacts import Contact
 from chaos_mpi.agent.processes import is_running, start_time
-from chaos_mpi.agent.registry import ended
+from chaos_mpi.agent.registry import Ends
 from chaos_mpi.errors import ConfigError
 
 log = logging.getLogger("chaos_mpi.agent")
@@ -82,6 +82,7 @@ class Exchange:
         self._directory, self._job, self._rank, self._launcher = directory, job, rank, launcher
         self._first_size, self._send = first_size, send
         self._known: dict[str, Posted] = {}
+        self._ends = Ends(directory)
         self._sent: dict[str, Any] | None = None
 
     def post(self, contact: Contact) -> None:
@@ -123,7 +124,7 @@ class Exchange:
         gone = [entry.contact.member for entry in self._known.values() if not entry.is_there]
         # Only now: the proxies end as well when mpirun has ended, and their ranks go on then.
         disowned = gone if self._launcher == os.getppid() else []
-        news = {"contacts": contacts, "first": first, "ended": ended(self._directory), "disowned": disowned}
+        news = {"contacts": contacts, "first": first, "ended": self._ends.look(), "disowned": disowned}
         if news != self._sent:
             self._sent = news
             self._send(news)

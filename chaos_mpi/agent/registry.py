@@ -83,14 +83,29 @@ def note_end(directory: Path, join: str, how: str) -> None:
         new.rename(path)
 
 
-def ended(directory: Path) -> dict[str, str]:
-    """The joins whose proxies have ended, and how."""
-    found: dict[str, str] = {}
-    for path in sorted(directory.glob("ended-*.json")):
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            fields = json.loads(path.read_text())
-            found[str(fields["join"])] = str(fields["how"])
-    return found
+class Ends:
+    """The joins whose proxies have ended, looked up again and again; each is read once.
+
+    Args:
+        directory: of the job, on this host.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._seen: dict[str, int] = {}  # when the file was written, by its name: a number may come twice
+        self._found: dict[str, str] = {}
+
+    def look(self) -> dict[str, str]:
+        """All of them so far, and how they ended; what cannot be read is passed over."""
+        for path in sorted(self._directory.glob("ended-*.json")):
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+                written = path.stat().st_mtime_ns
+                if self._seen.get(path.name) != written:
+                    content = path.read_bytes()
+                    self._seen[path.name] = written
+                    fields = json.loads(content)
+                    self._found[str(fields["join"])] = str(fields["how"])
+        return dict(self._found)
 
 
 def fence(directory: Path, host: str) -> int:

@@ -62,20 +62,52 @@ class Verdict:
     message: str = ""
 
 
+class RecordReader:
+    """Reads the records of a job again and again, each only once: a record is replaced as a whole, never changed.
+
+    Args:
+        run_dir: the job's private directory.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._seen: dict[str, tuple[tuple[int, int, int], Record | None]] = {}
+
+    def read(self) -> Records:
+        """All that are there now; what cannot be read is left out."""
+        found: dict[str, dict[int, Record]] = {kind: {} for kind in _KINDS}
+        for path in sorted(self._run_dir.glob("*-*.json")):
+            kind, _, pid = path.stem.rpartition("-")
+            if kind in found and pid.isdigit() and (record := self._record(path)) is not None:
+                found[kind][int(pid)] = record
+        return Records(*(found[kind] for kind in _KINDS))
+
+    def _record(self, path: Path) -> Record | None:
+        try:
+            status = path.stat()
+            # The number of the file as well: two records may be written within one tick of the clock.
+            version = (status.st_ino, status.st_mtime_ns, status.st_size)
+            seen, record = self._seen.get(path.name, (None, None))
+            if seen != version:
+                record = _parsed(path.read_bytes())
+                self._seen[path.name] = (version, record)
+        except OSError:
+            return None
+        return record
+
+
+def _parsed(content: bytes) -> Record | None:
+    """A record; None if it is none."""
+    try:
+        record = json.loads(content)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
 def read_records(run_dir: Path) -> Records:
     """All records in a job's private directory; what cannot be read is left out."""
-    found: dict[str, dict[int, Record]] = {kind: {} for kind in _KINDS}
-    for path in sorted(run_dir.glob("*-*.json")):
-        kind, _, pid = path.stem.rpartition("-")
-        if kind not in found or not pid.isdigit():
-            continue
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(record, dict):
-            found[kind][int(pid)] = record
-    return Records(*(found[kind] for kind in _KINDS))
+    return RecordReader(run_dir).read()
 
 
 def lives(pid: int, record: Record) -> bool:

@@ -21,7 +21,7 @@ import psutil
 from chaos_mpi.agent import registry
 from chaos_mpi.agent.proxy import KILL_SIGNAL
 from chaos_mpi.cli.control import end_ranks
-from chaos_mpi.cli.outcome import Records, describe_status, lives, read_records
+from chaos_mpi.cli.outcome import RecordReader, Records, describe_status, lives
 from chaos_mpi.cli.output import OutputFilter
 from chaos_mpi.cli.terminal import say, write
 from chaos_mpi.elastic.lifecycle import alike, write_record
@@ -84,6 +84,7 @@ class MpirunJob:
     ) -> None:
         self.interrupted_by: signal.Signals | None = None
         self._run_dir, self._outlived = run_dir, outlived
+        self._records = RecordReader(run_dir)
         self._deadline: float | None = None
         self._killed = False
         self._around: dict[int, list[psutil.Process]] = {}
@@ -128,7 +129,7 @@ class MpirunJob:
             meanwhile(now)
             if self._deadline is not None and now > self._deadline:
                 self._kill_everything()
-            records = read_records(self._run_dir)
+            records = self._records.read()
             if (loss := self._start.loss(records, now)) is not None:
                 write_record(self._run_dir, "outcome", {"outcome": "failed", "message": loss})
                 self._kill_everything()
@@ -144,7 +145,7 @@ class MpirunJob:
                 self._process.wait(_POLL_S)
             except subprocess.TimeoutExpired:
                 continue
-        records = read_records(self._run_dir)
+        records = self._records.read()
         under_way = bool(records.members.keys() - records.outcomes.keys())
         crashed = self._process.returncode < 0 and under_way and self.interrupted_by is None
         lost = self._outlived and (crashed or self._process.returncode == -signal.SIGKILL) and not self._killed
@@ -234,7 +235,7 @@ class MpirunJob:
         if self._outlived:
             registry.end(self._run_dir, KILL_SIGNAL, _PROXIES_LIMIT_S)
             return
-        records = read_records(self._run_dir)
+        records = self._records.read()
         for pid in {*records.starting, *records.members}:
             try:
                 process = psutil.Process(pid)

@@ -1,14 +1,17 @@
 """The list of a job's proxies, and fencing: the proxies of one host are killed, and no other process."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
+import pytest
+
 from chaos_mpi.agent.processes import start_time
-from chaos_mpi.agent.registry import Registered, end, fence, register, registered, wait_for_end
+from chaos_mpi.agent.registry import Ends, Registered, end, fence, register, registered, wait_for_end
 
 ROOT = Path(__file__).parents[2]
 PROXY = """
@@ -70,3 +73,29 @@ def test_proxies_that_heed_no_signal_are_killed(tmp_path: Path) -> None:
     with proxy(tmp_path, "a", 0) as process:
         end(tmp_path, signal.SIGCONT, 0.1)
         assert process.wait(10) == -signal.SIGKILL
+
+
+def test_the_end_of_a_join_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    read_bytes = Path.read_bytes
+
+    def counted(path: Path) -> bytes:
+        opened.append(path.name)
+        return read_bytes(path)
+
+    def write(pid: int, text: str, written_s: int) -> None:
+        path = tmp_path / f"ended-{pid}.json"
+        path.write_text(text)
+        os.utime(path, (written_s, written_s))
+
+    monkeypatch.setattr(Path, "read_bytes", counted)
+    ends = Ends(tmp_path)
+    write(1, '{"join": "a", "how": "it ended"}', 1)
+    write(2, "[", 1)
+    for _ in range(3):
+        assert ends.look() == {"a": "it ended"}
+    assert opened == ["ended-1.json", "ended-2.json"]
+    write(1, '{"join": "b", "how": "it ended"}', 2)  # the number has come again
+    for _ in range(3):
+        assert ends.look() == {"a": "it ended", "b": "it ended"}
+    assert opened[2:] == ["ended-1.json"]

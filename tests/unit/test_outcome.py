@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from chaos_mpi.cli.outcome import Record, Records, Verdict, describe_status, judge, read_records
+from chaos_mpi.cli.outcome import Record, RecordReader, Records, Verdict, describe_status, judge, read_records
 
 
 def records(*outcomes: Record, members: int | None = None, starting: int = 0) -> Records:
@@ -166,3 +166,34 @@ def test_what_is_no_record_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "member-6.json").mkdir()
     assert read_records(tmp_path) == Records({}, {}, {})
     assert read_records(tmp_path / "missing") == Records({}, {}, {})
+
+
+def test_a_record_is_read_once_and_again_when_it_was_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    read_bytes = Path.read_bytes
+
+    def counted(path: Path) -> bytes:
+        opened.append(path.name)
+        return read_bytes(path)
+
+    def write(name: str, text: str) -> None:
+        new = tmp_path / "new"
+        new.write_text(text)
+        new.replace(tmp_path / f"{name}.json")
+
+    monkeypatch.setattr(Path, "read_bytes", counted)
+    reader = RecordReader(tmp_path)
+    write("member-1", "{}")
+    write("outcome-1", json.dumps({"step": 1}))
+    write("crash-2", "[")
+    for _ in range(3):
+        assert reader.read() == Records({}, {1: {}}, {1: {"step": 1}})
+    assert sorted(opened) == ["crash-2.json", "member-1.json", "outcome-1.json"]
+    write("outcome-1", json.dumps({"step": 2}))  # as long as before, and within the same tick of the clock, perhaps
+    (tmp_path / "crash-2.json").unlink()
+    write("crash-3", "{}")
+    for _ in range(3):
+        assert reader.read() == Records({}, {1: {}}, {1: {"step": 2}}, {}, {3: {}})
+    assert sorted(opened[3:]) == ["crash-3.json", "outcome-1.json"]
+    (tmp_path / "member-1.json").unlink()
+    assert reader.read().members == {}
