@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import selectors
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +24,8 @@ from chaos_mpi.errors import EngineError
 
 #: A member that does not take a connection, or does not greet, within this time is passed over.
 CONNECT_LIMIT_S = 2.0
+#: Whoever is tried after others have used up the time gets so much, at least.
+_LEAST_LIMIT_S = 0.05
 _SPEECHLESS = "the job in {} is starting, or about to end, or hangs: none of its ranks answers"
 #: The kind of the file in a job's private directory that the launcher writes when it begins.
 LAUNCHER = "launcher"
@@ -192,18 +196,28 @@ def _ask_one(path: Path, request: dict[str, Any], limit_s: float) -> dict[str, A
 def end_ranks(job: Path, name: str) -> bool:
     """Tell every rank of the job to end as soon as it can, as SIGTERM does, but once; whether any could be told.
 
+    All are told before any is waited for: those that hang are not to use up the time of the others. Without threads,
+    for this is done within a signal handler, which may have interrupted whoever starts or ends one.
+
     Args:
         job: its private directory.
         name: of the signal for which they are to end.
     """
-    told, request = False, json.dumps({"do": "end", "signal": name}).encode() + b"\n"
-    for path in sorted(job.glob("control-*.sock")):
-        if (connection := _reach(path)) is not None:
-            with connection, contextlib.suppress(OSError):
-                connection.sendall(request)
-                told = True
-                connection.recv(1)  # it has taken the connection; one that hangs will find the request when it goes on
-    return told
+    limit = time.monotonic() + CONNECT_LIMIT_S
+    request = json.dumps({"do": "end", "signal": name}).encode() + b"\n"
+    with contextlib.ExitStack() as told, selectors.DefaultSelector() as answering:
+        for path in sorted(job.glob("control-*.sock")):
+            if (connection := _reach(path, max(_LEAST_LIMIT_S, limit - time.monotonic()))) is not None:
+                told.enter_context(connection)
+                with contextlib.suppress(OSError):
+                    connection.sendall(request)
+                    answering.register(connection, selectors.EVENT_READ)
+        any_told = bool(answering.get_map())
+        # Until they have taken the connection; those that hang will find the request when they go on.
+        while answering.get_map() and (left_s := limit - time.monotonic()) > 0:
+            for key, _ in answering.select(left_s):
+                answering.unregister(key.fileobj)
+    return any_told
 
 
 class _Member:

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Generator
 from pathlib import Path
 from types import SimpleNamespace
@@ -264,6 +265,30 @@ def test_a_member_is_told_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert leaving.told_by == "SIGHUP"
     finally:
         control.close()
+
+
+def test_members_that_hang_keep_nobody_from_being_told_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chaos_mpi.elastic.control.LEAVE_DEADLINE_S", 1e6)  # this process is not to end at it
+    asked: queue.SimpleQueue[object] = queue.SimpleQueue()
+    leaving = session(told_to_end=False, request_leave=lambda *request: asked.put(request))
+    hanging = [sockets.listen(tmp_path / f"control-{number}.sock") for number in range(1, 6)]
+    control = ControlSocket(leaving, tmp_path / "control-9.sock")  # comes last
+    telling = threading.Thread(target=end_ranks, args=(tmp_path, "SIGTERM"))
+    began = time.monotonic()
+    try:
+        telling.start()
+        assert asked.get(timeout=20)
+        assert time.monotonic() - began < 3
+        telling.join(20)
+        assert time.monotonic() - began < 5, "they were waited for together"
+        for listener in hanging:
+            connection, _ = listener.accept()
+            with connection:
+                assert connection.recv(100) == b'{"do": "end", "signal": "SIGTERM"}\n'
+    finally:
+        control.close()
+        for listener in hanging:
+            listener.close()
 
 
 def test_a_script_that_works_on_after_training_ends_as_any_other() -> None:
