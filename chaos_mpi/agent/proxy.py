@@ -399,12 +399,13 @@ def main() -> None:
         liaison = liaison_of(options, placement.host or "", os.environ)
         proxy = Proxy(placement, options.argv, os.environ, options.register, liaison)
         status = asyncio.run(proxy.run())
-        if options.register is not None and (join := join_of(options.argv)):
-            ended = f"its process ended ({how_ended(status)}) before it was connected; its output says why"
-            note_end(options.register, join, proxy.failure or ended)
+        ended = f"its process ended ({how_ended(status)}) before it was connected; its output says why"
+        how = proxy.failure or ended
     except ChaosError as error:
         log.error("%s", error)
-        status = EXIT_NOT_STARTED
+        status, how = EXIT_NOT_STARTED, f"it cannot be started: {error}"
+    if options.register is not None and (join := join_of(options.argv)):
+        note_end(options.register, join, how)
     sys.stderr.flush()
     end_like(status)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from chaos_mpi.agent.processes import is_running, start_time
+from chaos_mpi.errors import EngineError
 
 _POLL_S = 0.02
 
@@ -47,6 +48,9 @@ def register(directory: Path, host: str, job: str, rank: int) -> None:
         host: where the rank is.
         job: its PMIx namespace.
         rank: its number in that.
+
+    Raises:
+        EngineError: it cannot be entered: the host could not be fenced off, nor the rank be ended with the job.
     """
     pid = os.getpid()
     entry = Registered(host, job, rank, pid, start_time(pid))
@@ -54,9 +58,15 @@ def register(directory: Path, host: str, job: str, rank: int) -> None:
     try:
         new.write_text(json.dumps(entry))
         new.rename(directory / _name(pid))
-    except OSError:
+    except FileNotFoundError:
+        return
+    except OSError as error:
         with contextlib.suppress(OSError):
             new.unlink()
+        raise EngineError(
+            f"a rank that cannot be entered in the list of the job's ranks is not started: {directory}: "
+            f"{error.strerror}"
+        ) from error
 
 
 def registered(directory: Path) -> Iterator[Registered]:

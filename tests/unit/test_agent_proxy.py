@@ -17,6 +17,8 @@ import pytest
 
 from chaos_mpi.agent.processes import is_running, start_time
 from chaos_mpi.agent.proxy import Placement, order, parser, placement_of, supervisor_command
+from chaos_mpi.agent.registry import Ends
+from chaos_mpi.agent.spawning import JOIN_OPTION
 from chaos_mpi.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -172,6 +174,22 @@ def test_ssh_that_does_not_connect(ssh: tuple[str, ...]) -> None:
     assert done.returncode == 1
     assert "Permission denied\n" in done.stderr
     assert "ended with status 255 before the rank was started" in done.stderr
+
+
+def test_a_newcomer_that_cannot_be_started_is_not_waited_for(tmp_path: Path) -> None:
+    argv = ("python", "-X", f"{JOIN_OPTION}=join-a:1-1.1@a:1", "train.py")
+    done = run(*argv, options=("--host=-x", "--register", str(tmp_path)))
+    assert done.returncode == 1
+    (how,) = Ends(tmp_path).look().values()
+    assert how == "it cannot be started: '-x' is not the name of a host"
+
+
+def test_a_rank_that_cannot_be_entered_in_the_list_is_not_started(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = run("touch", str(tmp_path / "up"), options=("--register", str(tmp_path / "file")))
+    assert done.returncode == 1
+    assert f"is not started: {tmp_path}/file: Not a directory" in done.stderr
+    assert not (tmp_path / "up").exists()
 
 
 def test_signals_are_forwarded(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from chaos_mpi.agent.processes import start_time
 from chaos_mpi.agent.registry import Ends, Registered, end, fence, register, registered, wait_for_end
+from chaos_mpi.errors import EngineError
 
 ROOT = Path(__file__).parents[2]
 PROXY = """
@@ -58,6 +59,13 @@ def test_a_job_that_keeps_no_list(tmp_path: Path) -> None:
     register(tmp_path / "nowhere", "a", "job@1", 0)
     assert list(registered(tmp_path / "nowhere")) == []
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_proxy_that_cannot_be_entered_says_so(tmp_path: Path) -> None:
+    (tmp_path / f"proxy-{os.getpid()}.json.new").mkdir()  # nothing can be written there
+    with pytest.raises(EngineError, match=f"is not started: {tmp_path}: Is a directory"):
+        register(tmp_path, "a", "job@1", 0)
+    assert list(registered(tmp_path)) == []
 
 
 def test_proxies_are_waited_for(tmp_path: Path) -> None:
