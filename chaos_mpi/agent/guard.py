@@ -38,7 +38,7 @@ log = logging.getLogger("chaos_mpi.agent")
 
 #: A launcher that is gone fences nobody off, and need not be waited for.
 FENCE_LIMIT_S = 0.2
-#: A rank that has been told to stop, and may have to save its state, is killed after so long.
+#: A rank that has been told to stop is killed after so long, unless it says that it saves its state.
 STOP_LIMIT_S = 15.0
 #: How long the others are told that the rank has ended, at most.
 ANNOUNCE_LIMIT_S = 0.3
@@ -113,8 +113,9 @@ class Guard:
     ) -> None:
         self._settings, self._write, self._say, self._kill = settings, write, say, kill
         self._link = LinkServer(
-            self._may_go_on_without, directory, self._about_links, self._may_go_on_with, self._heed_traffic
-        )
+            self._may_go_on_without, directory, self._about_links, self._may_go_on_with, self._heed_traffic,
+            self._heed_saving,
+        )  # fmt: skip
         self._mesh: Mesh | None = None
         self._watch: Watch | None = None
         self._detouring: Detouring | None = None
@@ -127,6 +128,7 @@ class Guard:
         self._ended_joins: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._killing: asyncio.TimerHandle | None = None
+        self._saving_s = 0.0
 
     async def open(self) -> dict[str, str]:
         """Get ready; returns the variables that the rank is to have.
@@ -262,6 +264,19 @@ class Guard:
         assert self._ordering is not None  # as above
         self._ordering.receive(told)
 
+    def _heed_saving(self, limit_s: float) -> None:
+        """The rank saves its state for up to so many seconds, or it has done so (0)."""
+        self._saving_s = limit_s
+        if self._killing is not None:
+            self._kill_later()
+
+    def _kill_later(self) -> None:
+        """Kill the rank if it has not ended by then."""
+        if self._killing is not None:
+            self._killing.cancel()
+        if not self._rank_over:
+            self._killing = asyncio.get_running_loop().call_later(max(STOP_LIMIT_S, self._saving_s), self._kill)
+
     def _removed(self, removal: Removal) -> None:
         self._spawn(self._cut_off(removal))
 
@@ -303,7 +318,7 @@ class Guard:
             self._kill()
 
     def _stopped(self, reason: str) -> None:
-        self._killing = asyncio.get_running_loop().call_later(STOP_LIMIT_S, self._kill)
+        self._kill_later()
         self._link.stop(reason)
         if self._watch is not None:  # it may be waiting for others, in MPI
             self._link.sever(self._watch.elsewhere, ())

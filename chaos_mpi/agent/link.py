@@ -6,7 +6,7 @@ The agent begins with ``{"member": name}``, by which the other agents know this 
 ``{"witness": {"witness": name, "host": host, "state": s}}`` of the agent without a rank, ``{"join_ended": which,
 "how": text}`` of a newcomer's process that has ended, ``{"stop": reason}``, and ``{"arrange": [names]}``, an order in
 which the members would do better. It asks ``{"traffic": true}``, and the rank says ``{"traffic": {...}}``, see
-:mod:`chaos_mpi.agent.ordering`. The rank asks
+:mod:`chaos_mpi.agent.ordering`. The rank says ``{"saving": seconds}`` while it saves its state before it ends. It asks
 ``{"may_go_on_without": [names], "id": n}`` and gets ``{"id": n, "reason": ""}``, where an empty reason is a yes;
 ``{"may_go_on_with": [names], "id": n}``, and gets the same; ``{"links": true, "id": n}``, and gets
 ``{"id": n, "table": [...], "machines": {...}}``; and ``{"links": true, "order": [host, host, down], "id": n}``, and
@@ -150,6 +150,15 @@ class AgentLink:
         """
         what = f"what becomes of the link between {one} and {other}"
         return str(self._ask({"links": True, "order": [one, other, down]}, what, limit_s)["reason"])
+
+    def saving(self, limit_s: float) -> None:
+        """Tell the agent that this rank saves its state, and should not be killed before that is done.
+
+        Args:
+            limit_s: how long that may take, in seconds; 0: it is done.
+        """
+        with self._lock, contextlib.suppress(OSError):
+            self._connection.sendall(json.dumps({"saving": limit_s}).encode() + b"\n")
 
     def _ask(self, request: dict[str, Any], what: str, limit_s: float) -> dict[str, Any]:
         """The answer; where there is none, one with the reason for that."""

@@ -35,6 +35,7 @@ class LinkServer:
         about_links: answers a request about links.
         may_go_on_with: as the first; see :meth:`chaos_mpi.agent.watch.Watch.may_go_on_with`.
         on_traffic: takes the answers to :meth:`ask_traffic`.
+        on_saving: is called with the seconds for which the rank wants to save its state, and with 0 when it has.
 
     Attributes:
         path: of the socket.
@@ -51,8 +52,9 @@ class LinkServer:
         about_links: Callable[[dict[str, Any]], dict[str, Any]] = lambda request: {},
         may_go_on_with: Callable[[list[str]], Awaitable[str]] | None = None,
         on_traffic: Callable[[dict[str, Any]], None] = lambda told: None,
+        on_saving: Callable[[float], None] = lambda limit_s: None,
     ) -> None:
-        self._on_traffic = on_traffic
+        self._on_traffic, self._on_saving = on_traffic, on_saving
         self._questions = {"may_go_on_without": may_go_on_without}
         if may_go_on_with is not None:
             self._questions["may_go_on_with"] = may_go_on_with
@@ -157,6 +159,9 @@ class LinkServer:
     def _heed(self, request: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         if "traffic" in request:
             self._on_traffic(request["traffic"])
+            return
+        if "saving" in request:
+            self._on_saving(float(request["saving"]))
             return
         if "links" in request:
             _tell(writer, {"id": request["id"], **self._about_links(request)})

@@ -189,6 +189,9 @@ class Persistence:
         directory = self._settings.checkpoint_dir or Path.cwd() / "chaos-state"
         step = self._session.step
         path = checkpoint.checkpoint_path(directory, step)
+        agent = self._session.agent
+        if agent is not None:  # it may have told this rank to stop, and kills those that do not
+            agent.saving(self._settings.timeout_s)
         try:
             if self._settings.checkpoint_dir is None:
                 directory = checkpoint.unused_directory(directory)
@@ -200,6 +203,9 @@ class Persistence:
             checkpoint.save_now(path, step, self._packed(clone=False))
         except (ChaosError, OSError) as error:
             return f"The state could NOT be saved to {path}: {error}."
+        finally:
+            if agent is not None:
+                agent.saving(0.0)
         return f"The state is saved in {path}; go on with --checkpoint-dir {directory} --resume."
 
     def save_on_request(self) -> str:

@@ -94,6 +94,40 @@ def test_a_rank_that_must_not_go_on_is_told_and_then_killed(monkeypatch: pytest.
     run(test())
 
 
+@pytest.mark.parametrize("stopped_first", [True, False])
+def test_a_rank_that_saves_its_state_is_not_killed_meanwhile(
+    stopped_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "STOP_LIMIT_S", LIMIT_S)
+
+    async def test() -> None:
+        beside = Beside()
+        link = await beside.start()
+        guard, loop = beside.guard, asyncio.get_running_loop()
+
+        def left_s() -> float:
+            return guard._killing.when() - loop.time() if guard._killing is not None else 0.0
+
+        try:
+            if stopped_first:
+                guard._stopped("a:1 was cut off")
+                link.saving(100 * LIMIT_S)
+            else:
+                link.saving(100 * LIMIT_S)
+                assert await asyncio.to_thread(link.may_go_on_without, ["x:1"], LIMIT_S) == "", "it has been heard"
+                assert guard._killing is None, "nothing has told the rank to stop"
+                guard._stopped("a:1 was cut off")
+            while left_s() < 90 * LIMIT_S:
+                await asyncio.sleep(0.01)
+            monkeypatch.setattr(module, "STOP_LIMIT_S", 0.1)
+            link.saving(0.0)
+            await beside.killed.wait()
+        finally:
+            await guard.close()
+
+    run(test())
+
+
 def test_a_rank_that_is_dead_to_mpi_is_killed() -> None:
     async def test() -> None:
         beside = Beside()
