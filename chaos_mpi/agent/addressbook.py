@@ -31,6 +31,7 @@ class AddressBook:
         self._contacts = {me.member: me}
         self._asked_s = 0.0
         self._forget_s: dict[str, float] = {}
+        self._forgotten: set[str] = set()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._contacts)
@@ -46,13 +47,17 @@ class AddressBook:
         here = set(self._me.addresses)
         return tuple(sorted({a for contact in self._contacts.values() for a in contact.addresses} - here))
 
-    def know(self, contacts: Iterable[Contact], ended: Collection[str], now_s: float) -> None:
-        """Take note of these, other than of members that have ended. What is known already stays."""
+    def know(self, contacts: Iterable[Contact], out: Collection[str], now_s: float) -> None:
+        """Take note of these, other than of members that are out. What is known already stays.
+
+        Those that were forgotten are not known again: a name is never used twice, and a proxy tells its agent again and
+        again of all that the job has ever had.
+        """
         for contact in contacts:
-            if contact.member not in self._contacts and contact.member not in ended:
+            if contact.member not in self._contacts and contact.member not in self._forgotten.union(out):
+                self._network.know(contact)
                 self._contacts[contact.member] = contact
                 self._losses.heard(contact.member, now_s)
-                self._network.know(contact)
 
     def ask_for_missing(self, view: ClusterView, ended: Collection[str], now_s: float, every_s: float) -> None:
         """Ask all members for those unknown: a newcomer may be admitted before this agent is told how to reach it."""
@@ -72,10 +77,26 @@ class AddressBook:
         for member in removed:
             self._forget_s[member] = now_s + (_FAREWELL_S if member in ended else _FAREWELL_PAUSED_S)
 
-    def forget_those_out(self, now_s: float) -> None:
-        """Forget those whose time is over."""
+    def forget_those_out(
+        self, view: ClusterView, ended: Collection[str], disowned: Collection[str], now_s: float
+    ) -> None:
+        """Forget those whose time is over. It begins for those as well that never became members, or of whose removal
+        this agent was only told.
+
+        Args:
+            view: the present one.
+            ended: whose ranks have ended by themselves.
+            disowned: whose ranks are dead to MPI.
+            now_s: the time.
+        """
+        members = {node.name for node in view.members}
+        out = {node.name for node in view.removed}.union(ended, disowned) - members
+        self.part_with(out & self._contacts.keys() - self._forget_s.keys(), ended, now_s)
         for name in [name for name, at_s in self._forget_s.items() if at_s <= now_s]:
             del self._forget_s[name]
+            if name in members:  # it was admitted when it had ended already, and has a vote until it is out
+                continue
             self._contacts.pop(name, None)
+            self._forgotten.add(name)
             self._losses.forget(name)
             self._network.forget(name)

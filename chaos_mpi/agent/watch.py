@@ -153,7 +153,9 @@ class Watch:
 
     def know(self, contacts: Iterable[Contact]) -> None:
         """Take note of how to reach others. What is known already stays."""
-        self._book.know(contacts, self.ended, boot_clock_s())
+        view = self.view
+        removed = {node.name for node in view.removed} if view is not None else set[str]()
+        self._book.know(contacts, self.ended | removed, boot_clock_s())
 
     def disown(self, members: Iterable[str]) -> None:
         """The ranks of these are dead to MPI, whatever their agents think. They are told so while they take part."""
@@ -308,7 +310,7 @@ class Watch:
             self._look(self._member, now_s)
             self._look_for_lost_hosts(self._member.view, now_s)
             self._book.ask_for_missing(self._member.view, self.ended, now_s, self._timing.beat_s)
-            self._book.forget_those_out(now_s)
+            self._book.forget_those_out(self._member.view, self.ended, self._disowned, now_s)
             self._tell_disowned()
             wait_s = self._member.due_s(now_s) - now_s
         elif self._joining:

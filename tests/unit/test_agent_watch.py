@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chaos_mpi.agent import addressbook
 from chaos_mpi.agent.assembly import Assembly
 from chaos_mpi.agent.contacts import Contact
 from chaos_mpi.agent.crashes import Crash
@@ -255,6 +256,56 @@ def test_who_has_ended_does_not_wait_for_others_that_are_gone() -> None:
             await c.watch.linger(LIMIT_S)
             assert c.members == ["a:1", "b:1", "c:1"]
             assert not c.watch.stopped, "it waited until it was found to be cut off"
+
+    run(test())
+
+
+def test_who_is_out_is_forgotten_and_not_known_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy tells its agent of all contacts again whenever there is another one."""
+    monkeypatch.setattr(addressbook, "_FAREWELL_S", 0.2)
+    monkeypatch.setattr(addressbook, "_FAREWELL_PAUSED_S", 0.4)
+
+    async def test() -> None:
+        async with agents("abcz") as (a, b, c, z):
+            await begin([a, b, c])
+            await c.die()
+            await until(lambda: a.removals and b.removals)
+            a.watch.know([c.contact])
+            assert a.watch.contact("c:1") is not None, "it may only be paused, and is told that it is out"
+            await until(lambda: not any(x.watch.contact("c:1") for x in (a, b)))
+            everybody = [x.contact for x in (a, b, c, z)]
+            a.watch.know(everybody)
+            b.watch.know(everybody)
+            z.watch.join(everybody)
+            await until(lambda: all(x.members == ["a:1", "b:1", "z:1"] for x in (a, b, z)))
+            await until(lambda: z.watch.contact("c:1") is None)
+            for x in (a, b, z):
+                x.watch.know(everybody)
+                assert set(x.mesh._senders) == {"a:1", "b:1", "z:1"} - {x.name}
+
+    run(test())
+
+
+@pytest.mark.parametrize("how", ["ended", "disowned"])
+def test_who_never_became_a_member_is_forgotten(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(addressbook, "_FAREWELL_S" if how == "ended" else "_FAREWELL_PAUSED_S", 0.2)
+
+    async def test() -> None:
+        async with agents("abyz") as (a, b, y, z):
+            await begin([a, b])
+            contacts = [x.contact for x in (a, b, y, z)]
+            for x in (a, b):
+                x.watch.know(contacts)
+            if how == "ended":
+                z.watch.know(contacts[:2])
+                await z.watch.announce_end(LIMIT_S)
+            else:
+                for x in (a, b):
+                    x.watch.disown(["z:1"])
+            await until(lambda: not any(x.watch.contact("z:1") for x in (a, b)))
+            for x in (a, b):
+                x.watch.know(contacts)
+                assert sorted(x.mesh._senders) == sorted({"a:1", "b:1", "y:1"} - {x.name})
 
     run(test())
 
