@@ -77,6 +77,6 @@ class Liaison:
                     log.error(f"{complaint}; it is tried again", contact.member, self._directory, error)
                 complained = True
                 await asyncio.sleep(RETRY_S)
-            except ChaosError as error:
+            except (ChaosError, ValueError) as error:  # the second one: it is more than fits into a frame
                 log.error(complaint, contact.member, self._directory, error)
                 return

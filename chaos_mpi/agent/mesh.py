@@ -97,16 +97,21 @@ class Mesh:
         return tuple(str(address.ip) for address in self._own)
 
     def know(self, contact: Contact) -> None:
-        """Take messages of this peer from now on, and connect with it."""
+        """Take messages of this peer from now on, and connect with it.
+
+        Raises:
+            zmq.ZMQError: there can be no more connections; the peer stays unknown.
+        """
         if self._contacts.get(contact.member) == contact or contact.key == self.key:
             return
         self.forget(contact.member)
         if contact.key in self._members:
             self._complain(contact.member, f"{contact.member} has the key of {self._members[contact.key]}: ignored")
             return
+        sender = self._connect(contact, self._address(contact))
         self._contacts[contact.member] = contact
         self._members[contact.key] = contact.member
-        self._senders[contact.member] = self._connect(contact, self._address(contact))
+        self._senders[contact.member] = sender
 
     def forget(self, member: str, linger_ms: int = 0) -> None:
         """Send nothing to this peer and take nothing from it.
@@ -124,8 +129,9 @@ class Mesh:
         """Connect with this peer anew; what has not been sent to it yet is dropped."""
         contact = self._contacts.get(member)
         if contact is not None:
+            sender = self._connect(contact, self._address(contact))
             self._senders.pop(member).close(linger=0)
-            self._senders[member] = self._connect(contact, self._address(contact))
+            self._senders[member] = sender
 
     def send(self, member: str, message: dict[str, Any]) -> bool:
         """Send; does not wait.
@@ -228,7 +234,7 @@ class Mesh:
             if len(frames) != 1 or not isinstance(message, dict):
                 raise ValueError("it is not one JSON object")
             self._receive(member, message)
-        except (ValueError, OverflowError, RecursionError) as error:
+        except (ValueError, OverflowError, RecursionError, zmq.ZMQError) as error:
             self._complain(member, f"a message of {member} is ignored: {error}")
 
     def _complain(self, member: str, text: str) -> None:

@@ -173,12 +173,18 @@ class Supervisor:
 
     async def _listen(self) -> None:
         for frame in self._early:
-            self._heed(frame)
+            self._take(frame)
         with contextlib.suppress(OSError, ChaosError):
             while data := await self._reader.read(_CHUNK_BYTES):
                 for frame in self._decoder.feed(data)[1]:
-                    self._heed(frame)
+                    self._take(frame)
         await self._proxy_gone()
+
+    def _take(self, frame: Frame) -> None:
+        try:
+            self._heed(frame)
+        except Exception as error:  # what comes next may be a signal
+            log.error("a %s frame of the proxy could not be heeded: %r", frame.kind.name, error)
 
     def _heed(self, frame: Frame) -> None:
         if frame.kind is Kind.SIGNAL:

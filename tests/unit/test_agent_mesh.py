@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import os
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import zmq
@@ -93,6 +94,29 @@ def test_a_peer_that_was_forgotten_is_not_heard() -> None:
             await until(lambda: len(a.got) > 5, lambda: [x.mesh.send("a:1", {}) for x in (b, c)])
             assert {sender for sender, _ in a.got} == {"c:1"}
             assert not a.mesh.send("b:1", {})
+
+    run(test())
+
+
+def test_a_peer_that_cannot_be_connected_with_stays_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> NoReturn:
+        raise zmq.ZMQError(errno.EMFILE)
+
+    async def test() -> None:
+        async with ends("a", "b", "c") as (a, b, c):
+            introduce(a, b)
+
+            def take(sender: str, message: dict[str, Any]) -> None:
+                a.got.append((sender, message))
+                a.mesh.know(c.contact)  # as when one agent tells another of a third
+
+            monkeypatch.setattr(a.mesh, "_receive", take)
+            with monkeypatch.context() as shortage:
+                shortage.setattr(Mesh, "_connect", fail)
+                await until(lambda: len(a.got) > 2, lambda: b.mesh.send("a:1", {}))
+                assert not a.mesh.send("c:1", {})
+            introduce(a, c)
+            await until(lambda: c.got, lambda: a.mesh.send("c:1", {}))
 
     run(test())
 
