@@ -24,6 +24,7 @@ from typing import Any
 
 from chaos_mpi.agent.control import ControlListener
 from chaos_mpi.agent.crashes import how_ended
+from chaos_mpi.agent.dialling import Dialling, Errors
 from chaos_mpi.agent.environment import SESSION_DIRECTORY, carried, server_endpoint
 from chaos_mpi.agent.frames import MAGIC, Decoder, Frame, Kind, encode, encode_json
 from chaos_mpi.agent.guard import Settings
@@ -49,9 +50,8 @@ EXIT_NOT_STARTED = 1
 #: Tells this process to have the rank killed, and then end.
 KILL_SIGNAL = signal.SIGALRM
 _CHUNK_BYTES = 1 << 16
-_FORWARDED = (
-    signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2,
-)  # fmt: skip
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+_FORWARDED = (*_ENDING, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,8 @@ class Proxy:
         self._control: ControlListener | None = None
         self._decoder = Decoder()
         self._process: asyncio.subprocess.Process | None = None
+        self._errors: Errors | None = None
+        self._told_to_end = asyncio.Event()
         self._status: int | None = None
         self._refused: str | None = None
         self.failure = ""
@@ -141,25 +143,24 @@ class Proxy:
 
     async def run(self) -> int:
         """Run the rank; returns how this process is to end: a status, or a negated signal number."""
-        loop = asyncio.get_running_loop()
-        watching = loop.create_task(_parent_ends(os.getppid()))
-        command = supervisor_command(self._placement)
         try:
-            self._process = await asyncio.create_subprocess_exec(
-                *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, start_new_session=True,
-                preexec_fn=die_with_parent(signal.SIGTERM) if self._placement.remote else None,
-            )  # fmt: skip
-        except OSError as error:
-            return self._fail(f"'{command[0]}' cannot be run: {error.strerror}")
-        for number in _FORWARDED:
-            loop.add_signal_handler(number, self._forward, number)
-        loop.add_signal_handler(KILL_SIGNAL, self._forward, signal.SIGKILL)
-        assert self._process.stdin is not None
-        job = self._run_dir.name if self._run_dir is not None else None
-        message = order(self._placement, self._argv, self._environ, os.isatty(1), job)
-        self._process.stdin.write(MAGIC + encode_json(Kind.START, message))
-        reading = asyncio.create_task(self._read())
-        await asyncio.wait({reading, watching}, return_when=asyncio.FIRST_COMPLETED)
+            return await self._run()
+        finally:
+            self._close_errors()
+
+    async def _run(self) -> int:
+        watching = asyncio.create_task(_parent_ends(os.getppid()))
+        command = supervisor_command(self._placement)
+        dialling = Dialling()
+        while True:
+            try:
+                await self._start(command)
+            except OSError as error:
+                return self._fail(f"'{command[0]}' cannot be run: {error.strerror}")
+            reading = asyncio.create_task(self._read())
+            await asyncio.wait({reading, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if watching.done() or not await self._tries_again(reading, dialling, watching):
+                break
         launcher_gone = watching.done()
         watching.cancel()
         if self._control is not None:
@@ -169,6 +170,54 @@ class Proxy:
         if (failure := reading.exception()) is not None:
             return await self._break_off(failure)
         return await self._outcome(command)
+
+    async def _start(self, command: Sequence[str]) -> None:
+        """Start the supervisor, and tell it what to run.
+
+        Raises:
+            OSError: the command cannot be run.
+        """
+        remote = self._placement.remote
+        self._close_errors()
+        self._decoder = Decoder()
+        self._errors = Errors(lambda data: _write(2, data)) if remote else None
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, start_new_session=True,
+                stderr=None if self._errors is None else self._errors.theirs,
+                preexec_fn=die_with_parent(signal.SIGTERM) if remote else None,
+            )  # fmt: skip
+        finally:
+            if self._errors is not None:
+                self._errors.started()
+        loop = asyncio.get_running_loop()
+        for number in _FORWARDED:
+            loop.add_signal_handler(number, self._forward, number)
+        loop.add_signal_handler(KILL_SIGNAL, self._forward, signal.SIGKILL)
+        assert self._process.stdin is not None
+        job = self._run_dir.name if self._run_dir is not None else None
+        message = order(self._placement, self._argv, self._environ, os.isatty(1), job)
+        self._process.stdin.write(MAGIC + encode_json(Kind.START, message))
+
+    async def _tries_again(self, reading: asyncio.Task[None], dialling: Dialling, watching: asyncio.Task[None]) -> bool:
+        """After a pause: whether the host is to be tried once more, as the way broke before anything was said."""
+        if self._errors is None or self._decoder.begun or reading.exception() is not None:
+            return False
+        assert self._process is not None
+        status = await self._process.wait()
+        self._close_errors()
+        pause_s = dialling.pause_s(status, self._errors.said)
+        if pause_s is None or self._told_to_end.is_set():
+            return False
+        log.warning("the connection to %s was dropped at its beginning; it is tried again", self._where())
+        told = asyncio.create_task(self._told_to_end.wait())
+        await asyncio.wait({told, watching}, timeout=pause_s, return_when=asyncio.FIRST_COMPLETED)
+        told.cancel()
+        return not (self._told_to_end.is_set() or watching.done())
+
+    def _close_errors(self) -> None:
+        if self._errors is not None:
+            self._errors.close()
 
     async def _break_off(self, error: BaseException) -> int:
         """What comes from the other side is not understood: end the rank, of which nothing more will be heard."""
@@ -254,6 +303,8 @@ class Proxy:
         return 0
 
     def _forward(self, number: int) -> None:
+        if number in (*_ENDING, signal.SIGKILL):
+            self._told_to_end.set()
         self._write(encode_json(Kind.SIGNAL, number))
 
     def _send(self, frame: Frame) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import pty
@@ -15,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from chaos_mpi.agent import dialling
 from chaos_mpi.agent.processes import is_running, start_time
-from chaos_mpi.agent.proxy import Placement, order, parser, placement_of, supervisor_command
+from chaos_mpi.agent.proxy import Placement, Proxy, order, parser, placement_of, supervisor_command
 from chaos_mpi.agent.registry import Ends
 from chaos_mpi.agent.spawning import JOIN_OPTION
 from chaos_mpi.errors import ConfigError
@@ -174,6 +176,56 @@ def test_ssh_that_does_not_connect(ssh: tuple[str, ...]) -> None:
     assert done.returncode == 1
     assert "Permission denied\n" in done.stderr
     assert "ended with status 255 before the rank was started" in done.stderr
+
+
+class Dropping:
+    """In the place of ssh, to a host that drops some connections before it lets others in; counts the attempts."""
+
+    def __init__(self, directory: Path, drops: int, words: str = "kex_exchange_identification: read: Connection reset"):
+        self._calls, self.script = directory / "calls", directory / "dropping"
+        self.script.write_text(
+            f'#!/bin/sh\necho >> {self._calls}\n[ "$(wc -l < {self._calls})" -gt {drops} ] || '
+            f'{{ echo "{words}" >&2; exit 255; }}\nexec env -i PATH="$PATH" PYTHONPATH={ROOT} sh -c "$2"\n'
+        )
+        self.script.chmod(0o755)
+        self.options = ("--host", "edge1", "--ssh-command", str(self.script))
+
+    @property
+    def calls(self) -> int:
+        return len(self._calls.read_text().splitlines())
+
+
+def test_a_host_that_drops_connections_is_tried_again(tmp_path: Path) -> None:
+    ssh = Dropping(tmp_path, 2)
+    done = run("sh", "-c", "echo up; exit 3", options=ssh.options)
+    assert (done.returncode, done.stdout, ssh.calls) == (3, "up\n", 3)
+    assert done.stderr.count("kex_exchange_identification") == done.stderr.count("it is tried again") == 2
+
+
+@pytest.mark.parametrize(("words", "calls"), [("Connection reset by 10.0.0.1 port 22", 4), ("Connection refused", 1)])
+def test_a_host_is_not_tried_for_ever(
+    words: str, calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(dialling, "TRIES", 3)
+    monkeypatch.setattr(dialling, "PAUSE_S", (0.01, 0.02))
+    monkeypatch.setattr(dialling, "LIMIT_S", 1e6)
+    ssh = Dropping(tmp_path, 100, words)
+    started = Proxy(Placement("edge1", True, ssh=(str(ssh.script),)), ["true"], ENVIRON)
+    assert asyncio.run(started.run()) == 1
+    assert "ended with status 255 before the rank was started" in started.failure
+    assert ssh.calls == calls == capfd.readouterr().err.count(words)
+
+
+def test_a_rank_that_is_told_to_end_is_not_tried_again(tmp_path: Path) -> None:
+    ssh = Dropping(tmp_path, 100)
+    with subprocess.Popen(
+        proxy("true", options=ssh.options), env=ENVIRON, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        assert any("it is tried again" in line for line in process.stderr)
+        process.terminate()
+        assert process.wait(LIMIT_S) == 1
+    assert ssh.calls <= 3, "the signal may have come when it was just being tried"
 
 
 def test_a_newcomer_that_cannot_be_started_is_not_waited_for(tmp_path: Path) -> None:
