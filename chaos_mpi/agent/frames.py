@@ -42,6 +42,7 @@ class Kind(IntEnum):
     CONTACTS = 17  #: proxy: how it reaches the others, JSON
     FENCE = 18  #: supervisor: a host that is given up, to be cut off from mpirun, JSON
     FENCED = 19  #: proxy: that is done, JSON
+    TOLD = 20  #: supervisor: the number of a signal that has come, JSON
 
 
 class Frame(NamedTuple):

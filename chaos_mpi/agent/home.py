@@ -27,6 +27,8 @@ RECORDS = ("starting", "connected", "member", "ready", "outcome", "leaving")
 CRASH = "crash"
 #: What a proxy writes down when the connection with the host of its rank broke.
 LOST = "lost"
+#: What a proxy writes down when the host of its rank has heard that the rank is to end, or it has ended since.
+TOLD = "told"
 
 
 def note_down(directory: Path, kind: str, fields: dict[str, Any]) -> None:

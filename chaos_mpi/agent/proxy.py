@@ -28,7 +28,7 @@ from chaos_mpi.agent.dialling import Dialling, Errors
 from chaos_mpi.agent.environment import SESSION_DIRECTORY, carried, server_endpoint
 from chaos_mpi.agent.frames import MAGIC, Decoder, Frame, Kind, encode, encode_json
 from chaos_mpi.agent.guard import Settings
-from chaos_mpi.agent.home import CRASH, LOST, RECORDS, note_down
+from chaos_mpi.agent.home import CRASH, LOST, RECORDS, TOLD, note_down
 from chaos_mpi.agent.liaison import Liaison
 from chaos_mpi.agent.processes import die_with_parent, end_like, start_time
 from chaos_mpi.agent.registry import note_end, register
@@ -51,6 +51,7 @@ EXIT_NOT_STARTED = 1
 KILL_SIGNAL = signal.SIGALRM
 _CHUNK_BYTES = 1 << 16
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+_ENDS = (*_ENDING, signal.SIGKILL)
 _FORWARDED = (*_ENDING, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -245,6 +246,10 @@ class Proxy:
                 _write(2, frame.content)
             case Kind.EXIT:
                 self._status = int(frame.json())
+                if self._told_to_end.is_set():
+                    self._note_own(TOLD)
+            case Kind.TOLD if frame.json() in _ENDS:
+                self._note_own(TOLD)
             case Kind.REFUSED:
                 self._refused = str(frame.json())
             case Kind.RECORD:
@@ -273,6 +278,12 @@ class Proxy:
             except OSError as error:
                 log.warning("chaosctl cannot reach %s from here: %s", self._where(), error)
 
+    def _note_own(self, kind: str) -> None:
+        """Write down something of the way to the rank's host."""
+        if self._run_dir is not None:
+            with contextlib.suppress(OSError):
+                note_down(self._run_dir, kind, {"host": self._where()})
+
     async def _outcome(self, command: Sequence[str]) -> int:
         """How to end, when nothing more comes from the supervisor."""
         assert self._process is not None
@@ -283,9 +294,8 @@ class Proxy:
         status = await self._process.wait()
         if self._decoder.begun:
             log.error("the connection to %s is lost; its rank counts as dead", self._where())
-            if self._run_dir is not None and self._placement.remote:
-                with contextlib.suppress(OSError):
-                    note_down(self._run_dir, LOST, {"host": self._where()})
+            if self._placement.remote:
+                self._note_own(LOST)
             return -signal.SIGKILL
         return self._fail(f"'{shlex.join(command)}' ended with status {status} before the rank was started; see above")
 
@@ -303,7 +313,7 @@ class Proxy:
         return 0
 
     def _forward(self, number: int) -> None:
-        if number in (*_ENDING, signal.SIGKILL):
+        if number in _ENDS:
             self._told_to_end.set()
         self._write(encode_json(Kind.SIGNAL, number))
 

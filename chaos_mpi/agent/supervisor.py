@@ -188,7 +188,9 @@ class Supervisor:
 
     def _heed(self, frame: Frame) -> None:
         if frame.kind is Kind.SIGNAL:
-            self.forward(int(frame.json()))
+            number = int(frame.json())
+            self.forward(number)
+            self._write(encode_json(Kind.TOLD, number))
         elif frame.kind is Kind.LAUNCHER_LOST:
             self._go_on_alone()
         elif frame.kind in _CONTROL:

@@ -26,7 +26,7 @@ from chaos_mpi.cli.control import LAUNCHER, MEMORY_FILE, remove_left_over
 from chaos_mpi.cli.doctor import report
 from chaos_mpi.cli.hosts import initial_ranks, slots_here
 from chaos_mpi.cli.options import Seconds
-from chaos_mpi.cli.outcome import EXIT_GOES_ON, EXIT_STOPPED, EXIT_USAGE, judge, read_records
+from chaos_mpi.cli.outcome import EXIT_GOES_ON, EXIT_STOPPED, EXIT_USAGE, judge, read_records, untold
 from chaos_mpi.cli.process import LauncherLostError, MpirunJob
 from chaos_mpi.cli.starting import StartProgress
 from chaos_mpi.cli.terminal import say
@@ -289,8 +289,14 @@ def _run(start: _Start, metrics: tuple[str, int] | None) -> int:
             stopped = judge(records, status)
             if stopped.status == EXIT_STOPPED and not job.has_shown(stopped.message):
                 say(stopped.message)
-            given_up = taken_over is not None and not taken_over.begun
-            fate = "the takeover is given up, and the job goes on as it was" if given_up else "all ranks were ended"
+            fate = "all ranks were ended"
+            if taken_over is not None and not taken_over.begun:
+                fate = "the takeover is given up, and the job goes on as it was"
+            elif silent := untold(records, job.told):
+                fate = (
+                    f"{', '.join(silent)} did not confirm it, and the ranks there may train on: look there with "
+                    "'chaosctl status'"
+                )
             say(f"interrupted by {job.interrupted_by.name}; {fate}")
             return 128 + job.interrupted_by
         verdict = judge(records, status)

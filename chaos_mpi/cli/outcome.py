@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from chaos_mpi.agent.home import CRASH, LOST
+from chaos_mpi.agent.home import CRASH, LOST, TOLD
 from chaos_mpi.agent.processes import is_running
 
 EXIT_FINISHED = 0
@@ -26,7 +26,7 @@ _SIGNALLED = 128
 
 Record = Mapping[str, Any]
 #: In the order of the attributes of :class:`Records`.
-_KINDS = ("starting", "member", "outcome", "ended", CRASH, "connected", LOST, "leaving")
+_KINDS = ("starting", "member", "outcome", "ended", CRASH, "connected", LOST, "leaving", TOLD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,7 @@ class Records:
         connected: ranks that have started MPI; they may have to find out first who of the others is alive.
         lost: proxies whose connections with the hosts of their ranks broke.
         leaving: ranks whose script is at its end, and whose process is about to be.
+        told: proxies that have been told to end their rank, and know that its host has heard of it.
     """
 
     starting: Mapping[int, Record]
@@ -52,6 +53,7 @@ class Records:
     connected: Mapping[int, Record] = field(default_factory=dict)
     lost: Mapping[int, Record] = field(default_factory=dict)
     leaving: Mapping[int, Record] = field(default_factory=dict)
+    told: Mapping[int, Record] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +194,17 @@ def _crashes(records: Records, crashed: Sequence[Record], speechless: Mapping[in
         f"training finished, but {len(crashed) + len(speechless)} of {len(everyone)} ranks{counting} crashed on the "
         f"way: {_first_message(crashed) or how}"
     )
+
+
+def untold(records: Records, hosts: Mapping[int, str]) -> list[str]:
+    """The hosts of which it is not known that they have heard that the job is to end: ranks there may train on.
+
+    Args:
+        records: what the ranks wrote, and their proxies.
+        hosts: those of the proxies that were there when the job was interrupted, by process id.
+    """
+    heard = records.told.keys() | records.outcomes.keys() | records.crashes.keys()
+    return sorted({host for pid, host in hosts.items() if pid in records.members and pid not in heard})
 
 
 def describe_status(status: int) -> str:

@@ -69,6 +69,7 @@ class MpirunJob:
 
     Attributes:
         interrupted_by: the first signal that was forwarded, or None.
+        told: other hosts that ranks were on then, by the process id of the proxy.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class MpirunJob:
         outlived: bool = False,
     ) -> None:
         self.interrupted_by: signal.Signals | None = None
+        self.told: dict[int, str] = {}
         self._run_dir, self._outlived = run_dir, outlived
         self._records = RecordReader(run_dir)
         self._deadline: float | None = None
@@ -190,6 +192,7 @@ class MpirunJob:
     def _forward(self, number: signal.Signals) -> None:
         assert self._process is not None
         self._deadline = time.monotonic() + GRACE_S
+        self.told = {entry.pid: entry.host for entry in registry.registered(self._run_dir) if entry.host}
         if number is not signal.SIGINT and end_ranks(self._run_dir, number.name):
             return
         if self._process.poll() is None:

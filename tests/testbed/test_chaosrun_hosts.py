@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -132,8 +133,31 @@ def test_an_interrupted_job_leaves_nothing(launched: Start, number: signal.Signa
     job = launched(ENDLESS, HOSTS)
     train(job)
     job.signal(number)
-    assert job.finish().status == 128 + number
+    finished = job.finish()
+    assert finished.status == 128 + number
+    assert finished.output.splitlines()[-1] == f"chaosrun: interrupted by {number.name}; all ranks were ended"
     check_nothing_left(job)
+
+
+def test_a_host_that_cannot_be_told_of_the_end_is_named(launched: Start, ssh_bed: Bed) -> None:
+    job = launched(ENDLESS, HOSTS, "--heartbeat-limit", "5")  # the others are not to give it up before
+    train(job)
+    paused = ssh_bed[0].pids("edge2")
+    try:
+        for pid in paused:
+            with contextlib.suppress(ProcessLookupError):  # it was there for a moment only
+                os.kill(pid, signal.SIGSTOP)
+        job.signal(signal.SIGINT)
+        assert job.finish_launcher() == 128 + signal.SIGINT
+    finally:
+        for pid in paused:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+    wait(lambda: not job.processes(), "the end of all processes: what the host was told is there when it wakes")
+    last = job.finish().output.splitlines()[-1]
+    assert last.startswith(
+        "chaosrun: interrupted by SIGINT; edge2 did not confirm it, and the ranks there may train on"
+    )
 
 
 def test_hosts_that_cannot_be_used_are_named(launched: Start, ssh_bed: Bed) -> None:

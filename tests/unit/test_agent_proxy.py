@@ -21,6 +21,7 @@ from chaos_mpi.agent.processes import is_running, start_time
 from chaos_mpi.agent.proxy import Placement, Proxy, order, parser, placement_of, supervisor_command
 from chaos_mpi.agent.registry import Ends
 from chaos_mpi.agent.spawning import JOIN_OPTION
+from chaos_mpi.cli.outcome import read_records
 from chaos_mpi.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -302,6 +303,19 @@ def test_a_rank_that_was_told_to_end_dies_with_its_proxy(
     assert job.rank_lives
     os.kill(job.proxy, signal.SIGKILL)
     wait_for("the end of the rank", lambda: not job.rank_lives)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGALRM])
+def test_a_host_that_has_heard_of_the_end_of_a_rank_is_noted(
+    number: signal.Signals, tmp_path: Path, ssh: tuple[str, ...], stack: contextlib.ExitStack
+) -> None:
+    registry = tmp_path / f"chaosrun-{tmp_path.name}"
+    registry.mkdir()
+    job = Running(stack, tmp_path, (*ssh, "--register", str(registry)))
+    assert not read_records(registry).told
+    os.kill(job.proxy, number)
+    wait_for("the answer", lambda: read_records(registry).told)
+    assert read_records(registry).told[job.proxy]["host"] == "edge1"
 
 
 def test_a_rank_elsewhere_outlives_the_way_to_it(

@@ -8,7 +8,7 @@ from typing import NoReturn, cast
 
 import pytest
 
-from chaos_mpi.agent.frames import MAGIC, Frame, Kind, encode_json
+from chaos_mpi.agent.frames import MAGIC, Decoder, Frame, Kind, encode_json
 from chaos_mpi.agent.guard import Guard
 from chaos_mpi.agent.streams import PipeWriter
 from chaos_mpi.agent.supervisor import Supervisor
@@ -38,3 +38,15 @@ def test_what_comes_after_a_frame_that_cannot_be_heeded_is_heeded(caplog: pytest
     assert (
         caplog.text.count("a CONTACTS frame of the proxy could not be heeded: ValueError('too many connections')") == 2
     )
+
+
+def test_the_proxy_hears_that_a_signal_has_come() -> None:
+    async def test() -> list[Frame]:
+        supervisor = Supervisor(asyncio.StreamReader(), PipeWriter())
+        written: list[bytes] = []
+        supervisor._write = written.append  # type: ignore[method-assign]
+        supervisor._take(Frame(Kind.SIGNAL, b"15"))
+        return Decoder().feed(MAGIC + b"".join(written))[1]
+
+    (frame,) = asyncio.run(test())
+    assert (frame.kind, frame.json()) == (Kind.TOLD, signal.SIGTERM)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from chaos_mpi.cli.outcome import Record, RecordReader, Records, Verdict, describe_status, judge, read_records
+from chaos_mpi.cli.outcome import Record, RecordReader, Records, Verdict, describe_status, judge, read_records, untold
 
 
 def records(*outcomes: Record, members: int | None = None, starting: int = 0) -> Records:
@@ -197,3 +197,14 @@ def test_a_record_is_read_once_and_again_when_it_was_replaced(tmp_path: Path, mo
     assert sorted(opened[3:]) == ["crash-3.json", "outcome-1.json"]
     (tmp_path / "member-1.json").unlink()
     assert reader.read().members == {}
+
+
+def test_hosts_that_did_not_hear_of_the_end() -> None:
+    hosts = {pid: f"edge{pid}" for pid in range(1, 8)} | {8: "edge7"}
+    members = {pid: {} for pid in (1, 2, 3, 4, 6, 7, 8)}  # the fifth was not one yet
+    found = Records(
+        {}, members, outcomes={1: FINISHED}, crashes={2: {"how": "SIGSEGV"}}, lost={6: {"host": "edge6"}},
+        told={3: {"host": "edge3"}, 7: {"host": "edge7"}},
+    )  # fmt: skip
+    assert untold(found, hosts) == ["edge4", "edge6", "edge7"]
+    assert untold(found, {}) == []
