@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chaos_mpi.agent.proxy import parser
+from chaos_mpi.agent.placement import parser
 from chaos_mpi.agent.ssh import arguments_of
 from chaos_mpi.errors import ConfigError
 from chaos_mpi.membership import host_of

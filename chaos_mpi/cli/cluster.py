@@ -15,8 +15,8 @@ import click
 from chaos_mpi.agent.environment import LAUNCHER_SETTINGS, network_settings
 from chaos_mpi.agent.guard import Settings
 from chaos_mpi.agent.hosts import Host, host_name, parse_host_list, parse_hostfile, place
+from chaos_mpi.agent.placement import is_here
 from chaos_mpi.agent.preflight import ask, ask_here, judge
-from chaos_mpi.agent.proxy import is_here
 from chaos_mpi.agent.spawning import proxy_command, variables
 from chaos_mpi.agent.ssh import ssh_command
 from chaos_mpi.cli.options import Seconds

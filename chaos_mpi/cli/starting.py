@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from chaos_mpi.agent.exchange import posted
-from chaos_mpi.agent.proxy import is_here
+from chaos_mpi.agent.placement import is_here
 
 #: A start that takes so long is spoken of, seconds; and again after as long.
 PATIENCE_S = 10.0

@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 
 from chaos_mpi.agent import dialling
+from chaos_mpi.agent.placement import Placement, parser, placement_of, supervisor_command
 from chaos_mpi.agent.processes import is_running, start_time
-from chaos_mpi.agent.proxy import Placement, Proxy, order, parser, placement_of, supervisor_command
+from chaos_mpi.agent.proxy import Proxy, order
 from chaos_mpi.agent.registry import Ends
 from chaos_mpi.agent.spawning import JOIN_OPTION
 from chaos_mpi.cli.outcome import read_records

@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from chaos_mpi.agent.environment import THREADS_BY_HOST, host_variables
-from chaos_mpi.agent.proxy import is_here, parser, placement_of
+from chaos_mpi.agent.placement import is_here, parser, placement_of
 from chaos_mpi.agent.spawning import JOIN_OPTION, VARIABLE, join_of, proxy_command, spawn_command, variables
 from chaos_mpi.cli.chaosctl import main as chaosctl
 from chaos_mpi.cli.chaosrun import main
