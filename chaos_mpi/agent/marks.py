@@ -43,7 +43,17 @@ def may_live(path: Path) -> bool:
     fields = _fields(path)
     # The registry of proxies has the start as the last one of a list.
     began = fields.get("started") if isinstance(fields, dict) else fields[-1] if isinstance(fields, list) else None
-    return is_running(int(number), began) if isinstance(began, int) else start_time(int(number)) != 0
+    return runs(int(number), began)
+
+
+def runs(pid: int, began: object) -> bool:
+    """Whether the process that has written a file here still runs: another one may have got its number since.
+
+    Args:
+        pid: its number.
+        began: when it was started, as the file says; the number alone counts where it does not.
+    """
+    return is_running(pid, began) if isinstance(began, int) else start_time(pid) != 0
 
 
 def has_owner(directory: Path) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from chaos_mpi.agent.home import CRASH, LOST, TOLD
-from chaos_mpi.agent.processes import is_running
+from chaos_mpi.agent.marks import runs
 
 EXIT_FINISHED = 0
 EXIT_FAILED = 1
@@ -113,9 +113,8 @@ def read_records(run_dir: Path) -> Records:
 
 
 def lives(pid: int, record: Record) -> bool:
-    """Whether the process that wrote a record still runs: another one may have got its number since."""
-    began = record.get("started")
-    return isinstance(began, int) and is_running(pid, began)
+    """Whether the process that wrote a record still runs."""
+    return runs(pid, record.get("started"))
 
 
 def judge(records: Records, mpirun_status: int) -> Verdict:
