@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# How long one example takes says more of what else the machine does than of the code.
+hypothesis.settings.register_profile("chaos_mpi", deadline=None)
+hypothesis.settings.load_profile("chaos_mpi")
 
 #: Tests that start real jobs, and of which others are nearly the same: their node ids.
 VARIANTS = frozenset(
