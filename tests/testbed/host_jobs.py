@@ -79,7 +79,7 @@ def stop(job: Job) -> None:
 def chaosctl(job: Job, *arguments: str) -> subprocess.CompletedProcess[str]:
     """On the launch host."""
     with asked(job, *arguments) as process:
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=LIMIT_S)
         return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 

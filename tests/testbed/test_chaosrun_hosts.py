@@ -58,7 +58,8 @@ def test_ranks_are_added_and_removed_from_the_launch_host(launched: Start) -> No
     job = launched(ENDLESS, "edge1,edge2", "-n", "2")
     train(job)
     added = chaosctl(job, "add", "--host", "edge3")
-    assert re.fullmatch(r"\S+ starts a rank\nedge3:\d+ takes part\n", added.stdout), added
+    told = added.stdout.replace("no answer yet from edge3\n", "")  # which a busy machine may make it say
+    assert re.fullmatch(r"\S+ starts a rank\nedge3:\d+ takes part\n", told), added
     of = members(job)
     removed = chaosctl(job, "remove", of["edge1"])
     assert removed.stdout == f"{of['edge1']} left\n", removed

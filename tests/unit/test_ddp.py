@@ -73,7 +73,7 @@ class FakeSession:
     def attach_sampler(self, sampler: ElasticSampler) -> None:
         self.samplers.append(sampler)
 
-    def boundary(self) -> None:
+    def boundary(self, *, model: int = 0) -> None:
         self.boundaries += 1
 
     def wants_to_talk(self) -> bool:
