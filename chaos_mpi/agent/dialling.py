@@ -20,8 +20,9 @@ TRIES = 5
 PAUSE_S = (0.5, 2.0)
 #: None is tried again so long after the first, seconds.
 LIMIT_S = 15.0
-#: What ssh says when the other side hangs up while they still agree on how to talk.
-_DROPPED = re.compile(rb"exchange_identification|Connection (closed|reset) by")
+#: What ssh says when the other side hangs up while they still agree on how to talk. It names the port before the login
+#: only; later the order to start the rank may have arrived, and must not be given twice.
+_DROPPED = re.compile(rb"exchange_identification|Connection (closed|reset) by \S+ port \d")
 #: More of what is printed before anything has begun is not kept.
 _KEPT_BYTES = 1 << 14
 
