@@ -109,8 +109,9 @@ class ControlSocket:
         # An OSError says that the client is gone; what it asked for goes on.
         with contextlib.suppress(OSError), connection, connection.makefile("rwb") as stream:
             try:
-                stream.write(json.dumps({"member": self._session.member}).encode() + b"\n")
-                stream.flush()
+                with contextlib.suppress(OSError):  # whoever tells this rank to end may not have waited for this
+                    stream.write(json.dumps({"member": self._session.member}).encode() + b"\n")
+                    stream.flush()
                 request = json.loads(stream.readline(_REQUEST_BYTES))
                 if request["do"] == "follow":
                     connection.settimeout(_FOLLOW_LIMIT_S)  # what it does not take would be kept for it
