@@ -23,7 +23,12 @@ MACHINE_ID = Path("/etc/machine-id")
 
 def started() -> dict[str, Any]:
     """What tells this process from a later one with its number."""
-    return {"started": start_time(os.getpid())}
+    return {"started": start_time(os.getpid()), "namespace": namespace()}
+
+
+def namespace() -> int:
+    """Which processes go by the numbers that this one knows them by: in a container they may have others."""
+    return os.stat("/proc/self/ns/pid").st_ino
 
 
 def here() -> dict[str, Any]:
@@ -32,7 +37,7 @@ def here() -> dict[str, Any]:
         machine = MACHINE_ID.read_text(encoding="utf-8").strip()
     except (OSError, ValueError):  # there is none in many containers
         machine = ""
-    return {"host": socket.gethostname(), "machine": machine, "namespace": os.stat("/proc/self/ns/pid").st_ino}
+    return {"host": socket.gethostname(), "machine": machine, "namespace": namespace()}
 
 
 def may_live(path: Path) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from chaos_mpi.agent.home import CRASH, LOST, TOLD
-from chaos_mpi.agent.marks import runs
+from chaos_mpi.agent.marks import namespace, runs
 
 EXIT_FINISHED = 0
 EXIT_FAILED = 1
@@ -113,7 +113,9 @@ def read_records(run_dir: Path) -> Records:
 
 
 def lives(pid: int, record: Record) -> bool:
-    """Whether the process that wrote a record still runs."""
+    """Whether the process that wrote a record still runs; of one whose number means nothing here only mpirun knows."""
+    if record.get("namespace", here := namespace()) != here:
+        return True
     return runs(pid, record.get("started"))
 
 
