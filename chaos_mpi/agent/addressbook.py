@@ -53,8 +53,9 @@ class AddressBook:
         Those that were forgotten are not known again: a name is never used twice, and a proxy tells its agent again and
         again of all that the job has ever had.
         """
+        out = self._forgotten.union(out)
         for contact in contacts:
-            if contact.member not in self._contacts and contact.member not in self._forgotten.union(out):
+            if contact.member not in self._contacts and contact.member not in out:
                 self._network.know(contact)
                 self._contacts[contact.member] = contact
                 self._losses.heard(contact.member, now_s)

@@ -183,17 +183,17 @@ class Guard:
             if self._begun:
                 self._watch.know(contacts)
             elif self._settings.newcomer:
-                self._begun = True
                 self._watch.join(contacts)
                 self._detouring.start(alone=False)
                 self._spawn(self._voice.follow())
-            elif first is not None:
                 self._begun = True
+            elif first is not None:
                 ranks = [str(name) for name in first]
                 self._watch.begin(ranks, contacts, up=False, witness=self._settings.witness)
                 self._spawn(self._tell_that_it_is_up(self._watch))
                 self._detouring.start(alone=True)
                 self._spawn(self._voice.follow())
+                self._begun = True  # not before: where a connection could not be made, the next news begin
             else:
                 self._watch.know(contacts)
 

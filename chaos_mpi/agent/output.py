@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
 from collections import deque
@@ -114,9 +115,10 @@ class LogFile:
         while (data := self._next()) is not None:
             try:
                 if descriptor >= 0 and size + len(data) > LOG_BYTES:
-                    self._path.replace(self._path.with_name(f"{self._path.name}.1"))
                     os.close(descriptor)
                     descriptor = -1
+                    with contextlib.suppress(FileNotFoundError):  # somebody has removed it
+                        self._path.replace(self._path.with_name(f"{self._path.name}.1"))
                 if descriptor < 0:
                     self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                     descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)

@@ -142,7 +142,7 @@ def test_an_interrupted_job_leaves_nothing(launched: Start, number: signal.Signa
 
 def test_a_host_that_cannot_be_told_of_the_end_is_named(launched: Start, ssh_bed: Bed) -> None:
     job = launched(ENDLESS, HOSTS, "--heartbeat-limit", "5")  # the others are not to give it up before
-    train(job)
+    train(job, 20)  # and what the ranks have written down has come to the launcher
     paused = ssh_bed[0].pids("edge2")
     try:
         for pid in paused:
