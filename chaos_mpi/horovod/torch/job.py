@@ -207,8 +207,7 @@ def shutdown() -> None:
     if not is_initialized():
         return
     ending = job()
-    if ending.owned:
-        ending.session.let_error_go_on()
+    ending.session.let_error_go_on()  # also if it is the script's own: the others are not at this call
     ending.queue.drain()
     sets.end()
     if ending.owned:
