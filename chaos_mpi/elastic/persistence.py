@@ -134,6 +134,8 @@ class Persistence:
         """
         directory, step, due_since = self._settings.checkpoint_dir, self._session.step, self._due_since
         is_due = due_since is not None and (at_place or step - due_since >= LONGEST_WAIT_STEPS)
+        if at_place:
+            self._note_rng()  # a newcomer goes on from here
         if not (final or is_due):
             return
         self._due_since = None

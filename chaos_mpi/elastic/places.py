@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from chaos_mpi.elastic.attached import AttachedSamplers
 
-#: After so many gradient steps that no optimizer has followed, the script is taken for one that updates its parameters
-#: in another way. Gradients of fewer passes may be accumulated.
+#: After so many gradient steps without a place at which all gradients were applied, the script is taken for one that
+#: updates its parameters in another way. Gradients of fewer passes may be accumulated.
 UNAPPLIED_LIMIT = 32
 #: After so many steps of one model in a row, it is taken for the only one that is trained.
 ALONE_STEPS = 100
@@ -65,9 +65,11 @@ class Places:
         self._turns = Turns()
         self._hooks: list[StepHooks] = []
         self._unapplied = 0
+        self._waited = 0  # gradient steps since the last place without gradients that were not applied
 
     def watch(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        """Gradients are applied by one of these."""
+        """Gradients are applied by one of these; the loop is to begin."""
+        self._turns = Turns()  # what was called before is no part of it
         self._hooks += [StepHooks(optimizer, lambda: None, self._applied) for optimizer in optimizers]
 
     def stepped(self, model: int) -> None:
@@ -79,6 +81,7 @@ class Places:
         self._turns.stepped(model)
         if self._hooks and model:
             self._unapplied += 1
+            self._waited += 1
 
     def begin(self, model: int, models: int) -> bool:
         """A model is called: whether a round begins here, so that a newcomer's loop would be at this place, too.
@@ -91,16 +94,20 @@ class Places:
             models: how many have one.
         """
         anew = self._turns.begin(model) if model and models > 1 else True
-        is_applied = not self._unapplied or self._unapplied >= UNAPPLIED_LIMIT
-        return is_applied and (self._samplers.at_round_start() if len(self._samplers) else anew)
+        is_applied = not self._unapplied or self._waited >= UNAPPLIED_LIMIT
+        is_place = is_applied and (self._samplers.at_round_start() if len(self._samplers) else anew)
+        if is_place and not self._unapplied:
+            self._waited = 0
+        return is_place
 
     def to_json(self) -> dict[str, Any]:
         """What a newcomer needs to come to the same places from here on."""
-        return {"turns": asdict(self._turns), "unapplied": self._unapplied}
+        return {"turns": asdict(self._turns), "unapplied": self._unapplied, "waited": self._waited}
 
     def take_over(self, values: Mapping[str, Any]) -> None:
         """Be where the member was that gave these."""
-        self._turns, self._unapplied = Turns(**values["turns"]), int(values["unapplied"])
+        self._turns = Turns(**values["turns"])
+        self._unapplied, self._waited = int(values["unapplied"]), int(values["waited"])
 
     def _applied(self) -> None:
         self._unapplied = 0

@@ -90,7 +90,7 @@ class Session(EndingSession):
         self.member = f"{self.host}:{os.getpid()}"
         self.step = 0
         self._ended = False
-        self._models = 0
+        self._models = self._retired_models = 0
         self._background = BackgroundCalls()
         self._samplers = AttachedSamplers()
         self._places = Places(self._samplers)
@@ -261,6 +261,10 @@ class Session(EndingSession):
             self._write_identity()
             self._control = open_control(self, self.settings.run_dir)
 
+    def retire_model(self) -> None:
+        """One of the models makes no steps any more; the same one at every member."""
+        self._retired_models += 1
+
     def number_model(self) -> int:
         """The number, from 1, of one more model, in the order in which every rank makes them."""
         self._models += 1
@@ -298,7 +302,7 @@ class Session(EndingSession):
             model: the number of the model that is about to be called, see :meth:`number_model`; 0 if it has none.
         """
         self._talk_is_owed |= self._end_step()
-        talks = self._places.begin(model, self._models) and self._talk_is_owed and not final
+        talks = self._places.begin(model, self._models - self._retired_models) and self._talk_is_owed and not final
         self._persistence.write(final=final, at_place=talks)
         if talks:
             self._talk_is_owed = False

@@ -67,3 +67,4 @@ class Reducer:
         """There will be no further step. What is left of the last one is the session's."""
         self._synced.forget()
         self._memory.clear()
+        self._session.retire_model()

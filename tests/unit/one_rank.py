@@ -23,7 +23,7 @@ class OneRank(Session):
     def __init__(self, settings: Settings | None = None, told: Callable[[], None] = lambda: None) -> None:
         self.settings, self.told = settings or Settings(), told
         self.host, self.member = "a", "a:1"
-        self.step = self._boundary_step = self._models = 0
+        self.step = self._boundary_step = self._models = self._retired_models = 0
         self.initial_size = self.started_with = 1
         self._ended = self._talk_is_owed = False
         self._bridge = None

@@ -54,6 +54,9 @@ class FakeSession:
     def gradient_step_is_open(self) -> bool:
         return self.begun > self.step
 
+    def retire_model(self) -> None:
+        self.retired = getattr(self, "retired", 0) + 1
+
     def number_model(self) -> int:
         self.models += 1
         return self.models

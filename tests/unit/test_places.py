@@ -243,3 +243,29 @@ def test_a_checkpoint_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest
         session.write_down()
     assert not sampler.has_untrained()
     assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(tmp_path)] == [7, 13]
+
+
+def test_gradients_that_no_optimizer_of_the_state_applies_hold_up_joins_for_a_while_only() -> None:
+    parameter = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    places = Places(AttachedSamplers())
+    places.watch([optimizer])
+    found = []
+    for iteration in range(40):
+        if places.begin(1, 1):
+            found.append(iteration)
+        places.stepped(1)
+        parameter.grad = torch.ones(1)
+        optimizer.step()
+        places.stepped(1)  # of something that the script steps by hand, at the end of each iteration
+    assert found[0] == 0
+    assert len(found) > 10
+
+
+def test_calls_before_the_loop_are_no_part_of_it() -> None:
+    places = Places(AttachedSamplers())
+    places.begin(1, 2)  # a first picture, say
+    places.watch([])
+    assert [places.begin(2, 2), places.stepped(2), places.begin(1, 2), places.stepped(1), places.begin(2, 2)] == [
+        True, None, False, None, True,
+    ]  # fmt: skip

@@ -44,6 +44,8 @@ class AnnouncedStep(GradientStep):
         self.label = "collective call"  # as of all calls that are compared
         self.call = call
         self._steps, self._zeros = steps, zeros
+        if zeros:
+            self.model = 0  # no step of this rank's optimizer follows
         self._announced: Pending | None = None
         self._comparison = Comparison(call)
         self._differs = self._complete = False
