@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 _PR_SET_PDEATHSIG = 1
+_PR_GET_PDEATHSIG = 2
 
 
 def start_time(pid: int) -> int:
@@ -44,6 +45,13 @@ def die_with_parent(number: int) -> Callable[[], None]:
         libc.prctl(_PR_SET_PDEATHSIG, number)
 
     return prepare
+
+
+def dies_with_parent() -> bool:
+    """Whether the kernel sends this process a signal when its parent dies (prctl(2))."""
+    number = ctypes.c_int()
+    ctypes.CDLL(None).prctl(_PR_GET_PDEATHSIG, ctypes.byref(number))
+    return number.value != 0
 
 
 def live_without_parent() -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.sharedctypes import RawValue
 
-from chaos_mpi.agent.processes import die_with_parent
+from chaos_mpi.agent.processes import die_with_parent, dies_with_parent
 
 WorkerInit = Callable[[int], None]
 
@@ -41,7 +41,8 @@ class SurvivingInit:
         # A handler, because programs that the worker starts would inherit that a signal is ignored, or held off.
         signal.signal(signal.SIGTERM, self._on_sigterm)
         signal.siginterrupt(signal.SIGTERM, False)
-        die_with_parent(signal.SIGTERM)()
+        if not dies_with_parent():  # set at the fork, to a signal that nothing holds up: see elastic/children.py
+            die_with_parent(signal.SIGTERM)()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         if self._script_init is not None:
             self._script_init(worker)
