@@ -120,7 +120,7 @@ class Layout:
             tensor = live.get(entry.name)
             is_usable = tensor is not None and entry.fits(tensor) and (with_values or tensor.device.type == "cpu")
             if tensor is None or not is_usable:
-                tensor = torch.empty_strided(entry.shape, entry.stride, dtype=getattr(torch, entry.dtype))
+                tensor = torch.empty_strided(entry.shape, entry.stride, dtype=getattr(torch, entry.dtype), device="cpu")
             tensors[entry.name] = tensor.to("cpu")
         return tensors
 

@@ -256,7 +256,8 @@ class Follower:
         }
         for name, stride in meta["strides"].items():
             if name in gradients:
-                gradients[name] = torch.empty_strided(gradients[name].shape, stride, dtype=gradients[name].dtype)
+                like = gradients[name]
+                gradients[name] = torch.empty_strided(like.shape, stride, dtype=like.dtype, device="cpu")
         layout = Layout.of(gradients)
         if layout.digest() != meta["layout"]:
             raise FollowError("gradients are laid out in another way at the members")

@@ -227,7 +227,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._refuse_lost({n: [m for m in keepers[n] if m in here] for n in waiting}, waiting)
             # A member may learn of a death one call later than another: then both give the same bits.
             given = [n for n in waiting if next(m for m in keepers[n] if m in here) == self._session.member]
-            header = torch.tensor(given, dtype=torch.int64)
+            header = torch.tensor(given, dtype=torch.int64, device="cpu")
             tensors = [self._flat[i].detach() for n in given for i in self._parts[n]]
             data = b"".join([len(given).to_bytes(8, "little"), _bytes(header), *map(_bytes, tensors)])
             for source in self._gathered("updated parameters", data).values():
@@ -249,7 +249,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 waiting.remove(number)
 
     def _gathered(self, call: str, data: bytes) -> dict[str, bytes]:
-        mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+        nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
+        mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else nothing
         operation = AllGather(call, mine)
         self._session.execute(operation)
         operation.finish()

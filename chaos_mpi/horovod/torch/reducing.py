@@ -253,7 +253,7 @@ def sparse_allreduce_async(
     def summed(outputs: list[torch.Tensor], ranks: int) -> torch.Tensor:
         indices, values = outputs
         values = values / ranks if ReduceOp(op) == Average else values
-        return torch.sparse_coo_tensor(indices.t(), values, tensor.size())
+        return torch.sparse_coo_tensor(indices.t(), values, tensor.size(), device=values.device)
 
     handle = gather([tensor._indices().t().contiguous(), tensor._values()], name, process_set, summed)
     return lambda: synchronize(handle)
