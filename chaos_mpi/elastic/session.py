@@ -30,7 +30,7 @@ from chaos_mpi.elastic.sequence import OperationSequence
 from chaos_mpi.elastic.submission import BackgroundCalls
 from chaos_mpi.errors import ChaosError, ConfigError, CutOffError
 from chaos_mpi.events import RESERVED, EventLog
-from chaos_mpi.membership import View
+from chaos_mpi.membership import View, host_of
 from chaos_mpi.mpi import runtime
 from chaos_mpi.mpi.growth import bridge_to_sponsor
 
@@ -155,6 +155,14 @@ class Session(EndingSession):
     def size(self) -> int:
         """Number of members in the present view."""
         return self._sequence.view.size
+
+    @property
+    def local_rank(self) -> int:
+        """This member's place among those on its host, from 0; MPI's own is that on the launch host, with ``--hosts``.
+
+        Of a process that is still to join it is 0.
+        """
+        return [member for member in self.members if host_of(member) == self.host].index(self.member)
 
     @property
     def epoch(self) -> int:

@@ -17,6 +17,7 @@ def test_members_are_the_same_list_everywhere(session: Session) -> None:
     assert all(members == list(session.members) for members in everyones)
     assert session.members[session.rank] == session.member
     assert len(set(session.members)) == session.size
+    assert session.local_rank == session.rank  # all are on one host
     assert session.epoch == 0
 
 

@@ -94,6 +94,7 @@ if __name__ == "__main__":
             before_entry = str(error)
     resets: list[int] = []
     state.register_reset_callbacks([lambda: resets.append(hvd.size())])
+    faults.reach("entry")
     train(state)
     torch.save(model.state_dict(), folder / f"final-{session.member}.pt")
     faults.enter("close")

@@ -18,12 +18,19 @@ TOLERANCE = 1e-10
 STEPS = 12
 
 
+#: However long a newcomer takes to start: the others are not through before it is about to enter the training function.
+NOT_BEFORE_IT_ENTERS: list[Rule] = [
+    {"rank": 100, "at": "entry"},
+    {"rank": 0, "at": "boundary", "step": 60, "wait": ["entry.100"], "limit_s": 80},
+]
+
+
 def run(folder: Path, script: str, faults: list[Rule], *, plain_mpirun: bool = False, **job: Any) -> Finished:
     """Run a script with faults to its end."""
     ranks, options = job.pop("ranks", 3), job.pop("options", ())
     (folder / "job.json").write_text(json.dumps({"folder": str(folder), "faults": faults, **job}))
     told = str(folder / "job.json")
-    how: dict[str, Any] = {"ranks": ranks, "plain_mpirun": plain_mpirun, "options": options, "limit_s": 90}
+    how: dict[str, Any] = {"ranks": ranks, "plain_mpirun": plain_mpirun, "options": options, "limit_s": 150}
     with start(script, folder, told, **how) as under_way:
         return under_way.finish()
 
@@ -140,6 +147,7 @@ def test_join_and_leave(tmp_path: Path) -> None:
     rules: list[Rule] = [
         {"rank": 1, "at": "boundary", "step": 2, "do": "join"},
         {"rank": 2, "at": "boundary", "step": 6, "do": "leave"},
+        *NOT_BEFORE_IT_ENTERS,
     ]
     job = run(tmp_path, "horovod_elastic.py", rules, epochs=30, pause_s=0.02, process_set=True)
     newcomer = next(iter(job.events("join_active")))["member"]
@@ -154,7 +162,7 @@ def test_join_and_leave(tmp_path: Path) -> None:
 
 
 def test_a_rank_joins_where_the_optimizer_is_made_in_the_training_function(tmp_path: Path) -> None:
-    rules: list[Rule] = [{"rank": 1, "at": "boundary", "step": 2, "do": "join"}]
+    rules: list[Rule] = [{"rank": 1, "at": "boundary", "step": 2, "do": "join"}, *NOT_BEFORE_IT_ENTERS]
     job = run(tmp_path, "horovod_elastic.py", rules, epochs=20, pause_s=0.02, ranks=2, makes_optimizer=True)
     newcomer = next(iter(job.events("join_active")))["member"]
     steps = check(job, {job.member(0), job.member(1), newcomer})
@@ -253,7 +261,7 @@ def test_kill_while_a_rank_has_joined(tmp_path: Path) -> None:
 
 
 def test_calls_of_a_rank_that_has_not_entered_yet(tmp_path: Path) -> None:
-    rules: list[Rule] = [{"rank": 1, "at": "boundary", "step": 1, "do": "join"}]
+    rules: list[Rule] = [{"rank": 1, "at": "boundary", "step": 1, "do": "join"}, *NOT_BEFORE_IT_ENTERS]
     job = run(tmp_path, "horovod_elastic.py", rules, epochs=15, pause_s=0.02, ranks=2, asks_before_entry=True)
     newcomer = next(iter(job.events("join_active")))["member"]
     results = job.results()
@@ -267,8 +275,10 @@ def test_a_newcomer_that_dies_on_its_way_in(tmp_path: Path) -> None:
     rules: list[Rule] = [
         {"rank": 1, "at": "boundary", "step": 1, "do": "join"},
         {"rank": 100, "at": "newcomer:fetch", "do": "die"},
+        *NOT_BEFORE_IT_ENTERS,
     ]
     job = run(tmp_path, "horovod_elastic.py", rules, epochs=15, pause_s=0.02, ranks=2)
+    assert (tmp_path / "mark-newcomer:fetch.100").exists()
     finals = set(job.results())
     assert {job.member(0), job.member(1)} <= finals
     steps = check(job, finals)

@@ -235,8 +235,7 @@ def size() -> int:
 
 def local_rank() -> int:
     """This rank's place among those on the same machine."""
-    session = job().session
-    return _on_host(session.members, session.host).index(session.member)
+    return job().session.local_rank
 
 
 def local_size() -> int:
