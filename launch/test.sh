@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that has to hold: style, types, unit tests, collective tests on 4 ranks, real jobs with real kills.
-# usage: test.sh [--all]   (also the tests in tests/variants.txt, which are nearly the same as others: 10 to 20 minutes more)
+# usage: test.sh [--all]   (also the tests in tests/variants.txt, which are nearly the same as others: 20 to 30 minutes more)
 set -euo pipefail
 if [ "$*" != "" ] && [ "$*" != --all ]; then
     echo "test.sh takes nothing but --all, not: $*" >&2
