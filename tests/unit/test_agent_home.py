@@ -17,7 +17,7 @@ from chaos_mpi.agent import sockets
 from chaos_mpi.agent.control import ControlConnector, ControlListener
 from chaos_mpi.agent.frames import Frame, Kind
 from chaos_mpi.agent.home import Home, note_down
-from chaos_mpi.agent.processes import start_time
+from chaos_mpi.agent.marks import started
 from chaos_mpi.cli.chaosrun import _private_directories
 from chaos_mpi.errors import EngineError
 
@@ -89,7 +89,7 @@ def test_records_are_told_once() -> None:
     note_down(home.path, "outcome", {"outcome": "finished"})
     note_down(home.path, "starting", {"rank": 1})
     (home.path / f"member-{pid}.json").write_text("{")
-    began = {"started": start_time(pid)}
+    began = started()
     told = [("starting", {"rank": 1, **began}), ("outcome", {"outcome": "finished", **began})]
     assert list(home.new_records(pid)) == told
     assert list(home.new_records(pid)) == []

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from chaos_mpi.cli.outcome import Record, RecordReader, Records, Verdict, describe_status, judge, read_records, untold
+from chaos_mpi.agent.marks import started
+from chaos_mpi.cli.outcome import (
+    Record,
+    RecordReader,
+    Records,
+    Verdict,
+    describe_status,
+    judge,
+    lives,
+    read_records,
+    untold,
+)
 
 
 def records(*outcomes: Record, members: int | None = None, starting: int = 0) -> Records:
@@ -208,3 +220,10 @@ def test_hosts_that_did_not_hear_of_the_end() -> None:
     )  # fmt: skip
     assert untold(found, hosts) == ["edge4", "edge6", "edge7"]
     assert untold(found, {}) == []
+
+
+def test_a_number_that_means_nothing_here_tells_nothing(tmp_path: Path) -> None:
+    pid, this = os.getpid(), started()
+    assert lives(pid, this)
+    assert not lives(pid, {**this, "started": this["started"] - 1})
+    assert lives(pid, {"started": this["started"] - 1, "namespace": this["namespace"] + 1})  # in a container
