@@ -14,6 +14,7 @@ from torch._C._distributed_c10d import HashStore
 
 import chaos_mpi.torch  # noqa: F401 - registers it
 from chaos_mpi.elastic import current
+from chaos_mpi.elastic.session import Session
 from chaos_mpi.errors import ConfigError
 from chaos_mpi.membership import View
 from chaos_mpi.torch import backend
@@ -35,7 +36,7 @@ def session(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.delenv(name)
     opened: Any = SimpleNamespace(
         rank=0, size=1, epoch=0, host="here", member="here:7", members=("here:7",), view=View(0, ("here:7",)),
-        is_newcomer=False, settings=SimpleNamespace(timeout_s=5.0),
+        local_rank=0, is_newcomer=False, settings=SimpleNamespace(timeout_s=5.0),
     )  # fmt: skip
     monkeypatch.setattr(current, "_current", opened)
     yield opened
@@ -92,6 +93,8 @@ def test_the_place_on_the_host_is_set_unless_it_was(
     session: Any, shared: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session.members = ("there:1", "here:5", "there:2", "here:7")
+    session.local_rank = vars(Session)["local_rank"].fget(session)
+    assert session.local_rank == 1
     backend._set_local_variables(session)
     assert (os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"]) == ("1", "2")
     monkeypatch.setenv("LOCAL_RANK", "5")
