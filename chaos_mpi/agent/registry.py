@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from chaos_mpi.agent.jsonfiles import JsonFiles
 from chaos_mpi.agent.processes import is_running, start_time
 from chaos_mpi.errors import EngineError
 
@@ -101,20 +102,15 @@ class Ends:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._seen: dict[str, int] = {}  # when the file was written, by its name: a number may come twice
+        self._directory, self._files = directory, JsonFiles()
         self._found: dict[str, str] = {}
 
     def look(self) -> dict[str, str]:
         """All of them so far, and how they ended; what cannot be read is passed over."""
-        for path in sorted(self._directory.glob("ended-*.json")):
-            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-                written = path.stat().st_mtime_ns
-                if self._seen.get(path.name) != written:
-                    content = path.read_bytes()
-                    self._seen[path.name] = written
-                    fields = json.loads(content)
-                    self._found[str(fields["join"])] = str(fields["how"])
+        for path in sorted(self._directory.glob("ended-*.json")):  # of another join each time: a number may come twice
+            with contextlib.suppress(TypeError, KeyError):
+                fields = self._files.read(path)
+                self._found[str(fields["join"])] = str(fields["how"])
         return dict(self._found)
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from chaos_mpi.agent.home import CRASH, LOST, TOLD
+from chaos_mpi.agent.jsonfiles import JsonFiles
 from chaos_mpi.agent.marks import namespace, runs
 
 EXIT_FINISHED = 0
@@ -65,46 +65,23 @@ class Verdict:
 
 
 class RecordReader:
-    """Reads the records of a job again and again, each only once: a record is replaced as a whole, never changed.
+    """Reads the records of a job again and again, each only once.
 
     Args:
         run_dir: the job's private directory.
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self._run_dir = run_dir
-        self._seen: dict[str, tuple[tuple[int, int, int], Record | None]] = {}
+        self._run_dir, self._files = run_dir, JsonFiles()
 
     def read(self) -> Records:
         """All that are there now; what cannot be read is left out."""
         found: dict[str, dict[int, Record]] = {kind: {} for kind in _KINDS}
         for path in sorted(self._run_dir.glob("*-*.json")):
             kind, _, pid = path.stem.rpartition("-")
-            if kind in found and pid.isdigit() and (record := self._record(path)) is not None:
+            if kind in found and pid.isdigit() and isinstance(record := self._files.read(path), dict):
                 found[kind][int(pid)] = record
         return Records(*(found[kind] for kind in _KINDS))
-
-    def _record(self, path: Path) -> Record | None:
-        try:
-            status = path.stat()
-            # The number of the file as well: two records may be written within one tick of the clock.
-            version = (status.st_ino, status.st_mtime_ns, status.st_size)
-            seen, record = self._seen.get(path.name, (None, None))
-            if seen != version:
-                record = _parsed(path.read_bytes())
-                self._seen[path.name] = (version, record)
-        except OSError:
-            return None
-        return record
-
-
-def _parsed(content: bytes) -> Record | None:
-    """A record; None if it is none."""
-    try:
-        record = json.loads(content)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None
 
 
 def read_records(run_dir: Path) -> Records:

@@ -98,11 +98,10 @@ class LiveState:
     skeleton: str
 
     @classmethod
-    def of(cls, session: Session, others: Mapping[str, torch.Tensor] | None = None) -> Self:
+    def of(cls, session: Session, others: Mapping[str, torch.Tensor]) -> Self:
         """That of this member, but for ``others``, see :func:`tensors_of_rank_0`."""
         packed = session.pack_for_newcomers()
-        chosen = {**packed.tensors, **(others or {})}
-        tensors = {name: dense(tensor) for name, tensor in chosen.items()}
+        tensors = {name: dense(tensor) for name, tensor in {**packed.tensors, **others}.items()}
         return cls(Layout.of(tensors), OnHost(tensors), packed.skeleton)
 
 

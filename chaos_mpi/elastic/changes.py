@@ -195,11 +195,17 @@ class ChangingSession(CollectiveCalls):
         """All members have agreed to go on as ``members`` in ``world``; ``reports`` are of those who stay."""
         old = self.view
         self._sequence.adopt(world, old.next(members))
+        self._follow_change(cause, old, reports)
+        self._tell_companions()
+
+    def _follow_change(
+        self, cause: str, old: View, reports: list[list[dict[str, Any]]], lost: Sequence[str] = ()
+    ) -> None:
+        """The view is another one than ``old``: so are the shares of the samplers, and the event log is told."""
         self._samplers.view_changed(reports, old.members, self.members)
         self.changes = self.changes.after(cause, old.members, self.members)
         links = links_between(self.members, self.agent)
-        self.emit("view_committed", cause=cause, members=list(self.members), lost=[], links=links)
-        self._tell_companions()
+        self.emit("view_committed", cause=cause, members=list(self.members), lost=list(lost), links=links)
 
     def attach_companion(self, companion: Companion) -> None:
         """Have other software that communicates by itself, as Horovod, enter the present view and all later ones."""
@@ -269,10 +275,8 @@ class ChangingSession(CollectiveCalls):
         self._last_contributors = old.members
         self.started_with = int(invitation["started_with"])
         self.resumed(int(invitation["step"]), int(invitation["initial_size"]))
-        self._samplers.view_changed(invitation["reports"], old.members, self.members)
-        self.changes = Changes(**invitation["changes"]).after("join", old.members, self.members)
-        links = links_between(self.members, self.agent)
-        self.emit("view_committed", cause="join", members=list(self.members), lost=[], links=links)
+        self.changes = Changes(**invitation["changes"])
+        self._follow_change("join", old, invitation["reports"])
         self._tell_companions()
 
     def depart(self) -> NoReturn:

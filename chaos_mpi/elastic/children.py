@@ -7,27 +7,25 @@ is killed. What else a script forks lives as long as it likes.
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
 import threading
 from multiprocessing import util
 
-#: See prctl(2).
-_PR_SET_PDEATHSIG = 1
+from chaos_mpi.agent.processes import die_with_parent
 
 _rank = 0
-_libc: ctypes.CDLL | None = None
+_die_with_rank = die_with_parent(signal.SIGKILL)
 _forking = threading.local()
 
 
 def end_workers_with_rank() -> None:
     """From here on, the kernel kills daemonic processes that this one's main thread forks when this one ends."""
-    global _rank, _libc
+    global _rank
     if _rank == os.getpid():
         return
-    _rank, _libc = os.getpid(), ctypes.CDLL(None)
+    _rank = os.getpid()
     os.register_at_fork(before=_note_thread)
     util.register_after_fork(_end_with_rank, lambda end_with_rank: end_with_rank())
 
@@ -39,8 +37,8 @@ def _note_thread() -> None:
 
 def _end_with_rank() -> None:
     """In the child, before what it is to do."""
-    if not (multiprocessing.current_process().daemon and _forking.by_main_thread) or _libc is None:
+    if not (multiprocessing.current_process().daemon and _forking.by_main_thread):
         return
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _die_with_rank()
     if os.getppid() != _rank:  # it has ended already
         os.kill(os.getpid(), signal.SIGKILL)

@@ -134,15 +134,12 @@ class Persistence:
         """
         directory, step, due_since = self._settings.checkpoint_dir, self._session.step, self._due_since
         is_due = due_since is not None and (at_place or step - due_since >= LONGEST_WAIT_STEPS)
-        if at_place:
-            self._note_rng()  # a newcomer goes on from here
+        if at_place or final or is_due:
+            self._note_rng()  # a newcomer, or who resumes, goes on from here
         if not (final or is_due):
             return
         self._due_since = None
-        if self._state is None:
-            return
-        self._note_rng()
-        if directory is None:
+        if self._state is None or directory is None:
             return
         if self._state.keeps_rng:
             self._rng_of_ranks = self._session.gather(self._rng)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from chaos_mpi.agent.assembly import UP_LIMIT_S
 from chaos_mpi.elastic import current
-from chaos_mpi.elastic.agent_link import fate_of, follow, links_between, open_link
+from chaos_mpi.elastic.agent_link import fate_of, follow, open_link
 from chaos_mpi.elastic.attached import AttachedSamplers
 from chaos_mpi.elastic.changes import Companion
 from chaos_mpi.elastic.children import end_workers_with_rank
@@ -30,7 +30,7 @@ from chaos_mpi.elastic.sequence import OperationSequence
 from chaos_mpi.elastic.submission import BackgroundCalls
 from chaos_mpi.errors import ChaosError, ConfigError, CutOffError
 from chaos_mpi.events import RESERVED, EventLog
-from chaos_mpi.membership import View, host_of
+from chaos_mpi.membership import View, on_host
 from chaos_mpi.mpi import runtime
 from chaos_mpi.mpi.growth import bridge_to_sponsor
 
@@ -162,7 +162,7 @@ class Session(EndingSession):
 
         Of a process that is still to join it is 0.
         """
-        return [member for member in self.members if host_of(member) == self.host].index(self.member)
+        return on_host(self.members, self.host).index(self.member)
 
     @property
     def epoch(self) -> int:
@@ -426,11 +426,8 @@ class Session(EndingSession):
 
     def view_changed(self, regrouped: Regrouped, old: View, reports: list[list[dict[str, Any]]]) -> None:
         """A new view is committed at all members."""
-        self._samplers.view_changed(reports, old.members, self.members)
-        self.changes = self.changes.after("failure", old.members, self.members)
         lost = regrouped.lost
-        links = links_between(self.members, self._agent)
-        self.emit("view_committed", cause="failure", members=list(self.members), lost=list(lost), links=links)
+        self._follow_change("failure", old, reports, lost)
         if self.rank == 0 and lost:
             log.warning(
                 "step %d: %s; training goes on with %d of %d ranks",

@@ -1,7 +1,7 @@
 """Who takes part, and how members decide what happens next. Pure: no I/O, no clock, no MPI."""
 
 from chaos_mpi.membership.changes import Changes
-from chaos_mpi.membership.hosts import HostList, HostSlots, host_of
+from chaos_mpi.membership.hosts import HostList, HostSlots, host_of, on_host
 from chaos_mpi.membership.negotiation import (
     MOVES,
     Agenda,
@@ -39,6 +39,7 @@ __all__ = [
     "decide",
     "host_of",
     "negotiate",
+    "on_host",
     "orphaned",
     "restart",
     "those_that_go",

@@ -72,6 +72,11 @@ def host_of(member: str) -> str:
     return member.rpartition(":")[0]
 
 
+def on_host(members: Iterable[str], host: str) -> list[str]:
+    """Those of these members that are on one machine, in their order."""
+    return [member for member in members if host_of(member) == host]
+
+
 def _counted(counts: Counts, hosts: Iterable[str]) -> Counts:
     new = Counter(dict(counts))
     new.update(hosts)

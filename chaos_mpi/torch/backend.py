@@ -19,7 +19,7 @@ from torch._C._distributed_c10d import ProcessGroup, Store
 from torch.distributed.rendezvous import _rendezvous_handlers, register_rendezvous_handler
 
 from chaos_mpi.errors import ConfigError
-from chaos_mpi.membership import host_of
+from chaos_mpi.membership import on_host
 from chaos_mpi.torch.callers import asks_for
 from chaos_mpi.torch.store import shared_store
 
@@ -70,9 +70,8 @@ def _rendezvous(url: str, timeout: timedelta | None = None, **_: Any) -> Iterato
 
 def _set_local_variables(session: Session) -> None:
     """What torchrun sets, for scripts that ask for it; not from MPI's, to which all ranks are on the launch host."""
-    here = [member for member in session.members if host_of(member) == session.host]
     os.environ.setdefault("LOCAL_RANK", str(session.local_rank))
-    os.environ.setdefault("LOCAL_WORLD_SIZE", str(len(here)))
+    os.environ.setdefault("LOCAL_WORLD_SIZE", str(len(on_host(session.members, session.host))))
 
 
 def _create(options: Any, _: Any) -> ChaosProcessGroup:

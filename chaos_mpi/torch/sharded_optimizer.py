@@ -17,6 +17,7 @@ from chaos_mpi.elastic.current import current_session
 from chaos_mpi.elastic.exchanges import AllGather
 from chaos_mpi.elastic.session import Session
 from chaos_mpi.errors import ConfigError, RecoveryError
+from chaos_mpi.membership import host_of
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -58,7 +59,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     ) -> None:
         self._session = session if session is not None else current_session()
         self._is_chosen = parts is not None
-        self._node_of = node_of if node_of is not None else _host_of
+        self._node_of = node_of if node_of is not None else host_of
         whole = optimizer_class(params, **defaults)  # knows all settings; it never gets a state
         super().__init__(whole.param_groups, whole.defaults)
         if parts is None:
@@ -329,7 +330,3 @@ def _keepers(kept: Mapping[str, Iterable[int]]) -> dict[int, list[str]]:
 
 def _bytes(tensor: torch.Tensor) -> bytes:
     return tensor.to("cpu").contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _host_of(member: str) -> str:
-    return member.rpartition(":")[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import queue
@@ -85,6 +86,7 @@ def test_a_view_says_which_links_between_its_hosts_are_not_simply_up() -> None:
         changes=Changes(), emit=lambda event, **fields: committed.append(fields),
         _sequence=MagicMock(), _samplers=MagicMock(), _tell_companions=MagicMock(),
     )  # fmt: skip
+    session._follow_change = functools.partial(ChangingSession._follow_change, session)
     ChangingSession.change_view(session, MagicMock(), session.members, [], "join")
     session.agent = None
     ChangingSession.change_view(session, MagicMock(), session.members, [], "join")

@@ -15,6 +15,7 @@ from chaos_mpi.errors import NoSessionError
 from chaos_mpi.horovod.common.exceptions import HorovodInternalError
 from chaos_mpi.horovod.torch.calls import CallQueue, Request, Waiting
 from chaos_mpi.horovod.torch.negotiation import Asked
+from chaos_mpi.membership import host_of, on_host
 
 if TYPE_CHECKING:
     from chaos_mpi.elastic.operations import Operation
@@ -241,7 +242,7 @@ def local_rank() -> int:
 def local_size() -> int:
     """The number of ranks on this machine."""
     session = job().session
-    return len(_on_host(session.members, session.host))
+    return len(on_host(session.members, session.host))
 
 
 def cross_rank() -> int:
@@ -257,7 +258,7 @@ def cross_size() -> int:
 def is_homogeneous() -> bool:
     """Whether all machines have equally many ranks."""
     members = job().session.members
-    return len({len(_on_host(members, host)) for host in _hosts(members)}) == 1
+    return len({len(on_host(members, host)) for host in _hosts(members)}) == 1
 
 
 def mpi_threads_supported() -> bool:
@@ -367,13 +368,9 @@ def _refuse_other_communicator(comm: object) -> None:
 
 
 def _hosts(members: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(member.rpartition(":")[0] for member in members))
-
-
-def _on_host(members: Sequence[str], host: str) -> list[str]:
-    return [member for member in members if member.rpartition(":")[0] == host]
+    return list(dict.fromkeys(map(host_of, members)))
 
 
 def _across() -> list[str]:
     members, place = job().session.members, local_rank()
-    return [host for host in _hosts(members) if len(_on_host(members, host)) > place]
+    return [host for host in _hosts(members) if len(on_host(members, host)) > place]
