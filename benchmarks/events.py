@@ -282,6 +282,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of members, moments and order")
     parser.add_argument("--quick", action="store_true", help="two leaves at each size")
     given = parser.parse_args()
+    report.refuse_unusable(given.out)
     jobs.prepare_driver()
     head = {"benchmark": "events", **report.started(), "model": WORKLOADS[given.model].title}
     head["device_ms"] = given.device_ms
@@ -296,7 +297,7 @@ def main() -> None:
         "failures": [r for r in records if "error" in r],
         "leaves": [r for r in records if "total" in r],
     }
-    report.publish(given.out, result, table, plot)
+    report.publish(given.out, result, table, plot, records)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,12 @@ Nothing is sent: nodes, messages and time are simulated, so the numbers do not d
 from __future__ import annotations
 
 import argparse
-import contextlib
 import heapq
 import itertools
 import json
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +182,18 @@ def plot(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def simulate(
+    sizes: Sequence[int], removal_sizes: Sequence[int], repeats: int, timing: Timing, rng: random.Random
+) -> Iterator[dict[str, Any]]:
+    """Every run as one record; those in which something is spread say how much is lost on the way."""
+    for repeat in range(repeats):
+        print(f"round {repeat + 1}", file=sys.stderr, flush=True)
+        for count, loss in itertools.product(sizes, (0.0, 0.2)):
+            yield {"nodes": count, "loss": loss, **spread(count, loss, rng)}
+        for count in removal_sizes:
+            yield {"nodes": count, **removal(count, timing, rng)}
+
+
 def main() -> None:
     """Simulate, print, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -196,14 +207,10 @@ def main() -> None:
     given = parser.parse_args()
     sizes = given.sizes or (QUICK_SIZES if given.quick else SIZES)
     removal_sizes = given.removal_sizes or (QUICK_REMOVAL_SIZES if given.quick else REMOVAL_SIZES)
-    rng, timing = random.Random(given.seed), Timing(limit_s=given.limit_s)
-    spreads, removals = [], []
-    for repeat in range(2 if given.quick else given.repeats):
-        print(f"round {repeat + 1}", file=sys.stderr, flush=True)
-        spreads += [
-            {"nodes": count, "loss": loss, **spread(count, loss, rng)} for count in sizes for loss in (0.0, 0.2)
-        ]
-        removals += [{"nodes": count, **removal(count, timing, rng)} for count in removal_sizes]
+    timing, repeats = Timing(limit_s=given.limit_s), 2 if given.quick else given.repeats
+    report.refuse_unusable(given.out)
+    records = report.collected(simulate(sizes, removal_sizes, repeats, timing, random.Random(given.seed)))
+    spreads, removals = [r for r in records if "loss" in r], [r for r in records if "loss" not in r]
     result = {
         "benchmark": "gossip",
         **report.started(),
@@ -215,11 +222,8 @@ def main() -> None:
         "spread": summarise(spreads, ("nodes", "loss"), ("rounds", "seconds", "bytes_per_s", "most_bytes_per_s")),
         "removal": summarise(removals, ("nodes",), ("seconds", "bytes_per_s", "link_bytes_per_s")),
     }
-    table(result)
-    for file in report.write(given.out, "gossip", result, plot):
-        print(f"wrote {file}")
+    report.publish(given.out, result, table, plot, records, rows="spread")
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        main()
+    main()

@@ -327,6 +327,7 @@ def main() -> None:
     given = parser.parse_args()
     if "gloo" in given.systems and not horovodrun():
         parser.exit(1, "horovod.py: horovodrun is not there: run launch/install_horovod.sh, or leave gloo out\n")
+    report.refuse_unusable(given.out)
     jobs.prepare_driver()
     if given.quick:
         given.models, given.ranks, given.repeats = MODELS[:1], [2], 1
@@ -335,7 +336,7 @@ def main() -> None:
     records = report.collected(cells)
     failures = [r for r in records if "error" in r]
     result = {**head, "rows": summarise(records), "failures": failures, "jobs": records}
-    report.publish(given.out, result, table, plot)
+    report.publish(given.out, result, table, plot, records)
 
 
 if __name__ == "__main__":

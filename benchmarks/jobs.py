@@ -219,7 +219,6 @@ class Job:
 
     def end(self) -> None:
         """Hang up, and see that every process of the job is gone."""
-        atexit.unregister(self.end)
         family = [*self._members, *_family(self._processes)]
         for link in self.links.values():
             link.close()
@@ -234,6 +233,7 @@ class Job:
         psutil.wait_procs(family, 5.0)
         self._output.close()
         self._directory.cleanup()
+        atexit.unregister(self.end)  # and not before: Ctrl-C may end this as well
 
     def __exit__(self, *_: object) -> None:
         self.end()

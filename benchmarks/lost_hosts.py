@@ -347,12 +347,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="three hosts, each kind once")
     given = parser.parse_args()
     refuse_without_bed(parser)
+    report.refuse_unusable(given.out)
     jobs.prepare_driver()
     sizes, repeats = ([3], 1) if given.quick else (given.hosts, given.repeats)
     head = {"benchmark": "lost_hosts", **report.started(), "limit_s": given.heartbeat_limit}
     records = report.collected(sweep(given.kinds, sizes, repeats, given.heartbeat_limit, random.Random(given.seed)))
     result = {**head, "rows": summarise(records, given.heartbeat_limit), "records": records}
-    report.publish(given.out, result, table, plot)
+    report.publish(given.out, result, table, plot, records)
 
 
 if __name__ == "__main__":

@@ -52,8 +52,11 @@ def measure(hosts: int, rate_mbit: float, slow_mbit: float) -> dict[str, Any]:
                 job.wait(lambda: len(_steps(job, 1)) > _STEPS, "the members train on in another order")
                 first = job.logs.events()[job.pids["h0"]]
                 times = {epoch: [b - a for a, b in itertools.pairwise(_steps(job, epoch))] for epoch in (0, 1)}
-                changed = next(e for e in first if e["event"] == "view_committed")
-                stalled = next(e["seconds"] for e in first if e["event"] == "stalled")
+                changed, stalled = (
+                    next(e for e in first if e["event"] == name) for name in ("view_committed", "stalled")
+                )
+                if not changed["cause"] == stalled["cause"] == "order":
+                    raise jobs.JobError(f"the first change was no change of the order: {changed['cause']}")
                 order = [member.partition(":")[0] for member in changed["members"]]
                 known_s = changed["mono"] - _steps(job, 0)[0]
         except (*jobs.FAILURES, TestBedError) as error:
@@ -61,7 +64,7 @@ def measure(hosts: int, rate_mbit: float, slow_mbit: float) -> dict[str, Any]:
     before, after = (1e3 * report.summary(times[epoch][1:])["median"] for epoch in (0, 1))
     return {
         "before_ms": before, "after_ms": after, "ratio": before / after, "order": order,
-        "after_s": known_s, "stalled_ms": 1e3 * stalled,
+        "after_s": known_s, "stalled_ms": 1e3 * stalled["seconds"],
     }  # fmt: skip
 
 
@@ -137,12 +140,13 @@ def main() -> None:
     if min(given.hosts) < 3:
         parser.error("--hosts: of two hosts there is but one order")
     refuse_without_bed(parser)
+    report.refuse_unusable(given.out)
     jobs.prepare_driver()
     cells = [(4, 20.0)] if given.quick else [*itertools.product(given.hosts, given.slow)] * given.repeats
     head = {"benchmark": "order", **report.started(), "rate_mbit": given.rate}
     records = report.collected(sweep(random.Random(given.seed).sample(cells, len(cells)), given.rate))
     result = {**head, "rows": summarise(records), "records": records}
-    report.publish(given.out, result, table, plot)
+    report.publish(given.out, result, table, plot, records)
 
 
 if __name__ == "__main__":

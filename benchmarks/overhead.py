@@ -257,12 +257,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the order of turns")
     parser.add_argument("--quick", action="store_true", help="one launch, few rounds, no 50 M model")
     given = parser.parse_args()
+    report.refuse_unusable(given.out)
     jobs.prepare_driver()
     head = {"benchmark": "overhead", **report.started()}
     cases = report.collected(sweep(given, random.Random(given.seed)))
     failures = [case for case in cases if "error" in case]
     result = {**head, "cases": [case for case in cases if "error" not in case], "failures": failures}
-    report.publish(given.out, result, table, plot, rows="cases")
+    report.publish(given.out, result, table, plot, cases, rows="cases")
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ class Chaos(System):
             "step boundary": (Session, "boundary"),
             "begin": (DistributedDataParallel, "_backward_begins"),
             "gradient hooks": (GradientStep, "ready"),
-            "copy in and start": (GradientStep, "_start_bucket"),
+            "copy in": (GradientStep, "_stage"),
             "end of backward": (DistributedDataParallel, "_backward_ends"),
             "wait for the sum": (OperationSequence, "settle"),
             "average and copy out": (GradientStep, "deliver"),
@@ -261,7 +261,7 @@ class Trainer:
 @contextmanager
 def _timed(parts: dict[str, tuple[Any, str]]) -> Iterator[dict[str, float]]:
     spent: dict[str, float] = defaultdict(float)
-    originals = [(owner, method, getattr(owner, method)) for owner, method in parts.values() if hasattr(owner, method)]
+    originals = [(owner, method, getattr(owner, method)) for owner, method in parts.values()]
 
     def wrapped(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -274,8 +274,7 @@ def _timed(parts: dict[str, tuple[Any, str]]) -> Iterator[dict[str, float]]:
         return call
 
     for name, (owner, method) in parts.items():
-        if hasattr(owner, method):
-            setattr(owner, method, wrapped(name, getattr(owner, method)))
+        setattr(owner, method, wrapped(name, getattr(owner, method)))
     try:
         yield spent
     finally:

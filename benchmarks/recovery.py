@@ -342,6 +342,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of victims, moments and order")
     parser.add_argument("--quick", action="store_true", help="two kills at each size")
     given = parser.parse_args()
+    if not 2 <= given.least <= given.ranks:
+        parser.error("--least: from 2, one of which survives, to --ranks")
+    report.refuse_unusable(given.out)
     jobs.prepare_driver()
     repeats = 2 if given.quick else given.repeats
     head = {"benchmark": "recovery", **report.started(), "model": WORKLOADS[given.model].title, "fresh": given.fresh}
@@ -356,7 +359,7 @@ def main() -> None:
         "failures": [r for r in records if "error" in r],
         "kills": [r for r in records if "total" in r],
     }
-    report.publish(given.out, result, table, plot)
+    report.publish(given.out, result, table, plot, records)
 
 
 if __name__ == "__main__":

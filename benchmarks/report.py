@@ -10,9 +10,12 @@ import math
 import os
 import platform
 import random
+import signal
 import statistics
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -74,11 +77,23 @@ def machine() -> dict[str, Any]:
     }
 
 
+def refuse_unusable(out: Path) -> None:
+    """End the script, before anything is measured, if the result could not be written to ``out``."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        sys.exit(f"cannot write into {out}: {error.strerror}; choose another directory with --out")
+
+
 def write(out: Path, name: str, result: dict[str, Any], plot: Callable[[dict[str, Any], Path], None]) -> list[Path]:
     """Write ``<name>.json`` and ``<name>.png`` into ``out``; without matplotlib, say so and leave the plot out."""
     out.mkdir(parents=True, exist_ok=True)
     files = [out / f"{name}.json"]
-    files[0].write_text(json.dumps(_rounded(result), indent=1) + "\n", encoding="utf-8")
+    new = out / f"{name}.json.new"  # so that a full disk does not cost the result of an earlier run
+    new.write_text(json.dumps(_rounded(result), indent=1) + "\n", encoding="utf-8")
+    new.replace(files[0])
     try:
         import matplotlib as mpl
 
@@ -90,12 +105,31 @@ def write(out: Path, name: str, result: dict[str, Any], plot: Callable[[dict[str
     return files
 
 
-def collected(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All of them, or those that there are when Ctrl-C or a signal ends the measurement (see ``prepare_driver``)."""
-    found: list[dict[str, Any]] = []
+class Records(list[dict[str, Any]]):
+    """What was measured.
+
+    Attributes:
+        status: exit status of a script that measured that: 0 if it is all there was to measure.
+    """
+
+    status = 0
+
+
+def collected(records: Iterable[dict[str, Any]]) -> Records:
+    """All of them, or those that there are when Ctrl-C, a signal (see ``prepare_driver``) or an error ends it."""
+    found = Records()
     try:
         found.extend(records)
-    except (KeyboardInterrupt, SystemExit):
+    except KeyboardInterrupt:
+        found.status = 128 + signal.SIGINT
+    except SystemExit as end:
+        found.status = end.code if isinstance(end.code, int) else 1
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except Exception:
+        traceback.print_exc()
+        found.status = 1
+    if found.status:
         print("stopped; what has been measured by now follows", file=sys.stderr)
     return found
 
@@ -105,20 +139,25 @@ def publish(
     result: dict[str, Any],
     table: Callable[[dict[str, Any]], None],
     plot: Callable[[dict[str, Any], Path], None],
+    records: Records,
     rows: str = "rows",
 ) -> None:
-    """Print the table and write the files, also of a part of what was to be measured.
+    """Print the table and write the files; of a part of what was to be measured, into files of another name.
 
     Args:
         out: directory for the files.
         result: what goes into the JSON; ``benchmark`` in it names the files.
+        records: what ``result`` was made of; the script ends here, with their status, if they are not all.
         rows: which part of it is empty if nothing was measured, which ends the script with status 1.
     """
     if not result[rows]:
         sys.exit(f"{result['benchmark']}.py: nothing was measured")
     table(result)
-    for file in write(out, result["benchmark"], result, plot):
+    name = result["benchmark"] + ("-part" if records.status else "")
+    for file in write(out, name, result, plot):
         print(f"wrote {file}")
+    if records.status:
+        sys.exit(records.status)
 
 
 def started() -> dict[str, Any]:

@@ -221,7 +221,7 @@ def _attempted(site: Site, cell: Cell, system: str, source: int) -> dict[str, An
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         try:
             return measure(site, cell, system, source, Path(scratch))
-        except jobs.FAILURES as error:
+        except (*jobs.FAILURES, TestBedError) as error:
             return jobs.failed(error)
 
 
@@ -248,12 +248,13 @@ def main() -> None:
     cells = [Cell(s, n, links) for s in given.states for n in given.sources for links in given.links]
     if given.quick:
         cells = [Cell(10, 4, "unequal")]
+    report.refuse_unusable(given.out)
     jobs.prepare_driver()
     head = {"benchmark": "scale_out", **report.started()}
     records = report.collected(sweep(cells, given.systems, given.repeats, given.seed))
     rows = [row for row in summarise(cells, records) if row["systems"]]
     result = {**head, "missed": targets(rows), "rows": rows, "records": records}
-    report.publish(given.out, result, table, plot)
+    report.publish(given.out, result, table, plot, records)
 
 
 if __name__ == "__main__":

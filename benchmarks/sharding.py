@@ -17,8 +17,9 @@ ready within 0.5 s, 50 to 500 microseconds for each shard.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import random
+import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -194,6 +195,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the random links")
     parser.add_argument("--quick", action="store_true", help="a tenth of everything")
     given = parser.parse_args()
+    report.refuse_unusable(given.out)
     share = 10 if given.quick else 1
     instances, repeats = max(given.instances // share, 2), max(given.repeats // share, 2)
     rng = random.Random(given.seed)
@@ -212,5 +214,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
         main()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

@@ -128,14 +128,25 @@ progress() {
 progress &
 reporter=$!
 trap 'kill "$reporter" 2>/dev/null || true; rm -rf "$work"' EXIT
-if ! CMAKE_POLICY_VERSION_MINIMUM=3.5 HOROVOD_WITH_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1 \
+# timeout has what it runs in a process group of its own, so Ctrl-C reaches this script alone.
+stop() {
+    kill "$builder" 2>/dev/null || true
+    wait "$builder" || true
+    exit "$1"
+}
+CMAKE_POLICY_VERSION_MINIMUM=3.5 HOROVOD_WITH_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1 \
     HOROVOD_WITH_GLOO=1 HOROVOD_WITH_MPI=1 HOROVOD_LOCAL_VERSION="$LOCAL_VERSION" \
     MAKEFLAGS="${MAKEFLAGS:--j$jobs}" TMPDIR="$work" \
     timeout "$LIMIT_S" "$python" -m pip wheel --disable-pip-version-check --no-deps --no-build-isolation --verbose \
-    --wheel-dir "$work/built" "$work/source" >"$log" 2>&1; then
+    --wheel-dir "$work/built" "$work/source" >"$log" 2>&1 &
+builder=$!
+trap 'stop 130' INT
+trap 'stop 143' TERM HUP
+if ! wait "$builder"; then
     grep -E "error|Error" "$log" | tail -n 20 >&2 || tail -n 20 "$log" >&2
     fail "the build failed or took longer than $LIMIT_S s; all of its output is in $log" 3
 fi
+trap - INT TERM HUP
 kill "$reporter" 2>/dev/null || true
 say "built in $((SECONDS - began)) s"
 mv -f "$work"/built/horovod-*.whl "$cache"/

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 #: What Horovod 0.28.1 reduces over MPI, of what can have a gradient.
 _REDUCIBLE = (torch.float16, torch.float32, torch.float64)
 _runtimes: weakref.WeakKeyDictionary[Session, HorovodRuntime] = weakref.WeakKeyDictionary()
+_with_callback: weakref.WeakSet[Session] = weakref.WeakSet()
 
 
 def init(**settings: Any) -> Session:
@@ -121,6 +122,11 @@ class ChaosCallback:
         **extras: Any,
     ) -> None:
         self.session = init()
+        if self.session in _with_callback:
+            raise ConfigError(
+                "a job can have one ChaosCallback, of one model and one optimizer; for several (a GAN, for one) use "
+                "chaos_mpi.horovod.torch or chaos_mpi.DistributedDataParallel"
+            )
         self._runtime = _runtime_of(self.session)
         hvd = self._runtime.hvd
         _refuse_unusable(model, optimizer)
@@ -153,6 +159,7 @@ class ChaosCallback:
             param.register_post_accumulate_grad_hook(self._gradient_is_final)  # type: ignore[no-untyped-call]
         model.register_forward_pre_hook(self._before_forward)
         model.register_forward_hook(self._after_forward)
+        _with_callback.add(self.session)
 
     # -- for training loops ----------------------------------------------------------------------------
 
@@ -306,6 +313,12 @@ def _refuse_unusable(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -
         raise ConfigError(
             f"the optimizer leaves out '{left_out[0]}', so Horovod does not reduce its gradient; give the optimizer "
             "all parameters, or set requires_grad=False"
+        )
+    of_model = {id(p) for p in model.parameters()}
+    if any(p.requires_grad and id(p) not in of_model for group in optimizer.param_groups for p in group["params"]):
+        raise ConfigError(
+            "the optimizer has a parameter that is not in the model, so a rank that joins would not get it; if a loss "
+            "has parameters of its own, put both into one module (torch.nn.ModuleDict, for one), and give that"
         )
 
 

@@ -21,7 +21,13 @@ from chaos_mpi.torch.loader import DataLoader
 try:
     from lightning.fabric.plugins.environments import MPIEnvironment
     from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, GradientAccumulationScheduler
+    from lightning.pytorch.callbacks import (
+        BatchSizeFinder,
+        Checkpoint,
+        EarlyStopping,
+        GradientAccumulationScheduler,
+        LearningRateFinder,
+    )
     from lightning.pytorch.strategies import SingleDeviceStrategy
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -32,7 +38,7 @@ except ImportError as error:
     ) from error
 
 if TYPE_CHECKING:
-    from chaos_mpi.elastic.session import Session, SessionResult
+    from chaos_mpi.elastic.session import SessionResult
 
 
 class ChaosLightningCallback(Callback):  # type: ignore[misc]
@@ -68,6 +74,7 @@ class ChaosLightningCallback(Callback):  # type: ignore[misc]
         self._options = options
         self._loader: _TrainLoader | None = None
         self._loggers: Loggers | None = None
+        self._bar_is_hidden = False
         self._on_sigterm = signal.getsignal(signal.SIGTERM)
         # A Trainer asks MPI how many ranks there are; and one that is made when MPI has ended would end the process.
         MPIEnvironment.detect = staticmethod(lambda: False)
@@ -113,8 +120,9 @@ class ChaosLightningCallback(Callback):  # type: ignore[misc]
         trainer.strategy.__class__ = _RankedStrategy
         self._loggers = Loggers(trainer, self.session)
         self._loggers.agree()
-        self._tell_rank(trainer)
-        trainer.callbacks = [*trainer.callbacks, _StopTogether(self.session, trainer)]
+        self.tell_rank(trainer)
+        self._bar_is_hidden = self._rank != 0  # as soon as it is set up, which comes next
+        trainer.callbacks = [*trainer.callbacks, _StopTogether(self, trainer)]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Join the others: now model, optimizer, schedulers and sampler exist."""
@@ -138,7 +146,7 @@ class ChaosLightningCallback(Callback):  # type: ignore[misc]
         self.chaos.optimizer._should_synchronize = False  # because it is done after backward
         if self.session.is_newcomer:
             trainer.num_sanity_val_steps = 0  # the others wait
-        self._tell_rank(trainer)
+        self.tell_rank(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Have Lightning take batches when it trains on them, and not before."""
@@ -165,7 +173,13 @@ class ChaosLightningCallback(Callback):  # type: ignore[misc]
             raise ConfigError("ChaosLightningCallback does not support accumulate_grad_batches: leave it at 1")
         assert self.chaos is not None
         self.chaos.before_forward()
-        self._tell_rank(trainer)
+        self.tell_rank(trainer)
+        if self._bar_is_hidden and self._rank == 0:
+            self._bar_is_hidden = False
+            if (bar := trainer.progress_bar_callback) is not None:
+                bar.enable()
+                bar.on_train_start(trainer, pl_module)
+                bar.on_train_epoch_start(trainer, pl_module)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
         """Notice when backward ends."""
@@ -194,12 +208,14 @@ class ChaosLightningCallback(Callback):  # type: ignore[misc]
         """End the session in good order."""
         assert self.chaos is not None
         self.result = self.chaos.close()
+        self.tell_rank(trainer)  # who saves the model afterwards
         trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, _StopTogether)]
 
     def _reduce(self, trainer: Trainer) -> None:
         assert self.chaos is not None
         assert self._loader is not None
         self.chaos.optimizer.synchronize()
+        self.tell_rank(trainer)  # rank 0 may have died in this step, and the last one of an epoch is followed by much
         # All members are after the same step, and whoever says that the epoch is over says so to the sampler: so
         # the samples of one that dies from here on are not added to an epoch that another has left.
         sampler = self._loader.sampler_of_rank
@@ -213,7 +229,7 @@ class ChaosLightningCallback(Callback):  # type: ignore[misc]
         # A newcomer on its way, which is alone and the first there, is not the one to write anything.
         return self.session.rank if not self.session.awaits_entry else 1
 
-    def _tell_rank(self, trainer: Trainer) -> None:
+    def tell_rank(self, trainer: Trainer) -> None:
         """Have Lightning know who writes checkpoints and logs."""
         trainer.strategy.global_rank = rank_zero_only.rank = self._rank
         if self._rank == 0 and self._loggers is not None:
@@ -279,8 +295,8 @@ class _StopTogether(Checkpoint):  # type: ignore[misc]
     epoch it is the last hook, because callbacks of this kind are called last, and after the module's.
     """
 
-    def __init__(self, session: Session, trainer: Trainer) -> None:
-        self._session, self._trainer = session, trainer
+    def __init__(self, chaos: ChaosLightningCallback, trainer: Trainer) -> None:
+        self._chaos, self._trainer = chaos, trainer
         loop = trainer.fit_loop.epoch_loop
         self._end_step = loop.on_advance_end
         loop.on_advance_end = self._step_ends
@@ -294,13 +310,14 @@ class _StopTogether(Checkpoint):  # type: ignore[misc]
 
     def _agree(self) -> None:
         wish = torch.tensor([float(self._trainer.should_stop)], device="cpu")
-        self._trainer.should_stop = bool(self._session.all_reduce(wish, "max").item())
+        self._trainer.should_stop = bool(self._chaos.session.all_reduce(wish, "max").item())
+        self._chaos.tell_rank(self._trainer)
 
 
 def _unsupported(trainer: Trainer, module: LightningModule) -> str:
     """What the trainer is asked for and cannot do here, and what to do; empty if there is nothing."""
     strategy = trainer.strategy
-    if type(strategy) is not SingleDeviceStrategy or strategy.root_device.type != "cpu":
+    if type(strategy) not in (SingleDeviceStrategy, _RankedStrategy) or strategy.root_device.type != "cpu":
         name = type(strategy).__name__
         return f"{name} on {strategy.root_device}: use Trainer(accelerator='cpu', devices=1, strategy='auto')"
     if not module.automatic_optimization:
@@ -309,6 +326,9 @@ def _unsupported(trainer: Trainer, module: LightningModule) -> str:
         return "fit(ckpt_path=...): go on by 'chaosrun --checkpoint-dir DIR --resume'"
     if any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks):
         return "GradientAccumulationScheduler: leave it out"
+    for callback in trainer.callbacks:  # lightning.pytorch.tuner.Tuner adds them
+        if isinstance(callback, (LearningRateFinder, BatchSizeFinder)):
+            return f"{type(callback).__name__}, which trains by itself: run it on one machine, without this callback"
     whole = {
         "accumulate_grad_batches": (trainer.accumulate_grad_batches, 1),
         "limit_train_batches": (trainer.limit_train_batches, 1.0),

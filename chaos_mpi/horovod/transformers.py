@@ -109,6 +109,7 @@ class ChaosTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self._tell_rank()
         loss: torch.Tensor = self._train_step(*args, **kwargs)
         self.chaos.reduce()
+        self._tell_rank()  # rank 0 may have died in this step, or in what follows it, and the last step has no next one
         self.session.record(loss=loss.item())
         return loss
 
@@ -124,6 +125,7 @@ class ChaosTrainerCallback(TrainerCallback):  # type: ignore[misc]
         wishes = torch.tensor([float(control.should_training_stop), float(control.should_epoch_stop)], device="cpu")
         stop, stop_epoch = self.session.all_reduce(wishes, "max").tolist()
         control.should_training_stop, control.should_epoch_stop = bool(stop), bool(stop_epoch)
+        self._tell_rank()
 
     # -- what it tells ---------------------------------------------------------------------------------
 
@@ -153,6 +155,8 @@ class ChaosTrainerCallback(TrainerCallback):  # type: ignore[misc]
         if 0 < state.max_steps <= state.global_step:
             raise ConfigError(f"there is nothing left to do: step {state.global_step} of {state.max_steps} is finished")
         self._tell_rank()
+        if self.session.is_newcomer:
+            args.eval_on_start = False  # the others wait
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Say which epoch it is."""
@@ -163,6 +167,7 @@ class ChaosTrainerCallback(TrainerCallback):  # type: ignore[misc]
         """End the session in good order."""
         assert self.chaos is not None
         self.result = self.chaos.close()
+        self._tell_rank()  # who saves the model afterwards
 
     def _tell_rank(self) -> None:
         """Have the trainer know who writes checkpoints and logs; a newcomer on its way does not."""
@@ -185,10 +190,14 @@ class _Endless:
         self.dataset = loader.dataset
 
     def __iter__(self) -> Iterator[Any]:
-        if not len(self._sampler):
-            raise ConfigError("there is not one batch in the training data")
-        while True:
-            yield from self._loader
+        # Of a job that is resumed, or joined, where an epoch ends, the first pass has nothing left.
+        empty = 0
+        while empty < 2:
+            empty += 1
+            for batch in self._loader:
+                empty = 0
+                yield batch
+        raise ConfigError("there is not one batch in the training data")
 
 
 class _Counters:

@@ -48,8 +48,9 @@ def main() -> None:
         model.eval()
         with torch.no_grad():
             accuracy = (model(test_images).argmax(1) == test_labels).float().mean()
-        # (5) was: hvd.allreduce(accuracy, op=hvd.Average), which does not survive a death
-        accuracy = session.all_reduce(accuracy) / session.size
+        # (5) was: hvd.allreduce(accuracy, op=hvd.Average), which does not survive a death; those in the sum are counted
+        total, ranks = session.all_reduce(torch.stack([accuracy, torch.ones(())]))
+        accuracy = total / ranks
         if hvd.rank() == 0:
             print(f"epoch {state.epoch + 1:3d}  ranks {hvd.size()}  test accuracy {100 * accuracy:.2f} %", flush=True)
 

@@ -60,7 +60,7 @@ def main() -> None:
         chosen = list(indices)
         return (model.module(test_images[chosen]).argmax(1) == test_labels[chosen]).sum().reshape(1)
 
-    accuracy = 0.0
+    accuracy = None
     for state.epoch in range(state.epoch, args.epochs):
         sampler.set_epoch(state.epoch)
         model.train()
@@ -84,11 +84,11 @@ def main() -> None:
                 flush=True,
             )
 
-    rank = session.rank
     result = chaos_mpi.finalize()
-    if rank == 0:
+    if session.rank == 0:
         same = "bitwise identical" if result.replicas_identical else "DIFFERENT"
-        print(f"finished after {result.steps} steps: test accuracy {100 * accuracy:.2f} %, replicas {same}", flush=True)
+        tested = "" if accuracy is None else f"test accuracy {100 * accuracy:.2f} %, "
+        print(f"finished after {result.steps} steps: {tested}replicas {same}", flush=True)
 
 
 if __name__ == "__main__":

@@ -136,9 +136,8 @@ def main() -> None:
         else:
             state.epoch += 1
 
-    rank = session.rank
     result = chaos_mpi.finalize()
-    if rank == 0:
+    if session.rank == 0:
         same = "bitwise identical" if result.replicas_identical else "DIFFERENT"
         print(f"finished after {result.steps} steps, replicas {same}", flush=True)
 

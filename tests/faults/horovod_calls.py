@@ -49,6 +49,12 @@ def main() -> None:
         except hvd.HorovodInternalError as error:
             results["got"] = str(error)
         results["next"] = hvd.allreduce(torch.ones(1), op=hvd.Sum).item()
+    elif job["what"] == "gradient":
+        given = torch.ones(hvd.rank() + 1, requires_grad=True)
+        gathered = hvd.allgather(given)
+        faults.reach("call")
+        (gathered * torch.arange(len(gathered))).sum().backward()
+        results["gradient"] = given.grad.tolist()
     else:
         faults.reach("call")
         handles = [hvd.allreduce_async(torch.ones(4) * i, name=f"tensor {i}", op=hvd.Sum) for i in range(4)]

@@ -93,7 +93,7 @@ if __name__ == "__main__":
         except hvd.HorovodInternalError as error:
             before_entry = str(error)
     resets: list[int] = []
-    state.register_reset_callbacks([lambda: resets.append(hvd.size())])
+    state.register_reset_callbacks([lambda: resets.append(hvd.size()), lambda: faults.reach("reset")])
     faults.reach("entry")
     train(state)
     torch.save(model.state_dict(), folder / f"final-{session.member}.pt")

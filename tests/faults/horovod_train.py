@@ -42,11 +42,16 @@ def main() -> None:
         chaos_mpi.TrainingState(model=model, optimizer=optimizer, scheduler=scheduler)
     data = Samples(SAMPLES)
     trace = folder / f"trace-{session.member}.jsonl"
+    rates: list[float] = []
     for step in range(session.step, job["steps"]):
         faults.enter(session.step)
         first = (step * hvd.size() + hvd.rank()) * BATCH_SIZE
         indices = [(first + i) % SAMPLES for i in range(BATCH_SIZE)]
         write(trace, {"step": session.step, "epoch": 0, "indices": indices, "ghost": False})
+        if job.get("by_size"):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.01 * hvd.size()
+        rates.append(optimizer.param_groups[0]["lr"])
         optimizer.zero_grad()
         for part in torch.tensor(indices).chunk(passes):
             loss = nn.functional.mse_loss(model(data.inputs[part]), data.targets[part]) / passes
@@ -59,7 +64,8 @@ def main() -> None:
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         with optimizer.skip_synchronize():
             optimizer.step()
-        scheduler.step()
+        if not job.get("by_size"):
+            scheduler.step()
         write(trace, {"done": session.step, "contributors": list(session.last_contributors)})
         if step % 3 == 2:
             hvd.allreduce_async(loss.detach(), name="loss")
@@ -67,7 +73,8 @@ def main() -> None:
     torch.save(model.state_dict(), folder / f"final-{session.member}.pt")
     faults.enter("close")
     faults.reach("close")
-    (folder / f"result-{session.member}.json").write_text(json.dumps({"steps": session.step, "size": hvd.size()}))
+    result = {"steps": session.step, "size": hvd.size(), "rates": rates}
+    (folder / f"result-{session.member}.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

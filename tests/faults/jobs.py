@@ -29,6 +29,8 @@ PACKAGE_ROOT = Path(chaos_mpi.__file__).resolve().parent.parent
 _MARKER = "CHAOS_TEST_JOB"
 #: What is left of a job must be gone this soon after its launcher ended.
 GRACE_S = 5.0
+#: How often a test looks whether what it waits for has come. Looking takes the time of cores that the job wants.
+PAUSE_S = 0.02
 
 
 class JobError(AssertionError):
@@ -127,7 +129,7 @@ class Job:
             if self._process.poll() is not None:
                 raise JobError(f"the job ended before {what}")
             self._check_limit(what)
-            time.sleep(0.01)
+            time.sleep(PAUSE_S)
 
     def pid(self, rank: int) -> int:
         """The process id of a rank, as numbered at the start."""
@@ -160,7 +162,7 @@ class Job:
         """
         while self._process.poll() is None:
             self._check_limit("it ended")
-            time.sleep(0.01)
+            time.sleep(PAUSE_S)
         seconds = time.monotonic() - self._began
         deadline = time.monotonic() + GRACE_S
         while left := self.processes():
@@ -173,7 +175,7 @@ class Job:
         """Wait for the end of the launcher alone; its exit status."""
         while self._process.poll() is None:
             self._check_limit("the launcher ended")
-            time.sleep(0.01)
+            time.sleep(PAUSE_S)
         return self._process.returncode
 
     def _check_limit(self, what: str) -> None:

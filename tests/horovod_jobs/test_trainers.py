@@ -47,6 +47,7 @@ KILLS: dict[str, tuple[list[Rule], set[int]]] = {
     "between step and step": ([die(1, "boundary")], {1}),
     "in the last step of an epoch": ([die(1, "between buckets", step=7)], {1}),
     "down to one rank": ([die(0, "forward", step=2), die(2, "between buckets", step=5)], {0, 2}),
+    "rank 0 when all are done": ([die(0, "close", step="close")], {0}),
 }
 
 
@@ -57,6 +58,7 @@ def test_training_survives_a_kill(trainer: str, case: str, tmp_path: Path) -> No
     problem = Problem(ranks=3)
     with start(tmp_path, trainer, problem, rules) as job:
         check_survival(job.finish(), problem, dead, is_named=False)
+    assert any(tmp_path.glob("saved*")), "nobody saved the model"
 
 
 @TRAINERS
@@ -148,9 +150,10 @@ TAKEOVERS: dict[str, tuple[list[Rule], int, bool, int]] = {
 def test_logged_metrics_outlive_rank_0(trainer: str, case: str, tmp_path: Path) -> None:
     rules, ranks, joins, missing = TAKEOVERS[case]
     problem = Problem(ranks=ranks, epochs=40 if joins else 2)
-    with start(tmp_path, trainer, problem, rules, options_of_script={"csv": ranks}) as job:
+    with start(tmp_path, trainer, problem, rules, options_of_script={"csv": ranks, "bar": True}) as job:
         finished = job.finish()
     assert finished.status == 0
+    assert joins or "Epoch 1" in finished.output, "nobody went on with the progress bar"
     (result,) = finished.results().values()
     (written,) = tmp_path.glob("lightning_logs/*/metrics.csv")
     with open(written, newline="") as file:
@@ -208,13 +211,14 @@ def test_the_example_leaves_no_folder_behind(trainer: str, tmp_path: Path) -> No
     assert not list(tmp_path.glob("tmp*"))
 
 
+@pytest.mark.parametrize("saved", [8, 10])
 @TRAINERS
-def test_a_job_is_resumed(trainer: str, tmp_path: Path) -> None:
+def test_a_job_is_resumed(trainer: str, saved: int, tmp_path: Path) -> None:
     problem = Problem(ranks=2, samples=64)  # two epochs of eight steps
     options = ["--checkpoint-dir", str(tmp_path / "checkpoints"), "--checkpoint-every", "2"]
-    wait = [rule(0, "boundary", None, "never.0", step=11) | {"limit_s": TIMEOUT_S}]
+    wait = [rule(0, "boundary", None, "never.0", step=saved + 1) | {"limit_s": TIMEOUT_S}]
     with start(tmp_path / "1", trainer, problem, wait, options=options) as job:
-        job.wait_until((tmp_path / "checkpoints" / "step-000000010.safetensors").exists, "step 10 was saved")
+        job.wait_until((tmp_path / "checkpoints" / f"step-{saved:09}.safetensors").exists, f"step {saved} was saved")
         job.kill_all()
     with start(tmp_path / "2", trainer, problem, [], options=[*options, "--resume"]) as job:
         finished = job.finish()
@@ -224,6 +228,6 @@ def test_a_job_is_resumed(trainer: str, tmp_path: Path) -> None:
         assert result["identical"]
     traces = read_traces(tmp_path / "2").values()
     for trace in traces:
-        assert min(trace.steps) == 11
+        assert min(trace.steps) == saved + 1
         assert {batch["epoch"] for batch in trace.batches.values()} == {1}
         assert max(trace.steps) == 16

@@ -3,7 +3,7 @@
 Its rules and its logs are those of ``train_horovod.py``. With ``until_told`` in its options it ends after the epoch in
 which the file ``stop`` appears, of which rank 0 alone knows; with ``rank_0_stops_in``, after the step in which rank 0
 alone wants that: in this method of the module, when it is first called. So many of the first ranks as
-``csv`` says have a logger that writes a file.
+``csv`` says have a logger that writes a file. With ``bar`` there is a progress bar.
 """
 
 from __future__ import annotations
@@ -97,9 +97,11 @@ def main() -> None:
         trainer = Trainer(
             accelerator="cpu", devices=1, max_epochs=problem.epochs, gradient_clip_val=problem.clip,
             callbacks=[chaos, Log(folder, options.get("until_told", False))], log_every_n_steps=1,
-            default_root_dir=folder, logger=logger, enable_progress_bar=False, enable_model_summary=False,
+            default_root_dir=folder, logger=logger, enable_progress_bar=options.get("bar", False),
+            enable_model_summary=False,
         )  # fmt: skip
         trainer.fit(model, loader, torch.utils.data.DataLoader(Samples(8), batch_size=4))
+    trainer.save_checkpoint(folder / "saved.ckpt")
     assert model.validated, "it did not validate at the end of an epoch"
     torch.save(model.net.state_dict(), folder / f"final-{session.member}.pt")
     write_result(folder, session, chaos.result, model.scheduler)

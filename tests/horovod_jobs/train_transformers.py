@@ -117,6 +117,8 @@ def main() -> None:
         if stops_late:
             trainer.add_callback(stops_in(stops_late))
         trainer.train()
+        if trainer.is_world_process_zero():
+            trainer.save_model(str(folder / "saved"))
     assert stops_late or log.evaluated or session.is_newcomer, "it did not evaluate"
     torch.save(model.net.state_dict(), folder / f"final-{session.member}.pt")
     write_result(folder, session, chaos.result, scheduler)

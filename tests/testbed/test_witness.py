@@ -143,8 +143,12 @@ def test_a_rank_on_the_launch_host_takes_the_place_of_the_witness(launched: Star
     assert "takes part" in chaosctl(job, "add", "--host", "localhost").stdout
     wait(lambda: witness not in job.processes(), "the end of the witness")
     train(job, 20)
-    job.wait_until(lambda: len(events(job, "witness_changed")) == 3, "news of the witness at all of them")
-    assert {event["state"] for event in events(job, "witness_changed")} == {"replaced"}
+
+    def latest() -> list[str]:
+        # On a busy machine a member may hear nothing of the witness for a while, and say so, before.
+        return sorted({event["member"]: event["state"] for event in events(job, "witness_changed")}.values())
+
+    job.wait_until(lambda: latest() == ["replaced"] * 3, "news of the witness at all of them")
     assert "witness" not in chaosctl(job, "status").stdout
     stop(job)
     finished = job.finish()

@@ -83,7 +83,7 @@ class EchoSession:
     def __init__(self, size: int) -> None:
         self.world, self.view = EchoWorld(size), View(0, tuple(f"host:{n}" for n in range(size)))
         self.members, self.member, self.host = self.view.members, "host:0", "host"
-        self.rank, self.size, self.step = 0, size, 0
+        self.rank, self.size, self.started_with, self.step = 0, size, size, 0
         self.settings = SimpleNamespace(timeout_s=5.0)
         self.changes = SimpleNamespace(joins=0)
         self.done: list[Operation] = []

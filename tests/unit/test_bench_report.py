@@ -59,24 +59,42 @@ def test_the_interval_of_a_median_holds_it_and_is_the_same_each_time(bench: Modu
 def test_what_was_measured_before_an_interruption_is_kept(
     bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(by: type[BaseException]) -> Iterator[dict[str, int]]:
+    def interrupted(by: BaseException) -> Iterator[dict[str, int]]:
         yield {"size": 1}
         raise by
 
-    for by in (KeyboardInterrupt, SystemExit):
-        assert bench.report.collected(interrupted(by)) == [{"size": 1}]
-    with pytest.raises(bench.jobs.JobError):
-        bench.report.collected(interrupted(bench.jobs.JobError))
+    for by, status in ((KeyboardInterrupt(), 130), (SystemExit(143), 143), (ValueError("unexpected"), 1)):
+        part = bench.report.collected(interrupted(by))
+        assert part == [{"size": 1}]
+        assert part.status == status
+    assert "ValueError: unexpected" in capsys.readouterr().err
 
     shown: list[object] = []
     result = {"benchmark": "some", "rows": [{"ms": 1.0}]}
-    bench.report.publish(tmp_path, result, shown.append, lambda _, path: path.write_bytes(b"picture"))
+    whole = bench.report.collected([{"size": 1}])
+    bench.report.publish(tmp_path, result, shown.append, lambda _, path: path.write_bytes(b"picture"), whole)
     assert shown == [result]
     assert json.loads((tmp_path / "some.json").read_text()) == result
     assert (tmp_path / "some.png").read_bytes() == b"picture"
     with pytest.raises(SystemExit, match="nothing was measured"):
-        bench.report.publish(tmp_path, {"benchmark": "none", "rows": []}, shown.append, lambda *_: None)
+        bench.report.publish(tmp_path, {"benchmark": "none", "rows": []}, shown.append, lambda *_: None, whole)
     assert len(shown) == 1
+
+    before = (tmp_path / "some.json").read_bytes()
+    with pytest.raises(SystemExit) as end:
+        bench.report.publish(tmp_path, result | {"rows": [{}]}, shown.append, lambda *_: None, part)
+    assert end.value.code == 1
+    assert (tmp_path / "some.json").read_bytes() == before, "a part took the place of the whole"
+    assert json.loads((tmp_path / "some-part.json").read_text())["rows"] == [{}]
+
+
+def test_a_directory_that_cannot_be_written_to_is_refused_before_anything_is_measured(
+    bench: ModuleType, tmp_path: Path
+) -> None:
+    bench.report.refuse_unusable(tmp_path / "new" / "directory")
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="choose another directory with --out"):
+        bench.report.refuse_unusable(tmp_path / "file")
 
 
 def test_systems_that_train_differently_are_not_compared(bench: ModuleType) -> None:

@@ -138,7 +138,10 @@ def test_targets_name_the_cells_that_miss_them(bench: SimpleNamespace) -> None:
 
     row = {"state_mb": 10, "sources": 4, "links": "equal"}
     good = {**row, "systems": {"chaos_overlap": found(3.0, 1.1, 0.05), "nearest": found(4.0, 4.0, 1.0)}}
-    assert not any(bench.scale_out_table.targets([good]).values())
+    assert list(bench.scale_out_table.targets([good]).values()) == [[]] * 4
+    alone = {**row, "systems": {"chaos_blocking": found(3.0, 1.1, 0.05)}}
+    compared_with_nothing = {"idle": None, "delay": None, "after_start": None}
+    assert bench.scale_out_table.targets([alone]) == {"transfer": [], **compared_with_nothing}
     bad = {**row, "systems": {"chaos_overlap": found(5.0, 1.2, 0.15), "nearest": found(4.0, 4.0, 1.0)}}
     assert all(len(missed) == 1 for missed in bench.scale_out_table.targets([bad]).values())
 

@@ -13,6 +13,7 @@ from echo import EchoSession, hvd_job
 from torch import nn
 
 import chaos_mpi.horovod.torch as hvd
+from chaos_mpi.horovod.common.exceptions import HostsUpdatedInterrupt
 from chaos_mpi.horovod.torch import step as steps
 from chaos_mpi.horovod.torch.elastic import membership
 
@@ -165,7 +166,7 @@ def test_an_optimizer_of_a_function_that_is_entered_again_has_the_number_that_a_
     job.optimizers_before = job.optimizers  # as on the way in
     numbers = []
     for _ in range(2):
-        membership.note_members()
+        membership.begin()
         inside: Any = hvd.DistributedOptimizer(sgd(model))
         numbers.append(inside._steps.number)
         loss_of(model, 0).backward()
@@ -196,3 +197,65 @@ def test_a_step_with_a_closure(session: EchoSession, op: int) -> None:
 def test_lbfgs_is_refused() -> None:
     with pytest.raises(ValueError, match="LBFGS"):
         hvd.DistributedOptimizer(torch.optim.LBFGS(net().parameters()))
+
+
+def test_the_script_sees_the_members_of_its_last_call(session: EchoSession) -> None:
+    """One rank may have heard of a death that another one has not: they are to compute the same learning rate."""
+    model = net()
+    optimizer = hvd.DistributedOptimizer(sgd(model))
+    everyone, session.members = session.members, session.members[:1]
+    assert (hvd.size(), hvd.local_size(), hvd.rank()) == (2, 2, 0)
+    loss_of(model, 0).backward()
+    assert hvd.size() == 2, "in the middle of a step"
+    optimizer.step()
+    assert hvd.size() == hvd.local_size() == hvd.cross_size() == 1
+    session.members = everyone
+    handle = hvd.allreduce_async(torch.ones(1))
+    while not hvd.poll(handle):
+        pass
+    assert hvd.size() == 1
+    hvd.synchronize(handle)
+    assert hvd.size() == 2
+
+
+def test_a_check_between_two_passes_of_a_step_is_left_for_later(session: EchoSession) -> None:
+    model = net()
+    state = hvd.elastic.TorchState(model=model)
+    optimizer = hvd.DistributedOptimizer(sgd(model), backward_passes_per_step=2)
+    loss_of(model, 0).backward()
+    state.on_hosts_updated(0.0, 0)
+    state.commit()
+    loss_of(model, 1).backward()
+    optimizer.step()
+    with pytest.raises(HostsUpdatedInterrupt):
+        state.commit()
+    state.commit()
+
+
+def test_one_rank_alone_may_do_with_gradients_what_it_likes() -> None:
+    with hvd_job(size=1):
+        model, other = net(), net()
+        optimizer = hvd.DistributedOptimizer(sgd(model))
+        plain = sgd(other)
+        for trained_model, stepped in ((model, optimizer), (other, plain)):
+            loss_of(trained_model, 0).backward()
+            stepped.zero_grad()
+            for number in (1, 2):
+                loss_of(trained_model, number).backward()
+            stepped.step()
+        assert equal(model, other)
+
+
+def test_passes_that_are_counted_so_far_belong_to_no_step_of_another_length(session: EchoSession) -> None:
+    model = net()
+    optimizer: Any = hvd.DistributedOptimizer(sgd(model), backward_passes_per_step=2)
+    loss_of(model, 0).backward()
+    optimizer.set_backward_passes_per_step(1)
+    optimizer.zero_grad()
+    loss_of(model, 1).backward()
+    optimizer.step()
+    expected = net()
+    plain = sgd(expected)
+    loss_of(expected, 1).backward()
+    plain.step()
+    assert equal(model, expected)

@@ -67,8 +67,18 @@ class FakeSession:
 class FakeJob:
     """The job of that member."""
 
+    is_alone = False
+
     def __init__(self, session: FakeSession) -> None:
         self.session = session
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        return self.session.members
+
+    @property
+    def rank(self) -> int:
+        return self.members.index(self.session.member)
 
     def gather(self, what: str, row: torch.Tensor) -> tuple[list[Any], tuple[str, ...]]:
         return [int(row)] * self.session.size, self.session.members

@@ -40,6 +40,14 @@ class FakeJob:
 
     session: Place
 
+    @property
+    def members(self) -> tuple[str, ...]:
+        return self.session.members
+
+    @property
+    def rank(self) -> int:
+        return self.session.rank
+
 
 class Members:
     """The samplers of several members, in one process."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +11,11 @@ import pytest
 import torch
 
 import chaos_mpi.horovod.torch as hvd
-from chaos_mpi.errors import ConfigError
+from chaos_mpi.errors import CheckpointError, ConfigError
 from chaos_mpi.horovod import callback
 from chaos_mpi.horovod.common.exceptions import HorovodVersionMismatchError
 from chaos_mpi.horovod.torch import mpi_ops
+from chaos_mpi.horovod.torch.elastic import membership
 from chaos_mpi.horovod.torch.elastic import state as module
 
 
@@ -71,6 +73,27 @@ def test_a_class_that_sets_attributes_first() -> None:
     assert (state.best, state.epoch) == (0.5, 3)
     assert state.model is model
     assert set(state.parts()[0]) == {"model"}
+
+
+def test_a_scheduler_is_kept_and_given_to_newcomers() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2)
+    state = hvd.elastic.TorchState(optimizer=optimizer, scheduler=scheduler)
+    assert state.scheduler is scheduler
+    optimizer.step()
+    scheduler.step()
+    given = membership._Attributes(state).state_dict()
+    state.restore()
+    assert scheduler.last_epoch == 0
+    membership._Attributes(state).load_state_dict(given)
+    assert scheduler.last_epoch == 1
+
+
+def test_an_attribute_that_cannot_be_given_to_newcomers_is_named() -> None:
+    state = hvd.elastic.TorchState(lock=None, epoch=0)
+    state.lock = threading.Lock()
+    with pytest.raises(CheckpointError, match="an attribute 'lock' that a rank which joins could not be given"):
+        membership._Attributes(state).state_dict()
 
 
 class Counter:

@@ -6,36 +6,18 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeVar
-
-import torch
+from typing import Any, Protocol
 
 from chaos_mpi.elastic.operations import GatherRows, Operation
-from chaos_mpi.errors import GroupBrokenError, MismatchError, ViewChangedError
+from chaos_mpi.errors import MismatchError, ViewChangedError
 from chaos_mpi.horovod.common.exceptions import HorovodInternalError
-from chaos_mpi.horovod.torch.negotiation import JOIN, Action, Asked, Row, decide, remaining
-
-T = TypeVar("T")
+from chaos_mpi.horovod.torch.negotiation import JOIN, Action, Row, decide, remaining
+from chaos_mpi.horovod.torch.requests import Group, Request, Waiting
 
 #: How long a rank whose script is busy waits for further calls before it says again what is pending.
 _CYCLE_S = 0.002
 #: What is not longer is told in one round.
 _SHORT_BYTES = 2040
-
-
-class Group(Protocol):
-    """All ranks, or some of them."""
-
-    @property
-    def members(self) -> tuple[str, ...]: ...
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def size(self) -> int: ...
-
-    def execute(self, operation: Operation) -> None: ...
 
 
 class Stepping(Protocol):
@@ -44,105 +26,6 @@ class Stepping(Protocol):
     def begin(self, step: Any) -> None: ...
 
     def settle(self, operation: Operation) -> None: ...
-
-
-class Request:
-    """One call.
-
-    Args:
-        asked: how it is compared with those of other ranks.
-        make: makes the operation, when its turn has come.
-        finish: what the caller gets, of the finished operation.
-        anew: whether it is made anew for those that are left, when it was for others.
-    """
-
-    def __init__(
-        self,
-        asked: Asked,
-        make: Callable[[Group], Operation],
-        finish: Callable[[Any, Group], Any] = lambda *_: None,
-        *,
-        anew: bool = True,
-    ) -> None:
-        self.asked, self.make, self._finish, self.anew = asked, make, finish, anew
-        self.result: Any = None
-        self.error: BaseException | None = None
-        self._done = threading.Event()
-        self._inference = torch.is_inference_mode_enabled()
-
-    @property
-    def name(self) -> str:
-        """What it is matched by."""
-        return self.asked.name
-
-    @property
-    def done(self) -> bool:
-        """Whether the result is there, or the error."""
-        return self._done.is_set()
-
-    def complete(self, operation: Operation, group: Group) -> None:
-        """The operation is finished."""
-        try:
-            # As in the caller's thread: no code outside of inference mode may write to its tensors.
-            with torch.inference_mode(self._inference):
-                finish = getattr(operation, "finish", None)
-                if finish is not None:
-                    finish()
-                with torch.no_grad():
-                    self.result = self._finish(operation, group)
-        except BaseException as error:  # whatever it is, somebody waits
-            self.fail(error)
-        else:
-            self._done.set()
-
-    def complete_join(self, last: int) -> None:
-        """All ranks have joined."""
-        self.result = last
-        self._done.set()
-
-    def fail(self, error: BaseException) -> None:
-        """It came to nothing."""
-        if isinstance(error, (MismatchError, GroupBrokenError, ViewChangedError)):
-            broken = HorovodInternalError(f"{self.asked.call}: {error}")
-            broken.__cause__ = error
-            error = broken
-        self.error = error
-        self._done.set()
-
-    def wait(self) -> Any:
-        """The result, when it is there.
-
-        Raises:
-            HorovodInternalError: the ranks' calls do not fit, or a process set has lost a member.
-        """
-        self._done.wait()
-        if self.error is not None:
-            raise self.error
-        return self.result
-
-
-class Waiting:
-    """What the script of this rank waits for."""
-
-    def __init__(self) -> None:
-        self._for: Request | None = None
-
-    @property
-    def blocked(self) -> bool:
-        """Whether it cannot make any other call."""
-        return self._for is not None and not self._for.done
-
-    def wait(self, request: Request) -> Any:
-        """See :meth:`Request.wait`."""
-        return self.during(request, request.wait)
-
-    def during(self, request: Request, call: Callable[[], T]) -> T:
-        """Make a call that returns when the request is done."""
-        self._for = request
-        try:
-            return call()
-        finally:
-            self._for = None
 
 
 class CallQueue:
@@ -178,6 +61,10 @@ class CallQueue:
         self.inline = False
         #: Refuses a call that cannot be made.
         self.check: Callable[[Request], None] = lambda _: None
+        #: Whether it has the calls of all ranks.
+        self.of_all = False
+        #: Who came last to the last ``join``, and who before, and so on.
+        self.last_to_join: tuple[str, ...] = ()
         #: How many ranks have come since the job was started. Those have made no calls, so all count anew.
         self.newcomers: Callable[[], int] = lambda: 0
         #: What ranks that had joined took part in with zeros, since all have joined last.
@@ -232,7 +119,7 @@ class CallQueue:
             if last is None:
                 return
             try:
-                self._waiting.wait(last)
+                self._waiting.during(last, last.wait)  # the script has not waited for it, and others find it done
             except (HorovodInternalError, ValueError):
                 continue
 
@@ -270,6 +157,7 @@ class CallQueue:
             raise
         else:
             self._forget(request)
+            self._note_members(request, operation.contributors)
             request.complete(operation, self.group)
 
     # -- in the background ---------------------------------------------------------------------------
@@ -289,24 +177,29 @@ class CallQueue:
             MismatchError: the ranks are in different calls.
         """
         changed: ViewChangedError | None = None
+        there: tuple[str, ...] = ()
         while not request.done:
             try:
                 operation = request.make(self.group)
                 self.group.execute(operation)
             except ViewChangedError as error:
-                changed = error
+                changed, there = error, operation.contributors
                 if not request.anew:
                     self._forget(request)
+                    self._note_members(request, there)
                     request.fail(error)
             except MismatchError:
                 raise
             except BaseException as error:
                 self._forget(request)
+                if changed is not None:
+                    self._note_members(request, there)
                 request.fail(error if changed is None else changed)
             else:
                 self._forget(request)
                 if request.name == JOIN:
                     self._all_joined()
+                self._note_members(request, operation.contributors)
                 request.complete(operation, self.group)
 
     def _negotiate(self, step: Request | None = None) -> None:
@@ -360,11 +253,13 @@ class CallQueue:
         request = self._pending.get(action.name)
         if action.name == JOIN and not action.refusal:
             since = [self._joined_since.get(member, 0) for member in members]
-            last = max(range(len(members)), key=lambda rank: (since[rank], rank))
+            order = sorted(range(len(members)), key=lambda rank: (since[rank], rank), reverse=True)
             if request is not None:
                 self._forget(request)
                 self._all_joined()
-                request.complete_join(last)
+                self.last_to_join = tuple(members[rank] for rank in order)
+                self._note_members(request, members)
+                request.complete_join(order[0])
             return
         if action.refusal:
             if request is not None:
@@ -389,6 +284,10 @@ class CallQueue:
         end = time.monotonic() + _CYCLE_S
         while time.monotonic() < end and not self._waiting.blocked:
             time.sleep(_CYCLE_S / 10)
+
+    def _note_members(self, request: Request, members: tuple[str, ...]) -> None:
+        if self.of_all:
+            request.members, request.place = members, self._waiting.next_place()
 
     def _all_joined(self) -> None:
         # Ranks that had joined have not counted the calls of the others.

@@ -11,12 +11,12 @@ import torch
 
 from chaos_mpi.elastic.exchanges import AllGather
 from chaos_mpi.horovod.common.exceptions import HorovodInternalError
-from chaos_mpi.horovod.torch.calls import Group, Request
 from chaos_mpi.horovod.torch.handles import synchronize
 from chaos_mpi.horovod.torch.job import job
 from chaos_mpi.horovod.torch.moving import allgather, broadcast_of, for_those_with
 from chaos_mpi.horovod.torch.negotiation import Asked
 from chaos_mpi.horovod.torch.process_sets import ProcessSet, global_process_set
+from chaos_mpi.horovod.torch.requests import Group, Request
 from chaos_mpi.membership import View
 from chaos_mpi.mpi.world import Pending
 
@@ -24,6 +24,11 @@ try:
     import cloudpickle as _pickler  # type: ignore[import-untyped, unused-ignore]
 except ImportError:  # then what is defined in the script's main module travels by name
     _pickler = pickle
+
+
+def dumped(value: Any) -> bytes:
+    """The value, pickled; of what is defined in the script itself, also functions and classes if it can be done."""
+    return _pickler.dumps(value)  # type: ignore[no-any-return, unused-ignore]
 
 
 def broadcast_parameters(params: Mapping[str, Any] | Iterable[Any], root_rank: int) -> None:
@@ -47,10 +52,10 @@ def broadcast_parameters(params: Mapping[str, Any] | Iterable[Any], root_rank: i
         named = [entry if isinstance(entry, tuple) else (None, entry) for entry in params]
     else:
         raise ValueError(f"invalid params of type: {type(params)}")
-    _share(named, global_process_set.member_at(root_rank))
+    give_tensors(named, global_process_set.member_at(root_rank))
 
 
-def _share(named: Sequence[tuple[str | None, Any]], root: str) -> None:
+def give_tensors(named: Sequence[tuple[str | None, Any]], root: str) -> None:
     """Give all ranks the tensors of this member. Nobody takes its place if it dies meanwhile.
 
     Raises:
@@ -83,8 +88,15 @@ def broadcast_optimizer_state(
     """
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError("cannot broadcast torch.optim.LBFGS state")
-    # One and the same in all of the calls, of which each may be the one in which ranks get other numbers.
-    root = global_process_set.member_at(root_rank)
+    give_optimizer_state(optimizer, global_process_set.member_at(root_rank))
+
+
+def give_optimizer_state(optimizer: torch.optim.Optimizer, root: str) -> None:
+    """Give all ranks the optimizer state of this member. Nobody takes its place if it dies meanwhile.
+
+    Raises:
+        HorovodInternalError: it has died; at every rank.
+    """
     is_root = job().session.member == root
     tensors: list[torch.Tensor] = []
     state = optimizer.state_dict()
@@ -95,7 +107,7 @@ def broadcast_optimizer_state(
         tensors = [torch.empty(shape, dtype=dtype, device="cpu") for dtype, shape in shapes]
     else:
         tensors = [t.detach().cpu().contiguous().clone() for t in tensors]
-    _share([(f"optimizer_state.{i}", t) for i, t in enumerate(tensors)], root)
+    give_tensors([(f"optimizer_state.{i}", t) for i, t in enumerate(tensors)], root)
     if not is_root:
         optimizer.load_state_dict(_with_tensors(frame, tensors))
 
@@ -126,7 +138,7 @@ def _object_of(root: str, obj: Any, name: str | None, process_set: ProcessSet) -
     call = f"{name}[from {root}]"
     payload = torch.empty(0, dtype=torch.uint8, device="cpu")
     if is_root:
-        payload = torch.frombuffer(bytearray(_pickler.dumps(obj)), dtype=torch.uint8)
+        payload = torch.frombuffer(bytearray(dumped(obj)), dtype=torch.uint8)
 
     def finish(operation: OfRoot, group: Group) -> Any:
         return obj if is_root else pickle.loads(operation.result.numpy().tobytes())  # noqa: S301
@@ -144,7 +156,7 @@ def allgather_object(obj: Any, name: str | None = None, process_set: ProcessSet 
         process_set: which ranks.
     """
     name = type(obj).__name__ if name is None else name
-    payload = torch.frombuffer(bytearray(_pickler.dumps(obj)), dtype=torch.uint8)
+    payload = torch.frombuffer(bytearray(dumped(obj)), dtype=torch.uint8)
     head = torch.frombuffer(bytearray(payload.numel().to_bytes(8, "little")), dtype=torch.uint8)
     # Length and content in one call, because who takes part may differ between two.
     gathered = allgather(torch.cat([head, payload]), f"{name}.t", process_set).numpy().tobytes()

@@ -7,10 +7,11 @@ import threading
 from typing import Any
 
 from chaos_mpi.elastic.exchanges import Barrier
-from chaos_mpi.horovod.torch.calls import CallQueue, Request
+from chaos_mpi.horovod.torch.calls import CallQueue
 from chaos_mpi.horovod.torch.job import job
 from chaos_mpi.horovod.torch.negotiation import JOIN, Asked
 from chaos_mpi.horovod.torch.process_sets import ProcessSet, global_process_set
+from chaos_mpi.horovod.torch.requests import Request
 
 _numbers = itertools.count()
 _requests: dict[int, Request] = {}
@@ -61,15 +62,12 @@ def join(device: int = -1) -> int:
     here = job()
     queue = here.queue
     queue.settle()
-    last = int(
-        here.waiting.wait(
-            queue.put(Request(Asked(JOIN, JOIN), lambda _: Barrier(JOIN), lambda _, group: group.size - 1))
-        )
-    )
+    request = Request(Asked(JOIN, JOIN), lambda _: Barrier(JOIN), lambda done, _: len(done.contributors) - 1)
+    last = int(here.waiting.wait(queue.put(request)))
     missed, queue.with_zeros = queue.with_zeros, []
     for number in dict.fromkeys(spec["step"] for spec in missed if "step" in spec):
         if (steps := here.steps.get(number)) is not None:
-            steps.share_from(last)
+            steps.share_from(queue.last_to_join)
     return last
 
 

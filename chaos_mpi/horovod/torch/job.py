@@ -13,8 +13,9 @@ from chaos_mpi.elastic.current import current_session_or_none
 from chaos_mpi.elastic.exchanges import AllGather, AllReduce, Barrier
 from chaos_mpi.errors import NoSessionError
 from chaos_mpi.horovod.common.exceptions import HorovodInternalError
-from chaos_mpi.horovod.torch.calls import CallQueue, Request, Waiting
+from chaos_mpi.horovod.torch.calls import CallQueue
 from chaos_mpi.horovod.torch.negotiation import Asked
+from chaos_mpi.horovod.torch.requests import Request, Waiting
 from chaos_mpi.membership import host_of, on_host
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ class Job:
 
     def __init__(self, session: Session, *, owned: bool) -> None:
         self.session, self.owned = session, owned
-        self.waiting = Waiting()
+        self.waiting = Waiting(session.members)
+        self._is_entering = session.awaits_entry
         self.steps: weakref.WeakValueDictionary[int, Steps] = weakref.WeakValueDictionary()
         self.elastic = False
         self._in_graphs: weakref.WeakSet[_InGraph] = weakref.WeakSet()
@@ -68,6 +70,25 @@ class Job:
         self.queue = self.new_queue(session)
         self.queue.check = self._refuse_before_entry
         self.queue.newcomers = lambda: session.changes.joins
+        self.queue.of_all = True
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """All ranks, as far as the script is to know: those of the session may be others in the middle of a step."""
+        if self._is_entering and not self.session.awaits_entry:  # it has been given its place, and has made no call
+            self._is_entering = False
+            self.waiting.note(self.session.members)
+        return self.waiting.members
+
+    @property
+    def rank(self) -> int:
+        """This rank's place among :attr:`members`."""
+        return self.members.index(self.session.member)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there never is more than this rank."""
+        return self.session.started_with == 1 and not self.elastic and len(self.members) == 1
 
     def new_queue(self, group: Any) -> CallQueue:
         """Calls of a group of ranks."""
@@ -136,8 +157,10 @@ class Job:
                 self.meet(_BOUNDARY)
             except HorovodInternalError:
                 return  # a rank has joined, and does not come here: at a later step
-        elif self.queue.negotiating:
-            return
+        else:
+            self.queue.drain()  # calls that a rank which has joined does not make would never be done in there
+            if self.queue.negotiating:
+                return
         session.boundary()
 
     def _refuse_before_entry(self, request: Request) -> None:
@@ -225,24 +248,28 @@ def is_initialized() -> bool:
 
 
 def rank() -> int:
-    """This rank, of those that are there now."""
-    return job().session.rank
+    """This rank, of those that took part in the last call that the script has waited for; the same in all of a step."""
+    return job().rank
 
 
 def size() -> int:
-    """The number of ranks that are there now."""
-    return job().session.size
+    """The number of ranks that took part in the last call that the script has waited for.
+
+    Where the script is at the same line, it is the same at every rank, whoever has heard of a death already.
+    """
+    return len(job().members)
 
 
 def local_rank() -> int:
     """This rank's place among those on the same machine."""
-    return job().session.local_rank
+    here = job()
+    return on_host(here.members, here.session.host).index(here.session.member)
 
 
 def local_size() -> int:
     """The number of ranks on this machine."""
-    session = job().session
-    return len(on_host(session.members, session.host))
+    here = job()
+    return len(on_host(here.members, here.session.host))
 
 
 def cross_rank() -> int:
@@ -257,7 +284,7 @@ def cross_size() -> int:
 
 def is_homogeneous() -> bool:
     """Whether all machines have equally many ranks."""
-    members = job().session.members
+    members = job().members
     return len({len(on_host(members, host)) for host in _hosts(members)}) == 1
 
 
@@ -339,7 +366,10 @@ def _open() -> Job:
     import chaos_mpi
 
     if (session := current_session_or_none()) is not None:
-        return Job(session, owned=False)
+        opened = Job(session, owned=False)
+        if not session.is_newcomer:  # the others may have made this call long ago
+            opened.waiting.note(session.gather_with_contributors(None)[1])
+        return opened
     opened = Job(chaos_mpi.init(), owned=True)
     # Horovod scripts just end.
     opened.session.close_quietly_at_exit()
@@ -372,5 +402,5 @@ def _hosts(members: Sequence[str]) -> list[str]:
 
 
 def _across() -> list[str]:
-    members, place = job().session.members, local_rank()
+    members, place = job().members, local_rank()
     return [host for host in _hosts(members) if len(on_host(members, host)) > place]

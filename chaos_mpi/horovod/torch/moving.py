@@ -11,24 +11,35 @@ import torch
 from chaos_mpi.elastic import exchanges
 from chaos_mpi.elastic.exchanges import AllGather, AllToAll, described
 from chaos_mpi.elastic.operations import Operation, unpack_bytes
-from chaos_mpi.horovod.torch.calls import Group, Request
+from chaos_mpi.horovod.common.exceptions import HorovodInternalError
 from chaos_mpi.horovod.torch.handles import start, synchronize
 from chaos_mpi.horovod.torch.job import job
 from chaos_mpi.horovod.torch.negotiation import Asked
 from chaos_mpi.horovod.torch.process_sets import ProcessSet, global_process_set
+from chaos_mpi.horovod.torch.requests import Group, Request
 from chaos_mpi.membership import View
 from chaos_mpi.mpi.world import Pending
 
 
 class Broadcast(exchanges.Broadcast):
-    """As that one; if the root dies, the rank counts that has its number then, or the last one."""
+    """As that one; if the root dies, the rank counts that has its number then, or the last one.
 
-    def __init__(self, call: str, tensors: Sequence[torch.Tensor], root: int) -> None:
+    Args:
+        member: the root, if it may have another number by now.
+    """
+
+    def __init__(self, call: str, tensors: Sequence[torch.Tensor], root: int, member: str | None = None) -> None:
         super().__init__(call, tensors, root)
         self.bound_to_view = False
+        self._number, self._member = root, member
+        self.is_of_this_rank = False  # until it is known: the tensor that all get
 
     def move(self, pending: Pending, view: View, rank: int) -> None:
-        self._root = min(self._root, view.size - 1)
+        if self._member is not None and self._member in view.members:
+            self._root = view.members.index(self._member)
+        else:
+            self._root = min(self._number, view.size - 1)
+        self.is_of_this_rank = rank == self._root
         super().move(pending, view, rank)
 
     def deliver_into(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -40,16 +51,12 @@ class BroadcastOf(Broadcast):
     """As that one, but of one member: if it dies meanwhile, nobody gets anything, and all get an error."""
 
     def __init__(self, call: str, tensors: Sequence[torch.Tensor], member: str) -> None:
-        super().__init__(call, tensors, 0)
-        self._member = member
+        super().__init__(call, tensors, 0, member)
+        self._of = member
 
     def start(self, pending: Pending, view: View, rank: int) -> None:
-        self.for_size = for_those_with(self._member, view)
+        self.for_size = for_those_with(self._of, view)
         super().start(pending, view, rank)
-
-    def move(self, pending: Pending, view: View, rank: int) -> None:
-        self._root = view.members.index(self._member)
-        super().move(pending, view, rank)
 
 
 def for_those_with(member: str, view: View) -> int | None:
@@ -74,7 +81,7 @@ def gather(
     tensors: Sequence[torch.Tensor],
     name: str | None,
     process_set: ProcessSet,
-    result: Callable[[list[torch.Tensor], int], Any],
+    result: Callable[[list[torch.Tensor], list[list[int]], int], Any],
 ) -> int:
     """Start to gather tensors, all of them from the same ranks; the handle.
 
@@ -82,7 +89,8 @@ def gather(
         tensors: what this rank gives.
         name: of the call, or None.
         process_set: which ranks.
-        result: what the caller gets, of the gathered tensors and the number of ranks that they are from.
+        result: what the caller gets, of the gathered tensors, the number of rows of each tensor by the rank that they
+            are from, and which of these this rank is.
     """
     given = [_movable(tensor) for tensor in tensors]
     if not given:
@@ -93,9 +101,12 @@ def gather(
     sent = given[0] if len(given) == 1 else _packed(given)
 
     def finish(operation: AllGather, group: Group) -> Any:
-        gathered = [operation.result] if len(given) == 1 else _unpacked(operation.result, given)
+        if len(given) == 1:
+            gathered, rows = [operation.result], [[length] for length in operation.lengths]
+        else:
+            gathered, rows = _unpacked(operation.result, given)
         outputs = [output.to(tensor.device) for output, tensor in zip(gathered, tensors, strict=True)]
-        return result(outputs, len(operation.contributors))
+        return result(outputs, rows, operation.contributors.index(job().session.member))
 
     return start(queue, Request(Asked(name, call), lambda _: AllGather(call, sent), finish))
 
@@ -109,9 +120,13 @@ def _packed(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat(words)
 
 
-def _unpacked(packed: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The tensors of all ranks along the first dimension, out of what each has packed, one after the other."""
+def _unpacked(packed: torch.Tensor, like: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[list[int]]]:
+    """The tensors of all ranks along the first dimension, out of what each has packed, one after the other.
+
+    And how many rows of each tensor are from which rank.
+    """
     found: list[list[torch.Tensor]] = [[] for _ in like]
+    rows_of: list[list[int]] = []
     place = 0
 
     def take(words: int) -> torch.Tensor:
@@ -120,24 +135,24 @@ def _unpacked(packed: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.
         return packed[place - words : place]
 
     while place < packed.numel():
-        rows = take(len(like)).tolist()
+        rows_of.append(rows := take(len(like)).tolist())
         for parts, tensor, count in zip(found, like, rows, strict=True):
             shape = [count, *tensor.shape[1:]]
             nbytes = prod(shape) * tensor.element_size()
             parts.append(take(-(-nbytes // 8)).view(torch.uint8)[:nbytes].clone().view(tensor.dtype).view(shape))
-    return [torch.cat(parts) for parts in found]
+    return [torch.cat(parts) for parts in found], rows_of
 
 
 def allgather_async(tensor: torch.Tensor, name: str | None = None, process_set: ProcessSet = global_process_set) -> int:
     """As :func:`allgather`, in the background and without a gradient; returns a handle for :func:`synchronize`."""
-    return gather([tensor], name, process_set, lambda outputs, _: outputs[0])
+    return gather([tensor], name, process_set, lambda outputs, *_: outputs[0])
 
 
 def grouped_allgather_async(
     tensors: Sequence[torch.Tensor], name: str | None = None, process_set: ProcessSet = global_process_set
 ) -> int:
     """As :func:`allgather_async`, of several tensors."""
-    return gather(tensors, name, process_set, lambda outputs, _: tuple(outputs))
+    return gather(tensors, name, process_set, lambda outputs, *_: tuple(outputs))
 
 
 class _AllGather(torch.autograd.Function):
@@ -146,9 +161,13 @@ class _AllGather(torch.autograd.Function):
         ctx: Any, name: str | None, process_set: ProcessSet, *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         job().note_in_graph(ctx)
-        ctx.rows, ctx.process_set = [t.shape[0] if t.dim() else 1 for t in tensors], process_set
-        ctx.shapes = [t.shape for t in tensors]
-        return synchronize(grouped_allgather_async(tensors, name, process_set))  # type: ignore[no-any-return]
+        ctx.shapes, ctx.process_set = [t.shape for t in tensors], process_set
+        handle = gather(tensors, name, process_set, lambda *gathered: gathered)
+        outputs, rows, own = synchronize(handle)
+        # Of those whose rows they are: a rank with a lower number may be gone when the gradients come.
+        ctx.starts = [sum(counts[i] for counts in rows[:own]) for i in range(len(tensors))]
+        ctx.rows = rows[own]
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
@@ -156,12 +175,9 @@ class _AllGather(torch.autograd.Function):
         from chaos_mpi.horovod.torch.reduce_ops import Average
         from chaos_mpi.horovod.torch.reducing import grouped_allreduce
 
-        process_set: ProcessSet = ctx.process_set
-        averages = grouped_allreduce(list(gradients), op=Average, process_set=process_set)
-        rows = allgather(torch.tensor([ctx.rows], device="cpu"), process_set=process_set)
-        starts = rows[: process_set.rank()].sum(0).tolist()
-        parts = zip(averages, starts, ctx.rows, ctx.shapes, strict=True)
-        return None, None, *(a.narrow(0, int(first), count).view(shape) for a, first, count, shape in parts)
+        averages = grouped_allreduce(list(gradients), op=Average, process_set=ctx.process_set)
+        parts = zip(averages, ctx.starts, ctx.rows, ctx.shapes, strict=True)
+        return None, None, *(a.narrow(0, first, count).view(shape) for a, first, count, shape in parts)
 
 
 def allgather(
@@ -191,20 +207,26 @@ def grouped_allgather(
 
 
 def _broadcast(
-    tensor: torch.Tensor, output: torch.Tensor, root_rank: int, name: str | None, process_set: ProcessSet
+    tensor: torch.Tensor,
+    output: torch.Tensor,
+    root_rank: int,
+    name: str | None,
+    process_set: ProcessSet,
+    result: Callable[[torch.Tensor, bool], Any] = lambda output, _: output,
 ) -> int:
+    """The handle; ``result`` is of ``output``, and of whether it is this rank's tensor that all have got."""
     given = _movable(tensor)
-    root = process_set.place_of(root_rank)
+    root, member = process_set.place_of(root_rank), process_set.member_at(root_rank)
     queue = process_set.queue
     name = queue.name("broadcast", name)
     call = f"{name}[from rank {root_rank}, {described([given])}]"
 
     def make(group: Group) -> Operation:
-        return Broadcast(call, [given], root)
+        return Broadcast(call, [given], root, member)
 
-    def finish(operation: Broadcast, group: Group) -> torch.Tensor:
+    def finish(operation: Broadcast, group: Group) -> Any:
         operation.deliver_into([output])
-        return output
+        return result(output, operation.is_of_this_rank)
 
     return start(queue, Request(Asked(name, call), make, finish))
 
@@ -244,8 +266,11 @@ class _Broadcast(torch.autograd.Function):
         ctx: Any, tensor: torch.Tensor, root_rank: int, name: str | None, process_set: ProcessSet
     ) -> torch.Tensor:
         job().note_in_graph(ctx)
-        ctx.root_rank, ctx.process_set = root_rank, process_set
-        return synchronize(broadcast_async(tensor, root_rank, name, process_set))  # type: ignore[no-any-return]
+        ctx.process_set = process_set
+        output = torch.empty_like(tensor.detach(), memory_format=torch.contiguous_format)
+        handle = _broadcast(tensor, output, root_rank, name, process_set, lambda *both: both)
+        output, ctx.is_of_this_rank = synchronize(handle)
+        return output  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
@@ -254,7 +279,7 @@ class _Broadcast(torch.autograd.Function):
         from chaos_mpi.horovod.torch.reducing import allreduce
 
         average = allreduce(gradient, op=Average, process_set=ctx.process_set)
-        if job().session.rank != ctx.root_rank:
+        if not ctx.is_of_this_rank:
             average = torch.zeros_like(average)
         return average, None, None, None
 
@@ -300,13 +325,34 @@ def alltoall_async(
     name = queue.name("alltoall", name)
     call = f"{name}[{_name(given.dtype)}, (*, {tuple(given.shape[1:])})]"
 
+    size, rows = process_set.size() or 1, given.shape[0]
+
+    tried = False
+
     def make(group: Group) -> Operation:
-        return AllToAll(call, given, wanted, group.size)
+        nonlocal tried
+        fits, was_tried, tried = wanted is None and rows % group.size == 0, tried, True
+        if fits:
+            return AllToAll(call, given, None, group.size)
+        if was_tried:
+            raise ValueError(f"{rows} rows cannot be shared out equally to {group.size} ranks")
+        # Also a rank that knows that it is for other ranks than there are takes part, so that all find out together.
+        request.anew = wanted is None
+        return AllToAll(call, given, wanted if wanted is not None else [rows // size] * size, size)
 
     def finish(operation: AllToAll, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
         return operation.result.to(tensor.device), torch.tensor(operation.received, dtype=torch.int32, device="cpu")
 
-    return start(queue, Request(Asked(name, call), make, finish))
+    request = Request(Asked(name, call), make, finish)
+    return start(queue, request)
+
+
+def refuse_changed(call: str, ctx: Any) -> None:
+    """Raise HorovodInternalError if ranks have died since the forward of this call; at every rank."""
+    if ctx.process_set is global_process_set and job().members != ctx.members:
+        raise HorovodInternalError(
+            f"{call}: a rank has died since this was called in forward, so its gradient cannot be computed"
+        )
 
 
 class _AllToAll(torch.autograd.Function):
@@ -316,13 +362,14 @@ class _AllToAll(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         job().note_in_graph(ctx)
         result, received = synchronize(alltoall_async(tensor, splits, name, process_set))
-        ctx.received, ctx.process_set = received, process_set
+        ctx.received, ctx.process_set, ctx.members = received, process_set, job().members
         ctx.mark_non_differentiable(received)
         return result, received
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor, _: Any) -> tuple[Any, ...]:
         ctx.made.in_backward = True
+        refuse_changed("alltoall", ctx)
         returned, _ = alltoall(gradient, ctx.received, process_set=ctx.process_set)
         return returned, None, None, None
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from chaos_mpi.horovod.torch.adasum import Adaptive
-from chaos_mpi.horovod.torch.calls import Group, Request
 from chaos_mpi.horovod.torch.compression import Compression, Compressor
 from chaos_mpi.horovod.torch.job import job
 from chaos_mpi.horovod.torch.negotiation import Asked
 from chaos_mpi.horovod.torch.process_sets import ProcessSet, global_process_set
 from chaos_mpi.horovod.torch.reduce_ops import Adasum, Average, ReduceOp, Sum
 from chaos_mpi.horovod.torch.reducing import grouped_allreduce
+from chaos_mpi.horovod.torch.requests import Group, Request
 from chaos_mpi.horovod.torch.step import Steps
 
 NamedParameters = Iterable[tuple[str, torch.nn.Parameter]]
@@ -96,6 +96,8 @@ class Distributed:
     def set_backward_passes_per_step(self, passes: int) -> None:
         """Change how many backward passes make a step."""
         self.backward_passes_per_step = passes
+        if not self._step_begun:
+            self._passes = dict.fromkeys(self._trained, 0)
 
     def load_state_dict(self, state_dict: Any) -> None:
         """Take a state, as any optimizer; gradients that are there already belong to no step.
@@ -225,6 +227,8 @@ class Distributed:
     def _gradient_is_there(self, param: torch.nn.Parameter) -> None:
         if self.process_set.process_set_id is None:
             return  # it has ended: another optimizer may have the parameter, and a step of this one is refused
+        if job().is_alone:
+            return  # nothing is under way before step(): a script that is tried out may do with gradients what it likes
         self._passes[param] += 1
         if self._passes[param] > self.backward_passes_per_step:
             raise AssertionError(
@@ -321,6 +325,18 @@ def DistributedOptimizer(  # noqa: N802
         optimizer, named_parameters, compression, backward_passes_per_step, op, gradient_predivide_factor, process_set
     )
     return distributed  # type: ignore[no-any-return]
+
+
+def is_in_step() -> bool:
+    """Whether gradients of a step are there, or some of them, and the step is not taken."""
+    return any(any(optimizer._passes.values()) for optimizer in list(_living.values()))
+
+
+def forget_passes() -> None:
+    """All ranks begin anew: no optimizer is in the middle of a step."""
+    for optimizer in list(_living.values()):
+        optimizer._passes = dict.fromkeys(optimizer._trained, 0)
+        optimizer._synchronized = optimizer._step_begun = False
 
 
 def _remove(hooks: Sequence[Any]) -> None:

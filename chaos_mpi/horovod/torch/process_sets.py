@@ -85,7 +85,7 @@ class ProcessSet:
         """
         self._refuse_unusable()
         if self._queue is None:
-            raise ValueError(f"this rank ({job().session.rank}) is not in {self}")
+            raise ValueError(f"this rank ({job().rank}) is not in {self}")
         return self._queue
 
     def place_of(self, rank: int) -> int:
@@ -95,7 +95,7 @@ class ProcessSet:
             ValueError: it is not, or the set cannot be used.
         """
         self._refuse_unusable()
-        members = job().session.members
+        members = job().members
         if not 0 <= rank < len(members) or members[rank] not in self._members:
             raise ValueError(f"rank {rank} is not in {self}")
         return self._members.index(members[rank])
@@ -107,7 +107,7 @@ class ProcessSet:
             ValueError: as :meth:`place_of`.
         """
         self.place_of(rank)
-        return job().session.members[rank]
+        return job().members[rank]
 
     def __str__(self) -> str:
         return f"ProcessSet(process_set_id={self.process_set_id}, ranks={self.ranks}, mpi_comm={self.mpi_comm})"
@@ -145,17 +145,17 @@ class _GlobalSet(ProcessSet):
 
     @property
     def ranks(self) -> list[int]:
-        return list(range(job().session.size))
+        return list(range(self.size()))
 
     @ranks.setter
     def ranks(self, _: list[int]) -> None:
         """They follow from the job."""
 
     def size(self) -> int:
-        return job().session.size
+        return len(job().members)
 
     def rank(self) -> int:
-        return job().session.rank
+        return job().rank
 
     def included(self) -> bool:
         return True
@@ -165,8 +165,8 @@ class _GlobalSet(ProcessSet):
         return job().queue
 
     def place_of(self, rank: int) -> int:
-        if not 0 <= rank < job().session.size:
-            raise ValueError(f"there is no rank {rank} in a job of {job().session.size}")
+        if not 0 <= rank < self.size():
+            raise ValueError(f"there is no rank {rank} in a job of {self.size()}")
         return rank
 
     def __str__(self) -> str:
@@ -194,11 +194,11 @@ def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
             process_set,
         )
         return process_set
-    ranks = process_set.ranks or []
-    if not ranks or ranks[0] < 0 or ranks[-1] >= session.size or len(set(ranks)) != len(ranks):
-        raise ValueError(f"ranks {ranks} cannot be a process set in a job of {session.size}")
-    members = tuple(session.members[rank] for rank in ranks)
-    if members in [s._members for s in _sets.values()] or members == session.members:
+    ranks, everyone = process_set.ranks or [], job().members
+    if not ranks or ranks[0] < 0 or ranks[-1] >= len(everyone) or len(set(ranks)) != len(ranks):
+        raise ValueError(f"ranks {ranks} cannot be a process set in a job of {len(everyone)}")
+    members = tuple(everyone[rank] for rank in ranks)
+    if members in [s._members for s in _sets.values()] or members == everyone:
         raise ValueError(f"there is a process set of ranks {ranks} already")
     number = _next_number(f"add process set {ranks}", members)
     queue = None
@@ -271,7 +271,7 @@ def end() -> None:
 
 def ids_and_ranks() -> dict[int, list[int]]:
     """The ranks of each set, by number."""
-    return {0: list(range(job().session.size))} | {n: list(s.ranks or []) for n, s in _sets.items()}
+    return {0: list(range(len(job().members)))} | {n: list(s.ranks or []) for n, s in _sets.items()}
 
 
 def _next_number(what: str, members: tuple[str, ...]) -> int:

@@ -36,7 +36,7 @@ def chosen_op(op: int | None, average: bool | None) -> ReduceOp:
         raise ValueError("give op, and not average, which it has replaced")
     if op is not None:
         return ReduceOp(op)
-    return Sum if average is False else Average
+    return Average if average is None or average else Sum
 
 
 def scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:

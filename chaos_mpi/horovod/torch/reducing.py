@@ -10,7 +10,6 @@ import torch
 from chaos_mpi.elastic.exchanges import AllReduce, described
 from chaos_mpi.elastic.operations import Operation
 from chaos_mpi.horovod.torch.adasum import Adaptive
-from chaos_mpi.horovod.torch.calls import Group, Request
 from chaos_mpi.horovod.torch.compression import Compression, Compressor
 from chaos_mpi.horovod.torch.handles import start, synchronize
 from chaos_mpi.horovod.torch.job import job
@@ -30,6 +29,7 @@ from chaos_mpi.horovod.torch.reduce_ops import (
     chosen_op,
     scaled,
 )
+from chaos_mpi.horovod.torch.requests import Group, Request
 
 _ENGINE_OPS = {Average: "sum", Sum: "sum", Min: "min", Max: "max", Product: "product"}
 
@@ -250,9 +250,9 @@ def sparse_allreduce_async(
     """
     name = process_set.queue.name("sparse_allreduce", name)
 
-    def summed(outputs: list[torch.Tensor], ranks: int) -> torch.Tensor:
+    def summed(outputs: list[torch.Tensor], rows: list[list[int]], _: int) -> torch.Tensor:
         indices, values = outputs
-        values = values / ranks if ReduceOp(op) == Average else values
+        values = values / len(rows) if ReduceOp(op) == Average else values
         return torch.sparse_coo_tensor(indices.t(), values, tensor.size(), device=values.device)
 
     handle = gather([tensor._indices().t().contiguous(), tensor._values()], name, process_set, summed)

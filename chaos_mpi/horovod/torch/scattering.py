@@ -9,14 +9,14 @@ import torch
 
 from chaos_mpi.elastic.exchanges import ReduceScatter, described, equal_rows
 from chaos_mpi.elastic.operations import Operation
-from chaos_mpi.horovod.torch.calls import Group, Request
 from chaos_mpi.horovod.torch.compression import Compression, Compressor
 from chaos_mpi.horovod.torch.handles import start, synchronize
 from chaos_mpi.horovod.torch.job import job
-from chaos_mpi.horovod.torch.moving import grouped_allgather
+from chaos_mpi.horovod.torch.moving import grouped_allgather, refuse_changed
 from chaos_mpi.horovod.torch.negotiation import Asked
 from chaos_mpi.horovod.torch.process_sets import ProcessSet, global_process_set
 from chaos_mpi.horovod.torch.reduce_ops import Average, ReduceOp, Sum, averaged, checked, scaled
+from chaos_mpi.horovod.torch.requests import Group, Request
 
 
 def _scatter(
@@ -88,15 +88,19 @@ class _ReduceScatter(torch.autograd.Function):
         *tensors: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:  # fmt: skip
         job().note_in_graph(ctx)
-        ctx.how = (op, process_set, scales)
-        return synchronize(_scatter(tensors, name, op, process_set, scales, tuple))  # type: ignore[no-any-return]
+        parts = synchronize(_scatter(tensors, name, op, process_set, scales, tuple))
+        ctx.how, ctx.process_set, ctx.members = (op, process_set, scales), process_set, job().members
+        return parts  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         ctx.made.in_backward = True
+        refuse_changed("reducescatter", ctx)
         op, process_set, (before, after) = ctx.how
         factor = before * after * (process_set.size() if op == Sum else 1)
-        return None, None, None, None, *grouped_allgather([g * factor for g in gradients], process_set=process_set)
+        whole = grouped_allgather([g * factor for g in gradients], process_set=process_set)
+        refuse_changed("reducescatter", ctx)
+        return None, None, None, None, *whole
 
 
 def reducescatter(

@@ -15,8 +15,8 @@ from chaos_mpi.elastic.comparison import Comparison, refuse_mismatch, refuse_mov
 from chaos_mpi.elastic.exchanges import described
 from chaos_mpi.errors import EngineError, MismatchError, ViewChangedError
 from chaos_mpi.horovod.common.exceptions import HorovodInternalError
-from chaos_mpi.horovod.torch.calls import Group, Request
 from chaos_mpi.horovod.torch.negotiation import Asked
+from chaos_mpi.horovod.torch.requests import Group, Request
 from chaos_mpi.membership import View
 from chaos_mpi.mpi.world import Pending, World
 from chaos_mpi.torch.buckets import BufferSet, GradientStep, make_buckets, make_staging
@@ -237,8 +237,10 @@ class Steps:
         """One more gradient is final."""
         if self._request is not None and self._request.done:
             raise RuntimeError(
-                "a gradient was computed after a collective call had ended the step that it belongs to; make the call "
-                "after optimizer.step(), or before the first backward of the step"
+                "a gradient was computed after a collective call had ended the step that it belongs to. Make the call "
+                "after optimizer.step(), or before the first backward of the step; in the backward of an autograd "
+                "function of your own, use the gradient that hvd.allgather and the like have themselves; with "
+                "hvd.SyncBatchNorm and torch.utils.checkpoint, use_reentrant=False"
             )
         if self._begun is not None:
             self._begun.ready(self._bucket_of[id(param)])
@@ -294,19 +296,18 @@ class Steps:
         gradient = self._compression.decompress(smaller, context)
         return gradient / self._predivide if self._predivide != 1.0 else gradient
 
-    def share_from(self, rank: int) -> None:
-        """Take the parameters and the optimizer's state from that rank, or who has its number if it dies; by all.
+    def share_from(self, members: Sequence[str]) -> None:
+        """Take the parameters and the optimizer's state from the first of these, or the next if it dies; by all.
 
         Raises:
             HorovodInternalError: the ranks make different calls.
         """
-        from chaos_mpi.horovod.torch.functions import broadcast_optimizer_state, broadcast_parameters
+        from chaos_mpi.horovod.torch.functions import give_optimizer_state, give_tensors
 
-        while True:
-            rank = min(rank, self._job.session.size - 1)
+        for member in members:
             try:
-                broadcast_parameters([(f"joined.{i}", p) for i, p in enumerate(self.params)], rank)
-                broadcast_optimizer_state(self._optimizer, rank)
+                give_tensors([(f"joined.{i}", p) for i, p in enumerate(self.params)], member)
+                give_optimizer_state(self._optimizer, member)
             except HorovodInternalError as error:
                 if not isinstance(error.__cause__, ViewChangedError):
                     raise

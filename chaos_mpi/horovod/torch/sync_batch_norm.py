@@ -36,7 +36,9 @@ class SyncBatchNorm(_BatchNorm):
         count = total[-1].detach()
         mean = total[:-1] / count
         centred = wide - mean.view(shape)
-        variance = allreduce((centred * centred).sum(dims), op=Sum) / count
+        # With the number once more, because a rank whose batch is in the mean may have died.
+        squares = allreduce(torch.cat([(centred * centred).sum(dims), local[-1:]]), op=Sum)
+        variance = squares[:-1] / squares[-1].detach()
         if self.training and self.track_running_stats:
             self._note(mean.detach(), variance.detach() * (count / (count - 1).clamp(min=1)))
         normal = centred * torch.rsqrt(variance + self.eps).view(shape)

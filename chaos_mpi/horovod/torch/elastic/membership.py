@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 import pickle
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +14,16 @@ from chaos_mpi.elastic.state import TrainingState
 from chaos_mpi.errors import CheckpointError, ConfigError
 from chaos_mpi.horovod.common.exceptions import HorovodInternalError, HostsUpdatedInterrupt
 from chaos_mpi.horovod.torch import process_sets
+from chaos_mpi.horovod.torch.functions import dumped
 from chaos_mpi.horovod.torch.job import CHECK, Job, job
+from chaos_mpi.horovod.torch.optimizer import forget_passes, is_in_step
 from chaos_mpi.replication.tree import pack
 
 if TYPE_CHECKING:
     from chaos_mpi.horovod.torch.elastic.state import State
 
+
+log = logging.getLogger("chaos_mpi.horovod")
 
 _RESET = "reset after an error"
 #: The others may be in several calls, one after the other, each of which fails.
@@ -43,7 +49,7 @@ class _Attributes:
 
     def state_dict(self) -> dict[str, Any]:
         """The attributes by name."""
-        return {name: _storable(value) for name, value in self._state.attributes().items()}
+        return {name: _storable(name, value) for name, value in self._state.attributes().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take them over."""
@@ -78,14 +84,26 @@ def enter(state: State) -> None:
     )
     here.entered_with, here.elastic = state, True
     if newcomer:
-        session.gather_with_contributors(None)  # the last of what the members do in :func:`check`
+        # The last of what the members do in :func:`check`.
+        here.waiting.note(session.gather_with_contributors(None)[1])
 
 
 def note_members() -> None:
-    """All ranks enter the training function: changes are told relative to who is there now."""
+    """All ranks are about to enter the training function: changes are told relative to who is there now.
+
+    Before anything is done that depends on who that is: of a death on the way in, all are told at the next check.
+    """
     here = job()
     here.queue.drain()
     here.entered = here.session.gather_with_contributors(None)[1]
+    here.waiting.note(here.entered)
+    here.queue.renumber()
+
+
+def begin() -> None:
+    """All ranks enter the training function now."""
+    here = job()
+    here.queue.drain()
     here.queue.renumber()
     here.renumber_optimizers()
 
@@ -107,12 +125,20 @@ def come_together() -> None:
             if attempt + 1 == _ATTEMPTS:
                 raise
         else:
-            here.forget_steps()
+            forget_steps(here)
             return
+
+
+def forget_steps(here: Job) -> None:
+    """All ranks begin anew, and no call is pending."""
+    here.forget_steps()
+    forget_passes()
 
 
 def check(told: bool) -> None:
     """All ranks are between two steps: let ranks in and out, and tell of changes.
+
+    If they are between two backward passes of a step, that is left for a later check.
 
     Args:
         told: whether this rank was told that hosts have changed.
@@ -124,16 +150,31 @@ def check(told: bool) -> None:
     here = job()
     here.queue.drain()
     session = here.session
-    rows, members = here.gather(CHECK, torch.tensor([session.wants_to_talk(), told], device="cpu"))
+    row = [session.wants_to_talk(), told, is_in_step()]
+    rows, members = here.gather(CHECK, torch.tensor(row, device="cpu"))
+    if any(in_step for _, _, in_step in rows):
+        if (here.elastic and members != here.entered) or any(wants or told for wants, told, _ in rows):
+            _warn_of_delay(session.rank)
+        return
     if here.elastic:
-        talk = session.talk_is_due or any(wants for wants, _ in rows)
+        talk = session.talk_is_due or any(wants for wants, _, _ in rows)
         if talk:
             share_buffers(here)
         session.meet(talk)
         if talk:
             members = session.gather_with_contributors(None)[1]
-    if (here.elastic and members != here.entered) or any(told for _, told in rows):
+            here.waiting.note(members)
+    if (here.elastic and members != here.entered) or any(told for _, told, _ in rows):
         raise HostsUpdatedInterrupt()
+
+
+@functools.cache
+def _warn_of_delay(rank: int) -> None:
+    if rank == 0:
+        log.warning(
+            "ranks have come, gone, or want to, and commit() or check_host_updates() was called between two backward "
+            "passes of a step (backward_passes_per_step): they do so at the next call after a step"
+        )
 
 
 def share_buffers(here: Job) -> None:
@@ -146,12 +187,20 @@ def share_buffers(here: Job) -> None:
         here.session.share("buffers", buffers)
 
 
-def _storable(value: Any) -> Any:
+def _storable(name: str, value: Any) -> Any:
     try:
         pack({"value": value}, clone=False)
     except CheckpointError:
-        return {"pickled": pickle.dumps(value)}
-    return {"plain": value}
+        pass
+    else:
+        return {"plain": value}
+    try:
+        return {"pickled": dumped(value)}
+    except Exception as error:  # what is raised depends on the value
+        raise CheckpointError(
+            f"the elastic state has an attribute '{name}' that a rank which joins could not be given, since it cannot "
+            f"be pickled ({error}): leave it out, or keep what is needed to make it anew"
+        ) from error
 
 
 def _restored(entry: dict[str, Any]) -> Any:

@@ -29,12 +29,16 @@ def run(func: Callable[..., T]) -> Callable[..., T]:
     @functools.wraps(func)
     def wrapper(state: State, *args: Any, **kwargs: Any) -> T:
         membership.enter(state)
-        in_step = False
+        in_step = is_again = False
         while True:
+            membership.note_members()
+            if is_again:
+                state.on_reset()
+            is_again = True
             try:
                 if not in_step:
                     state.sync()
-                membership.note_members()
+                membership.begin()
                 return func(state, *args, **kwargs)
             except HorovodInternalError:
                 membership.come_together()
@@ -43,7 +47,6 @@ def run(func: Callable[..., T]) -> Callable[..., T]:
             except HostsUpdatedInterrupt as interrupt:
                 in_step = interrupt.skip_sync
             process_sets.forget()
-            job().forget_steps()
-            state.on_reset()
+            membership.forget_steps(job())
 
     return wrapper

@@ -54,10 +54,11 @@ class ElasticSampler(torch.utils.data.Sampler[int]):
             batch_idx: not needed, as with Horovod: scripts count from where they went on, or from 1. Calls are counted.
             batch_size: samples in the batch of one rank.
         """
-        session = job().session
+        here = job()
+        session = here.session
         stepped, self._step = session.step != self._step, session.step
         # Whose gradients are in the step: the others' samples are still to be trained on.
-        done = session.last_contributors if stepped else session.members
+        done = session.last_contributors if stepped else here.members
         begin, self._recorded = self._recorded, self._recorded + batch_size
         for place, member in enumerate(self._members):
             if member in done:
@@ -68,10 +69,10 @@ class ElasticSampler(torch.utils.data.Sampler[int]):
 
     def reset(self) -> None:
         """Share the samples that are left out to the ranks that are there now."""
-        session = job().session
-        self._members = session.members
-        self._step, self._recorded = session.step, 0
-        self.num_replicas, self.rank = session.size, session.rank
+        here = job()
+        self._members = here.members
+        self._step, self._recorded = here.session.step, 0
+        self.num_replicas, self.rank = len(here.members), here.rank
         self.remaining_indices = [index for index in self._order() if index not in self.processed_indices]
         self.num_samples = -(-len(self.remaining_indices) // self.num_replicas)
         self.total_size = self.num_samples * self.num_replicas

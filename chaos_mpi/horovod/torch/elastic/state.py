@@ -11,9 +11,10 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 
 from chaos_mpi.elastic.digest import params_digest
-from chaos_mpi.horovod.common.exceptions import HorovodInternalError
+from chaos_mpi.horovod.common.exceptions import HorovodInternalError, HostsUpdatedInterrupt
 from chaos_mpi.horovod.torch.elastic import membership
 from chaos_mpi.horovod.torch.elastic.sampler import ElasticSampler, merged
 from chaos_mpi.horovod.torch.functions import (
@@ -68,12 +69,17 @@ class State(ABC):
     def check_host_updates(self) -> None:
         """The place for ranks to join and leave; all ranks call it, between two steps.
 
+        Between two backward passes of one step nothing happens: at the next call after the step.
+
         Raises:
             HostsUpdatedInterrupt: ranks have come, left or died since the training function was entered.
             SystemExit: this rank leaves.
         """
-        told, self._told = self._told, False
-        membership.check(told)
+        try:
+            membership.check(self._told)
+        except HostsUpdatedInterrupt:
+            self._told = False
+            raise
 
     @abstractmethod
     def save(self) -> None:
@@ -186,7 +192,7 @@ class TorchState(ObjectState):
         self._is_restored = True
 
     def sync(self) -> None:
-        first = job().session.members[0]
+        first = job().members[0]
         for name in sorted(self._handlers):
             self._handlers[name].sync()
         super().sync()
@@ -216,16 +222,16 @@ class TorchState(ObjectState):
         return models, {name: value for name, value in values.items() if isinstance(value, torch.optim.Optimizer)}
 
     def attributes(self) -> dict[str, Any]:
-        samplers = {
+        others = {
             name: handler.value.state_dict()
             for name, handler in self._handlers.items()
-            if isinstance(handler.value, ElasticSampler)
+            if isinstance(handler.value, (ElasticSampler, LRScheduler))
         }
-        return {**super().attributes(), **samplers}
+        return {**super().attributes(), **others}
 
     def take_attributes(self, values: dict[str, Any]) -> None:
         for name, handler in self._handlers.items():
-            if isinstance(handler.value, ElasticSampler) and name in values:
+            if isinstance(handler.value, (ElasticSampler, LRScheduler)) and name in values:
                 handler.value.load_state_dict(values[name])
         super().take_attributes(values)
 
@@ -281,6 +287,13 @@ class OptimizerStateHandler(StateHandler):
             broadcast_optimizer_state(self.value, 0)
 
 
+class SchedulerStateHandler(StateHandler):
+    """A scheduler of learning rates."""
+
+    def sync(self) -> None:
+        self.value.load_state_dict(broadcast_object(self.value.state_dict(), name="elastic scheduler"))
+
+
 class SamplerStateHandler(StateHandler):
     """An elastic sampler."""
 
@@ -305,6 +318,7 @@ class SamplerStateHandler(StateHandler):
 _registry: list[tuple[type[Any], type[StateHandler]]] = [
     (torch.nn.Module, ModelStateHandler),
     (torch.optim.Optimizer, OptimizerStateHandler),
+    (LRScheduler, SchedulerStateHandler),
     (ElasticSampler, SamplerStateHandler),
 ]
 
