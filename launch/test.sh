@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that has to hold: style, types, unit tests, collective tests on 4 ranks, real jobs with real kills.
-# usage: test.sh [--all]   (also the tests in tests/variants.txt, which are nearly the same as others: 30 to 40 minutes more)
+# usage: test.sh [--all]   (also the tests in tests/variants.txt, which are nearly the same as others: about 45 minutes more)
 set -euo pipefail
 if [ "$*" != "" ] && [ "$*" != --all ]; then
     echo "test.sh takes nothing but --all, not: $*" >&2
@@ -27,7 +27,7 @@ echo "== collective tests on 4 ranks"
 root=()
 [ "$(id -u)" -ne 0 ] || root=(--allow-run-as-root)
 timeout --foreground 300 mpirun --with-ft ulfm --oversubscribe "${root[@]}" -n 4 python -m pytest -q --with-mpi tests/collective
-echo "== fault tests: real jobs, real kills (about 10 minutes on two cores)"
+echo "== fault tests: real jobs, real kills (10 to 15 minutes on two cores)"
 timeout --foreground 2400 "${many[@]}" tests/faults
 echo "== network test bed (skipped without root)"
 timeout --foreground 1200 "${many[@]}" tests/testbed
