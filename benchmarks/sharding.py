@@ -208,9 +208,7 @@ def main() -> None:
         "guarantee": guarantee(10 * instances, rng),
         "planning": planning(repeats, rng),
     }
-    table(result)
-    for file in report.write(given.out, "sharding", result, plot):
-        print(f"wrote {file}")
+    report.publish(given.out, result, table, plot, report.Records(), rows="schedulers")
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ import torch
 
 from chaos_mpi.elastic.exchanges import AllGather
 from chaos_mpi.horovod.common.exceptions import HorovodInternalError
+from chaos_mpi.horovod.torch.broadcasting import broadcast_of, for_those_with
 from chaos_mpi.horovod.torch.handles import synchronize
 from chaos_mpi.horovod.torch.job import job
-from chaos_mpi.horovod.torch.moving import allgather, broadcast_of, for_those_with
+from chaos_mpi.horovod.torch.moving import allgather
 from chaos_mpi.horovod.torch.negotiation import Asked
 from chaos_mpi.horovod.torch.process_sets import ProcessSet, global_process_set
 from chaos_mpi.horovod.torch.requests import Group, Request

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from chaos_mpi.horovod.common.exceptions import HorovodInternalError
-from chaos_mpi.horovod.torch.handles import barrier, join, poll, synchronize
-from chaos_mpi.horovod.torch.job import (
+from chaos_mpi.horovod.torch.basics import (
     ccl_built,
     cross_rank,
     cross_size,
@@ -12,9 +11,7 @@ from chaos_mpi.horovod.torch.job import (
     ddl_built,
     gloo_built,
     gloo_enabled,
-    init,
     is_homogeneous,
-    is_initialized,
     local_rank,
     local_size,
     mpi_built,
@@ -23,20 +20,18 @@ from chaos_mpi.horovod.torch.job import (
     nccl_built,
     rank,
     rocm_built,
-    shutdown,
     size,
     start_timeline,
     stop_timeline,
 )
+from chaos_mpi.horovod.torch.broadcasting import broadcast, broadcast_, broadcast_async, broadcast_async_
+from chaos_mpi.horovod.torch.handles import barrier, join, poll, synchronize
+from chaos_mpi.horovod.torch.job import init, is_initialized, shutdown
 from chaos_mpi.horovod.torch.moving import (
     allgather,
     allgather_async,
     alltoall,
     alltoall_async,
-    broadcast,
-    broadcast_,
-    broadcast_async,
-    broadcast_async_,
     grouped_allgather,
     grouped_allgather_async,
 )

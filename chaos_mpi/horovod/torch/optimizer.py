@@ -58,8 +58,8 @@ class Distributed:
         self._compression, self._predivide = compression, predivide
         params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         self._trained: list[torch.nn.Parameter] = list(dict.fromkeys(params))
-        self._passes: dict[torch.nn.Parameter, int] = dict.fromkeys(self._trained, 0)
-        self._synchronized = self._step_begun = False
+        self._passes: dict[torch.nn.Parameter, int]
+        self.begin_anew()
         self._should_synchronize = True
         self._steps: Steps | None = None
         if process_set is global_process_set and op in (Average, Sum) and self._trained:
@@ -90,6 +90,10 @@ class Distributed:
         """Gradients that are there already belong to no step."""
         if self._steps is not None:
             self._steps.discard()
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """No step is under way: the next gradient is the first of one."""
         self._passes = dict.fromkeys(self._trained, 0)
         self._synchronized = self._step_begun = False
 
@@ -335,8 +339,7 @@ def is_in_step() -> bool:
 def forget_passes() -> None:
     """All ranks begin anew: no optimizer is in the middle of a step."""
     for optimizer in list(_living.values()):
-        optimizer._passes = dict.fromkeys(optimizer._trained, 0)
-        optimizer._synchronized = optimizer._step_begun = False
+        optimizer.begin_anew()
 
 
 def _remove(hooks: Sequence[Any]) -> None:

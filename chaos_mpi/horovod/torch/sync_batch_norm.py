@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from chaos_mpi.horovod.torch.job import size
+from chaos_mpi.horovod.torch.basics import size
 from chaos_mpi.horovod.torch.reduce_ops import Sum
 from chaos_mpi.horovod.torch.reducing import allreduce
 

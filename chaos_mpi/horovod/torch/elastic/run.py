@@ -46,7 +46,7 @@ def run(func: Callable[..., T]) -> Callable[..., T]:
                 in_step = False
             except HostsUpdatedInterrupt as interrupt:
                 in_step = interrupt.skip_sync
+                membership.forget_steps(job())
             process_sets.forget()
-            membership.forget_steps(job())
 
     return wrapper

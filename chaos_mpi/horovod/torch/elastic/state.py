@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from chaos_mpi.elastic.digest import params_digest
 from chaos_mpi.horovod.common.exceptions import HorovodInternalError, HostsUpdatedInterrupt
+from chaos_mpi.horovod.torch.basics import rank
 from chaos_mpi.horovod.torch.elastic import membership
 from chaos_mpi.horovod.torch.elastic.sampler import ElasticSampler, merged
 from chaos_mpi.horovod.torch.functions import (
@@ -24,7 +25,7 @@ from chaos_mpi.horovod.torch.functions import (
     broadcast_optimizer_state,
     broadcast_parameters,
 )
-from chaos_mpi.horovod.torch.job import job, rank
+from chaos_mpi.horovod.torch.job import job
 
 
 class State(ABC):
