@@ -64,6 +64,8 @@ class ChangingSession(CollectiveCalls):
         stop_reason: why it cannot, once that is known: then the job has to stop.
         deadline: ends this rank if it has not begun to end by then.
         changes: how often the view has changed since the job was started, and why.
+        optimizers_differ: each member's optimizers keep what is of its own gradients, with Adasum for one: newcomers
+            get that of rank 0, and it does not count when replicas are compared. The same at all members.
     """
 
     told_to_end = False
@@ -71,6 +73,7 @@ class ChangingSession(CollectiveCalls):
     stop_reason = ""
     deadline: threading.Timer | None = None
     changes = Changes()
+    optimizers_differ = False
 
     settings: Settings
     host: str

@@ -111,7 +111,9 @@ class Persistence:
 
     def digest(self) -> str:
         """Digest over the training state of this member; empty when none is attached."""
-        return self._state.digest() if self._state is not None else ""
+        if self._state is None:
+            return ""
+        return self._state.digest(optimizers=not self._session.optimizers_differ)
 
     def at_boundary(self, before: int) -> None:
         """Steps were finished: note whether a checkpoint has become due.
@@ -253,15 +255,19 @@ class Persistence:
             return pack({"state": self._state.capture(), "samplers": samplers, "rng": self._rng}, clone=False)
 
     def loose_tensors(self) -> dict[str, torch.Tensor]:
-        """The live tensors of models and extras that are no parameters, by name; none if they cannot be sent."""
+        """The live tensors that may differ between members, by name; none if they cannot be sent.
+
+        They are those of models and extras that are no parameters. What optimizers keep is the same everywhere, but
+        for :attr:`~chaos_mpi.elastic.changes.ChangingSession.optimizers_differ`; a digest of it takes its time.
+        """
         assert self._state is not None
         parameters = {parameter.data_ptr() for parameter in self._state.parameters()}
         try:
             tensors = self.pack_with([]).tensors
         except CheckpointError:
             return {}
-        parts = ("state.model.", "state.extras.")
-        return {n: t for n, t in tensors.items() if n.startswith(parts) and t.data_ptr() not in parameters}
+        parts = ["state.model.", "state.extras."] + ["state.optimizer."] * self._session.optimizers_differ
+        return {n: t for n, t in tensors.items() if n.startswith(tuple(parts)) and t.data_ptr() not in parameters}
 
     def _packed(self, *, clone: bool) -> Packed:
         assert self._state is not None

@@ -249,9 +249,14 @@ class TrainingState:
                 tensors.extend(_tensors_in(name, optimizer.state.get(parameter)))
         return tensors
 
-    def digest(self) -> str:
-        """Digest over :meth:`named_tensors`: equal for two members exactly when these are bitwise equal."""
-        return params_digest(self.named_tensors())
+    def digest(self, *, optimizers: bool = True) -> str:
+        """Digest over :meth:`named_tensors`: equal for two members exactly when these are bitwise equal.
+
+        Args:
+            optimizers: without them only the models count.
+        """
+        tensors = self.named_tensors()
+        return params_digest(tensors if optimizers else [(n, t) for n, t in tensors if n.startswith("model.")])
 
     def _models(self) -> Iterator[tuple[str, torch.nn.Module]]:
         """The models, each with what stands before its names: nothing if it is the only one."""

@@ -103,6 +103,19 @@ def test_leave_and_checkpoints_of_a_script_with_adasum(tmp_path: Path) -> None:
     finals = [torch.load(job.folder / f"final-{job.member(rank)}.pt", weights_only=True) for rank in (0, 2)]
     assert all(torch.equal(tensor, finals[1][name]) for name, tensor in finals[0].items())
     assert len(list(saved.glob("*"))) > 1, "only the last one was written"
+    assert "the replicas differ" not in job.output
+
+
+def test_join_of_a_script_with_adasum_whose_optimizers_differ_between_ranks(tmp_path: Path) -> None:
+    rules: list[Rule] = [{"rank": 1, "at": "boundary", "step": 4, "do": "join"}]
+    job = run(tmp_path, "horovod_train.py", rules, steps=400, pause_s=0.02, ranks=2, op="Adasum", state=True)
+    assert job.status == 0
+    assert "the replicas differ" not in job.output
+    newcomer = next(iter(job.events("join_active")))["member"]
+    assert set(job.results()) == {job.member(0), job.member(1), newcomer}
+    finals = [torch.load(path, weights_only=True) for path in tmp_path.glob("final-*.pt")]
+    assert len(finals) == 3
+    assert all(torch.equal(tensor, other[name]) for name, tensor in finals[0].items() for other in finals)
 
 
 def test_join_of_a_script_with_a_training_state(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import pytest
 import torch
 from meeting import Meeting
 from one_rank import OneRank
@@ -74,6 +75,26 @@ def test_all_members_serve_the_buffers_of_rank_0_and_keep_their_own() -> None:
         assert torch.equal(state.tensors["state.model.1.running_mean"], member.net[1].running_mean) == (
             member.place == 0
         )
+
+
+@pytest.mark.parametrize("differ", [False, True])
+def test_what_optimizers_keep_is_of_rank_0_where_it_is_known_to_differ(differ: bool) -> None:
+    def step(member: Member) -> None:
+        member.optimizers_differ = differ
+        for parameter in member.net.parameters():
+            parameter.grad = torch.full_like(parameter, member.place + 1.0)
+        optimizer = member.state.optimizers()[0]
+        optimizer.step()
+        for parameter in member.net.parameters():
+            parameter.detach().fill_(0.5)
+
+    result = served(step)
+    assert len({member._persistence.digest() for member, _, _ in result}) == (1 if differ else RANKS)
+    momenta = [torch.cat([t.flatten() for n, t in state.tensors.items() if "momentum" in n]) for _, state, _ in result]
+    assert momenta[0].tolist() == [1.0] * len(momenta[0]) != []
+    assert [momentum[0].item() for momentum in momenta] == ([1.0] * RANKS if differ else [1.0, 2.0, 3.0])
+    own = [member.state.optimizers()[0].state[member.net[0].weight]["momentum_buffer"] for member, _, _ in result]
+    assert [momentum[0, 0].item() for momentum in own] == [1.0, 2.0, 3.0]
 
 
 def test_nothing_is_shared_where_nothing_differs() -> None:

@@ -55,6 +55,8 @@ class Distributed:
                 earlier.let_go()
         self.backward_passes_per_step = backward_passes_per_step
         self.op, self.process_set = op, process_set
+        if op == Adasum:  # each rank steps with its own gradients, and what its optimizer keeps is of these
+            job().session.optimizers_differ = True
         self._compression, self._predivide = compression, predivide
         params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         self._trained: list[torch.nn.Parameter] = list(dict.fromkeys(params))
