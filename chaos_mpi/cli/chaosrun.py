@@ -2,50 +2,38 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shlex
 import shutil
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
 from chaos_mpi import __version__
-from chaos_mpi.agent import marks
-from chaos_mpi.agent.home import held, note_down
-from chaos_mpi.cli import cluster, handover, witness
-from chaos_mpi.cli.cluster import Cluster, cluster_of
-from chaos_mpi.cli.control import LAUNCHER, MEMORY_FILE, remove_left_over
+from chaos_mpi.cli import cluster
+from chaos_mpi.cli.cluster import cluster_of
 from chaos_mpi.cli.doctor import report
 from chaos_mpi.cli.hosts import initial_ranks, slots_here
 from chaos_mpi.cli.options import Seconds
-from chaos_mpi.cli.outcome import EXIT_GOES_ON, EXIT_STOPPED, EXIT_USAGE, judge, read_records, untold
-from chaos_mpi.cli.process import LauncherLostError, MpirunJob
-from chaos_mpi.cli.starting import StartProgress
-from chaos_mpi.cli.terminal import say
+from chaos_mpi.cli.outcome import EXIT_USAGE
+from chaos_mpi.cli.running import Start, run
+from chaos_mpi.cli.terminal import refuse, say
 from chaos_mpi.config import BATCH_POLICIES, JOIN_POLICIES, LOG_LEVELS, SCALE_POLICIES
 from chaos_mpi.errors import ChaosError, ConfigError
-from chaos_mpi.mpi.launch import LAUNCHER_NOT_UP, SHM_DIRECTORY, mpirun_command
 
-START_ATTEMPTS = 3
 _SETTINGS = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 
 
 class _Command(click.Command):
-    """Says in one line what is wrong with the arguments, as :func:`_refuse` does."""
+    """Says in one line what is wrong with the arguments, as :func:`~chaos_mpi.cli.terminal.refuse` does."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
             return super().parse_args(ctx, args)
         except click.UsageError as error:
-            _refuse(error.format_message())
+            refuse(error.format_message())
 
 
 @click.command(cls=_Command, context_settings=_SETTINGS)
@@ -121,17 +109,17 @@ def main(
     try:
         hosts = cluster_of(ranks, **where)
     except ConfigError as error:
-        _refuse(str(error))
+        refuse(str(error))
     slots = len(hosts.hosts) if hosts is not None else ranks
     ranks = _size(slots, min_ranks, max_ranks, hosts_from, scale_policy, for_ssh=hosts is not None)
     if restarts and hosts is None:
-        _refuse("--restarts is for jobs on several hosts: give --hosts or --hostfile as well")
+        refuse("--restarts is for jobs on several hosts: give --hosts or --hostfile as well")
     if restarts and hosts_from is not None and scale_policy != "manual":
-        _refuse("--scale-policy available fills the place of a rank that crashed already: leave --restarts out")
+        refuse("--scale-policy available fills the place of a rank that crashed already: leave --restarts out")
     if resume and checkpoint_dir is None:
-        _refuse("--resume needs --checkpoint-dir")
+        refuse("--resume needs --checkpoint-dir")
     if metrics_address is not None and metrics_port is None:
-        _refuse("--metrics-address needs --metrics-port")
+        refuse("--metrics-address needs --metrics-port")
     if checkpoint_dir is not None:
         _refuse_unwritable(checkpoint_dir)
     settings = {
@@ -154,16 +142,16 @@ def main(
     if hosts is not None:
         needed = (Path.cwd(), *_files(script, checkpoint_dir, event_log, hosts_from))
         hosts = replace(hosts, paths=tuple(map(str, needed)))
-    start = _Start(ranks, _program(script, module), chosen, hosts, tag_output, drop_noise=log_level != "debug")
+    start = Start(ranks, _program(script, module), chosen, hosts, tag_output, drop_noise=log_level != "debug")
     try:
         if dry_run:
             print(start.shown())
             return
         if hosts is not None:
             _refuse_hosts(hosts.check())
-        sys.exit(_run(start, (metrics_address or "127.0.0.1", metrics_port) if metrics_port is not None else None))
+        sys.exit(run(start, (metrics_address or "127.0.0.1", metrics_port) if metrics_port is not None else None))
     except ChaosError as error:
-        _refuse(str(error))
+        refuse(str(error))
 
 
 def _size(
@@ -177,199 +165,41 @@ def _size(
 ) -> int:
     """How many ranks to start, once all that speaks of sizes fits together."""
     if min_ranks is not None and max_ranks is not None and min_ranks > max_ranks:
-        _refuse(f"--min-ranks {min_ranks} is more than --max-ranks {max_ranks}")
+        refuse(f"--min-ranks {min_ranks} is more than --max-ranks {max_ranks}")
     if hosts_from is None and scale_policy == "available":
-        _refuse("--scale-policy available needs --hosts-from")
+        refuse("--scale-policy available needs --hosts-from")
     if ranks is None and hosts_from is None:
         ranks = 1
     if ranks is not None and min_ranks is not None and min_ranks > ranks:
-        _refuse(f"--min-ranks {min_ranks} is more than -n {ranks}")
+        refuse(f"--min-ranks {min_ranks} is more than -n {ranks}")
     if ranks is not None and max_ranks is not None and max_ranks < ranks:
-        _refuse(f"--max-ranks {max_ranks} is less than -n {ranks}")
+        refuse(f"--max-ranks {max_ranks} is less than -n {ranks}")
     try:
         if hosts_from is not None and ranks is None:
             return initial_ranks(hosts_from, min_ranks, max_ranks)
         if hosts_from is not None:
             slots_here(hosts_from, for_ssh=for_ssh)  # so that an error shows before anything is started
     except ConfigError as error:
-        _refuse(str(error))
+        refuse(str(error))
     assert ranks is not None
     return ranks
-
-
-@dataclass(frozen=True, slots=True)
-class _Start:
-    """All that is needed to start the job.
-
-    Attributes:
-        ranks: how many.
-        program: the command of each.
-        chosen: variables for them.
-        hosts: where they run, if not all on this machine.
-        tag_output: let mpirun say which rank each line is from.
-        drop_noise: leave out what Open MPI remarks.
-    """
-
-    ranks: int
-    program: list[str]
-    chosen: dict[str, str]
-    hosts: Cluster | None
-    tag_output: bool
-    drop_noise: bool
-
-    def line(self, run_dir: Path, witness_name: str | None = None) -> list[str]:
-        """The mpirun line, with the job's private directory and the name of its witness, if it has one."""
-        hosts, program = self.hosts, self.program
-        names = {*self.variables(run_dir), "CHAOS_RUN_DIR", *os.environ}
-        return mpirun_command(
-            self.ranks,
-            program if hosts is None else hosts.rank_command(run_dir, program, witness_name),
-            forward=sorted(name for name in names if name.startswith("CHAOS_")),
-            tag_output=self.tag_output,
-            settings=None if hosts is None else hosts.mca_settings(os.environ),
-        )
-
-    def variables(self, run_dir: Path) -> dict[str, str]:
-        """For mpirun, beside those that are there and that of the job's private directory."""
-        return {**self.chosen, **({} if self.hosts is None else self.hosts.environment(run_dir))}
-
-    def shown(self) -> str:
-        """The mpirun line, with the variables, for a person to read."""
-        run_dir = Path("CHAOS_RUN_DIR")
-        variables = self.variables(run_dir).items()
-        return " ".join(
-            [*(f"{name}={shlex.quote(value)}" for name, value in variables), shlex.join(self.line(run_dir))]
-        )
-
-    def witness(self, run_dir: Path) -> AbstractContextManager[str | None]:
-        """What has this host take part in the vote, if no rank does; gives its name."""
-        settings = None if self.hosts is None else self.hosts.witness_settings()
-        return contextlib.nullcontext() if settings is None else witness.running(run_dir, settings)
-
-    def progress(self, run_dir: Path) -> Callable[[float], None]:
-        """What says how far the start is, when it is called with the time."""
-        if self.hosts is None:
-            return lambda _: None
-        return StartProgress(run_dir, self.hosts.hosts, time.monotonic(), say).look
-
-    def job(self, run_dir: Path, environment: dict[str, str], witness_name: str | None) -> MpirunJob:
-        """Start it."""
-        return MpirunJob(
-            self.line(run_dir, witness_name), environment, run_dir, ranks=self.ranks, tagged=self.tag_output,
-            drop_noise=self.drop_noise, outlived=self.hosts is not None,
-        )  # fmt: skip
-
-
-def _run(start: _Start, metrics: tuple[str, int] | None) -> int:
-    """Run the job and return chaosrun's exit status."""
-    remove_left_over()
-    with (
-        _private_directories() as (run_dir, settings),
-        _metrics(metrics, run_dir) as serving,
-        start.witness(run_dir) as witness_name,
-    ):
-        if start.hosts is not None:
-            start.hosts.note(run_dir)
-        environment = {**settings, **os.environ, **start.variables(run_dir), "CHAOS_RUN_DIR": str(run_dir)}
-        taken_over = handover.begin(environment, run_dir, start.ranks)
-        for attempt in range(1, START_ATTEMPTS + 1):
-            job = start.job(run_dir, environment, witness_name)
-            try:
-                with serving():  # not before: there are to be no threads while mpirun is started
-                    status = job.wait(start.progress(run_dir))
-            except LauncherLostError as error:
-                say(str(error))
-                return EXIT_GOES_ON
-            records = read_records(run_dir)
-            unstarted = status == LAUNCHER_NOT_UP and not records.starting and job.interrupted_by is None
-            if not unstarted or attempt == START_ATTEMPTS:
-                break
-            say("mpirun could not set itself up, see above; trying again")
-        if job.interrupted_by is not None:
-            stopped = judge(records, status)
-            if stopped.status == EXIT_STOPPED and not job.has_shown(stopped.message):
-                say(stopped.message)
-            fate = "all ranks were ended"
-            if taken_over is not None and not taken_over.begun:
-                fate = "the takeover is given up, and the job goes on as it was"
-            elif silent := untold(records, job.told):
-                fate = (
-                    f"{', '.join(silent)} did not confirm it, and the ranks there may train on: look there with "
-                    "'chaosctl status'"
-                )
-            say(f"interrupted by {job.interrupted_by.name}; {fate}")
-            return 128 + job.interrupted_by
-        verdict = judge(records, status)
-        if verdict.message and not (verdict.status and job.has_shown(verdict.message)):
-            say(verdict.message)
-        if taken_over is not None and (advice := taken_over.left()):
-            say(advice)
-        return verdict.status
-
-
-@contextlib.contextmanager
-def _metrics(where: tuple[str, int] | None, run_dir: Path) -> Iterator[Callable[[], AbstractContextManager[None]]]:
-    """What serves metrics of the job at this address and port, which is taken already; nothing if there is none."""
-    if where is None:
-        yield contextlib.nullcontext
-        return
-    try:
-        from chaos_mpi.cli.metrics import MetricsEndpoint
-    except ImportError:
-        _refuse("--metrics-port needs prometheus-client: pip install 'chaos-mpi[metrics]'")
-    try:
-        endpoint = MetricsEndpoint(*where, run_dir)
-    except (OSError, UnicodeError) as error:  # the second one from names that cannot be one
-        _refuse(f"metrics cannot be served at {where[0]}, port {where[1]}: {getattr(error, 'strerror', '') or error}")
-    with contextlib.closing(endpoint):
-        say(f"metrics at {endpoint.url}")
-        yield endpoint.serving
-
-
-@contextlib.contextmanager
-def _private_directories() -> Iterator[tuple[Path, dict[str, str]]]:
-    """The job's directory, and settings that keep all files of the launcher and of MPI in such directories.
-
-    They are removed at the end, because a killed rank cannot tidy up after itself.
-    """
-    with contextlib.ExitStack() as stack:
-
-        def private(parent: Path | None = None) -> str:
-            # Made with mode 0700.
-            made = tempfile.TemporaryDirectory(prefix="chaosrun-", dir=parent, ignore_cleanup_errors=True)
-            return stack.enter_context(made)
-
-        try:
-            run_dir = private()
-            stack.enter_context(held(Path(run_dir)))
-            note_down(Path(run_dir), LAUNCHER, marks.here())
-            settings = {"PRTE_MCA_prte_tmpdir_base": run_dir}
-            if os.access(SHM_DIRECTORY, os.W_OK | os.X_OK):
-                memory = settings["OMPI_MCA_btl_sm_backing_directory"] = private(SHM_DIRECTORY)
-                Path(run_dir, MEMORY_FILE).write_text(memory)
-        except OSError as error:
-            _refuse(
-                f"the job's directory for temporary files cannot be made: {error}. Make room, or set TMPDIR to a "
-                "directory that can be written to"
-            )
-        yield Path(run_dir), settings
 
 
 def _program(script: tuple[str, ...], module: bool) -> list[str]:
     """The command of one rank."""
     if not script:
-        _refuse("there is no script to run: chaosrun -n 4 train.py")
+        refuse("there is no script to run: chaosrun -n 4 train.py")
     if module:
         return [sys.executable, "-m", *script]
     name = script[0]
     if name.startswith("-"):
-        _refuse(f"no such option: {name}")
+        refuse(f"no such option: {name}")
     if Path(name).suffix == ".py":
         if not os.path.isfile(name):
-            _refuse(f"there is no file {name}")
+            refuse(f"there is no file {name}")
         return [sys.executable, *script]
     if shutil.which(name) is None:
-        _refuse(f"{name} is neither a Python file (.py) nor an executable")
+        refuse(f"{name} is neither a Python file (.py) nor an executable")
     return list(script)
 
 
@@ -395,14 +225,9 @@ def _refuse_unwritable(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        _refuse(f"the checkpoint directory {directory} cannot be made: {error.strerror}")
+        refuse(f"the checkpoint directory {directory} cannot be made: {error.strerror}")
     if not os.access(directory, os.W_OK | os.X_OK):
-        _refuse(f"the checkpoint directory {directory} cannot be written to")
-
-
-def _refuse(reason: str) -> NoReturn:
-    say(reason)
-    sys.exit(EXIT_USAGE)
+        refuse(f"the checkpoint directory {directory} cannot be written to")
 
 
 if __name__ == "__main__":

@@ -5,12 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from typing import IO
+from typing import IO, NoReturn
+
+from chaos_mpi.cli.outcome import EXIT_USAGE
 
 
 def say(text: str) -> None:
     """Print a line of ``chaosrun`` itself on stderr."""
     write(sys.stderr, f"chaosrun: {text}\n".encode(errors="replace"))
+
+
+def refuse(reason: str) -> NoReturn:
+    """End ``chaosrun``, because of its arguments or of what is here to run jobs with."""
+    say(reason)
+    sys.exit(EXIT_USAGE)
 
 
 def write(target: IO[str], data: bytes) -> None:

@@ -18,7 +18,7 @@ from chaos_mpi.agent.control import ControlConnector, ControlListener
 from chaos_mpi.agent.frames import Frame, Kind
 from chaos_mpi.agent.home import Home, note_down
 from chaos_mpi.agent.marks import started
-from chaos_mpi.cli.chaosrun import _private_directories
+from chaos_mpi.cli.running import private_directories
 from chaos_mpi.errors import EngineError
 
 LIMIT_S = 10.0
@@ -67,7 +67,7 @@ def test_what_removes_old_files_is_kept_off_while_a_supervisor_lives() -> None:
 
 
 def test_what_removes_old_files_is_kept_off_while_chaosrun_lives() -> None:
-    with _private_directories() as (directory, _):
+    with private_directories() as (directory, _):
         assert is_held(directory)
     assert not directory.exists()
 
