@@ -14,10 +14,10 @@ from chaos_mpi.agent.hosts import host_name
 from chaos_mpi.agent.spawning import VARIABLE
 from chaos_mpi.elastic import kept
 from chaos_mpi.elastic.agent_link import links_between
-from chaos_mpi.elastic.collectives import CollectiveCalls
 from chaos_mpi.elastic.launching import Sizes
 from chaos_mpi.elastic.lifecycle import write_record
 from chaos_mpi.elastic.sponsor import versions
+from chaos_mpi.elastic.standing import StandingSession
 from chaos_mpi.errors import ConfigError, StopRequestedError
 from chaos_mpi.membership import Agenda, Changes, View
 from chaos_mpi.mpi import runtime
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
     import torch
 
-    from chaos_mpi.agent.link import AgentLink
-    from chaos_mpi.config import Settings
     from chaos_mpi.elastic.arrival import Arrival
     from chaos_mpi.elastic.attached import AttachedSamplers
     from chaos_mpi.elastic.lifecycle import ExitGuard
@@ -37,7 +35,6 @@ if TYPE_CHECKING:
     from chaos_mpi.elastic.persistence import Persistence
     from chaos_mpi.elastic.places import Places
     from chaos_mpi.elastic.sampler import ElasticSampler
-    from chaos_mpi.elastic.sequence import OperationSequence
     from chaos_mpi.events import EventLog, RecentEvents
     from chaos_mpi.mpi.world import World
     from chaos_mpi.replication.tree import Packed
@@ -55,7 +52,7 @@ class Companion(Protocol):
         """Communicate no more: all members end, or this one leaves."""
 
 
-class ChangingSession(CollectiveCalls):
+class ChangingSession(StandingSession):
     """What a session does about members that come and go on purpose. The session itself sets the attributes.
 
     Attributes:
@@ -75,32 +72,16 @@ class ChangingSession(CollectiveCalls):
     changes = Changes()
     optimizers_differ = False
 
-    settings: Settings
-    host: str
-    member: str
-    step: int
     initial_size: int
     started_with: int
     _arrival: Arrival | None
     _companions: list[Companion]
     _events: EventLog
     _guard: ExitGuard
-    _last_contributors: tuple[str, ...]
     _negotiator: Negotiator
     _persistence: Persistence
     _places: Places
     _samplers: AttachedSamplers
-    _sequence: OperationSequence
-
-    @property
-    def members(self) -> tuple[str, ...]:
-        """Ids of the members, in rank order."""
-        return self._sequence.view.members
-
-    @property
-    def view(self) -> View:
-        """The present view."""
-        return self._sequence.view
 
     @property
     def recent(self) -> RecentEvents:
@@ -111,11 +92,6 @@ class ChangingSession(CollectiveCalls):
     def samplers(self) -> tuple[ElasticSampler, ...]:
         """The attached samplers."""
         return tuple(self._samplers)
-
-    @property
-    @abstractmethod
-    def agent(self) -> AgentLink | None:
-        """The connection with the agent beside this rank, in a job on several hosts."""
 
     @abstractmethod
     def emit(self, event: str, **fields: Any) -> None:

@@ -30,7 +30,7 @@ from chaos_mpi.elastic.sequence import OperationSequence
 from chaos_mpi.elastic.submission import BackgroundCalls
 from chaos_mpi.errors import ChaosError, ConfigError, CutOffError
 from chaos_mpi.events import RESERVED, EventLog
-from chaos_mpi.membership import View, on_host
+from chaos_mpi.membership import View
 from chaos_mpi.mpi import runtime
 from chaos_mpi.mpi.growth import bridge_to_sponsor
 
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
 
-    from chaos_mpi.agent.link import AgentLink
     from chaos_mpi.config import Settings
     from chaos_mpi.elastic.arrival import Arrival
     from chaos_mpi.elastic.recovery import Regrouped
@@ -139,65 +138,7 @@ class Session(EndingSession):
         newcomer = self._bridge is not None
         self.emit("session_started", pid=os.getpid(), host=self.host, members=list(self.members), newcomer=newcomer)
 
-    # -- who takes part ------------------------------------------------------------------------------
-
-    @property
-    def agent(self) -> AgentLink | None:
-        """The connection with the agent beside this rank, in a job on several hosts."""
-        return self._agent
-
-    @property
-    def rank(self) -> int:
-        """This member's rank in the present view."""
-        return self._sequence.world.rank
-
-    @property
-    def size(self) -> int:
-        """Number of members in the present view."""
-        return self._sequence.view.size
-
-    @property
-    def local_rank(self) -> int:
-        """This member's place among those on its host, from 0; MPI's own is that on the launch host, with ``--hosts``.
-
-        Of a process that is still to join it is 0.
-        """
-        return on_host(self.members, self.host).index(self.member)
-
-    @property
-    def epoch(self) -> int:
-        """Number of the present view; one more after every committed change of membership."""
-        return self._sequence.view.epoch
-
-    @property
-    def phase(self) -> str:
-        """What the session is doing: ``compute``, the label of an operation, or a part of a recovery."""
-        return self._sequence.phase
-
-    @property
-    def last_contributors(self) -> tuple[str, ...]:
-        """Members whose gradients are in the last finished step; the same at every member."""
-        return self._last_contributors
-
-    @property
-    def gradient_contributors(self) -> int:
-        """The number of :attr:`last_contributors`; before the first step, the size."""
-        return len(self._last_contributors)
-
-    @property
-    def is_newcomer(self) -> bool:
-        """Whether this process was started to join a running job."""
-        return self._bridge is not None
-
-    @property
-    def batch_policy(self) -> str:
-        """The rule for batch size and learning rate on a change of size."""
-        return self.settings.batch_policy
-
-    @property
-    def expected_size(self) -> int:
-        """The number of ranks; for a process that is to join a job, that of the job when it was started."""
-        return self._told_sizes.present if self.awaits_entry and self._told_sizes is not None else self.size
+    # -- the life of a session -----------------------------------------------------------------------
 
     def record(self, **values: float) -> None:
         """Add values, ``loss`` for one, to the event log's line of the present step.
@@ -208,8 +149,6 @@ class Session(EndingSession):
         if taken := sorted(RESERVED.intersection(values)):
             raise ConfigError(f"session.record() cannot take {', '.join(taken)}: every line of the event log has that")
         self._recorded.update(values)
-
-    # -- the life of a session -----------------------------------------------------------------------
 
     def close(self) -> SessionResult:
         """End the session in good order: compare the replicas, write the last checkpoint, leave MPI.
@@ -322,17 +261,6 @@ class Session(EndingSession):
             self._negotiator.settle()
 
     @property
-    def at_boundary(self) -> bool:
-        """Whether no step was finished since the last boundary."""
-        return self.step == self._boundary_step
-
-    @property
-    def gradient_step_is_open(self) -> bool:
-        """Whether a gradient step was begun, and has not come to its end."""
-        operation = self._sequence.in_flight
-        return operation is not None and operation.is_gradient_step
-
-    @property
     def talk_is_due(self) -> bool:
         """Whether members negotiate when they :meth:`meet` next; the same at all."""
         return self._negotiator.due
@@ -395,11 +323,6 @@ class Session(EndingSession):
             WaitTimeoutError: the others did not arrive within ``timeout_s``.
         """
         self._sequence.settle(operation)
-
-    @property
-    def awaits_entry(self) -> bool:
-        """Whether this process was started to join a running job, and has not got so far."""
-        return self._bridge is not None and not self._has_entered
 
     # -- what the sequence of operations tells -------------------------------------------------------
 

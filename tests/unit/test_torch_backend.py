@@ -93,7 +93,7 @@ def test_the_place_on_the_host_is_set_unless_it_was(
     session: Any, shared: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session.members = ("there:1", "here:5", "there:2", "here:7")
-    session.local_rank = vars(Session)["local_rank"].fget(session)
+    session.local_rank = Session.local_rank.fget(session)
     assert session.local_rank == 1
     backend._set_local_variables(session)
     assert (os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"]) == ("1", "2")
