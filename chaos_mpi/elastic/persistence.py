@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ import torch
 from chaos_mpi.elastic import checkpoint, kept
 from chaos_mpi.elastic.awaited import AwaitedState
 from chaos_mpi.elastic.learning_rate import ScaledRate, unscaled
-from chaos_mpi.elastic.lifecycle import write_record
+from chaos_mpi.elastic.resuming import kept_state, newest_checkpoint
 from chaos_mpi.elastic.rng import capture_rng, of_rank, restore_rng
 from chaos_mpi.elastic.scaling import lr_factor
 from chaos_mpi.elastic.signature import with_groups_of
@@ -29,12 +28,8 @@ log = logging.getLogger("chaos_mpi.elastic")
 
 #: Longest wait at the end of a job for the checkpoint that is being written.
 FLUSH_LIMIT_S = 120.0
-#: The launcher waits for a job that is to be handed over as long as ranks do; to tell of it may take so much longer.
-TELLING_LIMIT_S = 30.0
 #: A checkpoint that is due waits for so many steps at most for a round of the training loop to begin.
 LONGEST_WAIT_STEPS = 200
-#: So often, and so long one after the other, ranks look for the state of a job that has ended without a word.
-_LOOKS, _LOOK_PERIOD_S = 20, 0.5
 
 
 class Persistence:
@@ -95,9 +90,13 @@ class Persistence:
             if directory is not None:
                 self._refuse_unwritable(directory)
             if self._settings.resume_from is not None:
-                self._resume_kept(state, self._settings.resume_from)
-            elif directory is not None:
-                self._resume(state, directory)
+                name = self._settings.resume_from
+                self._restore(state, kept_state(self._session, name, self.awaited), "the memory of the hosts")
+                if self._settings.event_log is not None:
+                    self._session.emit("resumed", params_digest=self.digest())
+                kept.remove(name)
+            elif directory is not None and (found := newest_checkpoint(self._session, directory)) is not None:
+                self._restore(state, found, str(directory))
         self._has_begun = True
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -313,72 +312,6 @@ class Persistence:
         if session.rank == 0 and (others := sorted(set(filter(None, problems)))):
             log.warning("no checkpoints will be written if these take the place of rank 0: %s", "; ".join(others))
 
-    def _resume(self, state: TrainingState, directory: Path) -> None:
-        """Load the newest checkpoint that any rank can see, and give it to all: the directory need not be shared."""
-        session = self._session
-        mine = checkpoint.list_checkpoints(directory)
-        newest = max(session.gather(checkpoint.step_of(mine[-1]) if mine else -1))
-        if newest < 0:
-            if self._settings.resume and session.rank == 0:
-                log.warning("no checkpoint in %s yet; starting from the beginning", directory)
-            return
-        if not self._settings.resume:
-            raise ConfigError(
-                f"{directory} holds checkpoints of an earlier run, up to step {newest}: "
-                "add --resume to go on from there, or choose another directory"
-            )
-        loaded, problem = None, ""
-        try:
-            loaded = checkpoint.load_latest(directory)
-        except CheckpointError as error:
-            problem = str(error)
-        step = loaded[0] if loaded is not None else -1
-        offers = session.gather({"member": session.member, "step": step, "problem": problem})
-        best = max(offers, key=lambda offer: offer["step"])
-        if best["step"] < 0:
-            problems = [offer["problem"] for offer in offers if offer["problem"]]
-            raise CheckpointError(problems[0] if problems else f"nothing to load in {directory}")
-        packed = self._distribute(loaded[1] if loaded is not None else None, best["member"])
-        self._restore(state, packed, str(directory))
-
-    def _resume_kept(self, state: TrainingState, name: str) -> None:
-        """Go on from what the hosts have kept; hosts that have kept nothing, or something older, get it from others."""
-        session = self._session
-        if self._settings.awaits_state:
-            session.barrier()  # all ranks are up
-            write_record(self._settings.run_dir, "ready", {})
-            self.awaited.wait(name, self._settings.timeout_s + TELLING_LIMIT_S)
-        # If its ranks here have ended without a word, those of other hosts may still be at it.
-        for _ in range(_LOOKS if self._settings.awaits_state else 1):
-            packed, offer = _kept_under(name)
-            offers = session.gather({"member": session.member, **offer})
-            best = max(offers, key=lambda offer: offer["step"])
-            if best["step"] >= 0:
-                break
-            time.sleep(_LOOK_PERIOD_S)
-        else:
-            problem = offers[0]["problem"]
-            if self._settings.awaits_state:
-                raise CheckpointError(
-                    f"the job was not handed over: no host has its state ({problem}). It moved to another launcher, "
-                    "runs on, or is over: see chaosctl status"
-                )
-            raise CheckpointError(
-                f"no host has the state of the job that was to go on here ({problem}); start it without "
-                f"{kept.VARIABLE}, from its last checkpoint if it has one (--checkpoint-dir, --resume)"
-            )
-        lacking = [
-            offer["member"] for offer in offers if (offer["step"], offer["digest"]) != (best["step"], best["digest"])
-        ]
-        if lacking and session.rank == 0:
-            log.warning("%s sends the state to %s", best["member"], ", ".join(lacking))
-        if lacking or packed is None:
-            packed = self._distribute(packed, best["member"])
-        self._restore(state, packed, "the memory of the hosts")
-        if self._settings.event_log is not None:
-            session.emit("resumed", params_digest=state.digest())
-        kept.remove(name)
-
     def _restore(self, state: TrainingState, packed: Packed, source: str) -> None:
         session = self._session
         tree = unpack(packed)
@@ -396,41 +329,3 @@ class Persistence:
             log.warning("the checkpoint holds no random number generators; they start anew")
         if session.rank == 0:
             log.warning("resumed from step %d in %s", session.step, source)
-
-    def _distribute(self, mine: Packed | None, source: str) -> Packed:
-        """The packed state of the member ``source``, at every rank."""
-        session = self._session
-        is_source = session.member == source
-        layout = None
-        if is_source and mine is not None:
-            layout = {
-                "skeleton": mine.skeleton,
-                "tensors": {
-                    name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in mine.tensors.items()
-                },
-            }
-        layout = next((row for row in session.gather(layout) if row is not None), None)
-        if layout is None:
-            raise CheckpointError(f"{source} died while it handed out its checkpoint; start the job again")
-        if is_source and mine is not None:
-            tensors = mine.tensors
-        else:
-            tensors = {
-                name: torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")
-                for name, (dtype, shape) in layout["tensors"].items()
-            }
-        session.share("checkpoint", list(tensors.values()), root=source)
-        return Packed(layout["skeleton"], tensors)
-
-
-def _kept_under(name: str) -> tuple[Packed | None, dict[str, Any]]:
-    """The state that is kept on this host, and what the other ranks are told of it."""
-    try:
-        for place in kept.found(name):
-            if (loaded := checkpoint.load_latest(place)) is not None:
-                step, packed = loaded
-                digest = checkpoint.stored_digest(checkpoint.checkpoint_path(place, step))
-                return packed, {"step": step, "digest": digest, "problem": ""}
-    except ChaosError as error:
-        return None, {"step": -1, "digest": "", "problem": str(error)}
-    return None, {"step": -1, "digest": "", "problem": f"nothing is kept under {name}"}
