@@ -28,6 +28,8 @@ from chaos_mpi.elastic.status import MemberStatus
 from chaos_mpi.errors import ChaosError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from chaos_mpi.elastic.session import Session
 
 log = logging.getLogger("chaos_mpi.elastic")
@@ -200,14 +202,39 @@ def leave_on_sigterm(session: Session) -> None:
     """
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         return
-    signal.signal(signal.SIGTERM, lambda number, frame: _leave(session, number, frame))
+
+    def on_sigterm(number: int, frame: FrameType | None) -> None:
+        _leave(session, number, frame)
+
+    signal.signal(signal.SIGTERM, on_sigterm)
+    _keep_from_children(on_sigterm)
+
+
+def _keep_from_children(handler: Callable[[int, FrameType | None], None]) -> None:
+    """Have SIGTERM end the processes that this one forks, as if ``handler`` had not been set for it.
+
+    A handler in Python does not run while a process waits for a lock, as the workers of a pool do: who ends them by
+    SIGTERM, and waits for their end, would wait for ever. And Python drops what comes before a child is set up, so
+    until then the signal waits.
+    """
+    forking = threading.local()
+
+    def before() -> None:
+        forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def after() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, forking.mask)
+
+    def after_in_child() -> None:
+        if signal.getsignal(signal.SIGTERM) is handler:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        after()
+
+    os.register_at_fork(before=before, after_in_parent=after, after_in_child=after_in_child)
 
 
 def _leave(session: Session, number: int, _: FrameType | None) -> None:
     signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-    if session.member != f"{session.host}:{os.getpid()}":
-        os.kill(os.getpid(), number)  # a child of the rank, which has inherited the handler
-        return
     if not session.ends_well:
         os.kill(os.getpid(), number)  # there is nothing to leave any more
         return

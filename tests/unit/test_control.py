@@ -304,6 +304,33 @@ def test_a_script_that_works_on_after_training_ends_as_any_other() -> None:
     assert ended.returncode == -signal.SIGTERM
 
 
+def test_processes_that_a_rank_forks_end_by_sigterm_as_any_other() -> None:
+    """Whoever ends workers that wait for a lock waits for their end: they would not come to run a handler."""
+    program = """if True:
+        import multiprocessing, os, signal
+        from types import SimpleNamespace
+        from chaos_mpi.elastic.control import leave_on_sigterm
+        leave_on_sigterm(SimpleNamespace(member=f"h:{os.getpid()}", host="h", ends_well=True, told_to_end=False))
+        assert callable(signal.getsignal(signal.SIGTERM))
+        with multiprocessing.get_context("fork").Pool(1) as pool:
+            assert pool.apply(signal.getsignal, (signal.SIGTERM,)) is signal.SIG_DFL
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+        for number in range(200):  # ended when they have hardly begun
+            process = multiprocessing.get_context("fork").Process(target=signal.pause)
+            process.start()
+            process.terminate()
+            process.join(20)
+            assert process.exitcode == -signal.SIGTERM, number
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # the script's own is its children's as well
+        kept = lambda: os._exit(signal.getsignal(signal.SIGTERM) is signal.default_int_handler)
+        process = multiprocessing.get_context("fork").Process(target=kept)
+        process.start()
+        process.join(20)
+        assert process.exitcode == 1
+    """
+    subprocess.run([sys.executable, "-c", program], timeout=60, check=True)
+
+
 def test_nobody_is_told_to_end_where_nobody_is(tmp_path: Path) -> None:
     (tmp_path / "control-7.sock").touch()  # what a member that was killed leaves
     assert not end_ranks(tmp_path, "SIGHUP")
