@@ -47,6 +47,10 @@ class EndingSession(ChangingSession):
         if (error := sys.exc_info()[1]) is not None:
             raise error
 
+    def fail(self, error: Exception) -> NoReturn:
+        """End this rank by an error that nobody can catch, as those at the end of a script; the others train on."""
+        self._guard.fail(error)
+
     def give_up(self, error: WaitTimeoutError) -> NoReturn:
         """A wait reached its limit: save the state and end the whole job."""
         message = (

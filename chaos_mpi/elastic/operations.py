@@ -218,14 +218,19 @@ class Share(Operation):
         unpack_bytes(self._flat, self._tensors)
 
 
+def byte_view(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a dense tensor in row-major order, where it is; a view of its memory if that is possible."""
+    return tensor.resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
+
+
 def pack_bytes(tensors: list[torch.Tensor], flat: torch.Tensor) -> None:
     """Copy the bytes of ``tensors`` one after the other into ``flat`` (uint8, of their total size)."""
     if len({tensor.device for tensor in tensors}) == 1 and tensors[0].device != flat.device:  # one copy, not many
-        flat.copy_(torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]))
+        flat.copy_(torch.cat([byte_view(tensor) for tensor in tensors]))
         return
     offset = 0
     for tensor in tensors:
-        flat[offset : offset + tensor.nbytes] = tensor.contiguous().view(-1).view(torch.uint8)
+        flat[offset : offset + tensor.nbytes] = byte_view(tensor)
         offset += tensor.nbytes
 
 

@@ -67,6 +67,23 @@ def test_scales_compression_and_groups(job: Session) -> None:
         hvd.allreduce(tensor, average=True, op=hvd.Sum)
 
 
+def test_values_that_stand_otherwise_in_memory_than_they_are(job: Session) -> None:
+    """PyTorch computes conjugates and their imaginary parts, which are negative views, when they are read."""
+    whole = torch.complex(ranks(3), ranks(3) + job.rank).conj()
+    for tensor in (whole, whole.imag):
+        own = tensor.resolve_conj().resolve_neg().clone()
+        sent = hvd.broadcast(tensor, root_rank=0)
+        assert torch.equal(sent, own + (job.rank * 1j if own.is_complex() else job.rank))
+        assert torch.equal(hvd.allgather(tensor).view(-1, 3)[job.rank], own)
+        if not own.is_complex():
+            assert torch.equal(hvd.allreduce(tensor, op=hvd.Max), -ranks(3))
+        both = hvd.grouped_allgather([tensor, tensor.real])
+        assert torch.equal(both[0].view(-1, 3)[job.rank], own)
+        assert torch.equal(
+            hvd.alltoall(tensor.repeat(job.size), torch.full((job.size,), 3))[0].view(-1, 3)[job.rank], own
+        )
+
+
 def test_calls_in_another_order_are_matched_by_name(job: Session) -> None:
     names = [f"tensor {i}" for i in range(6)]
     mine = names[job.rank :] + names[: job.rank]

@@ -43,7 +43,8 @@ def main() -> None:
     data = Samples(SAMPLES)
     trace = folder / f"trace-{session.member}.jsonl"
     rates: list[float] = []
-    for step in range(session.step, job["steps"]):
+    steps = job["steps"] if hvd.rank() else job.get("steps_of_rank_0", job["steps"])
+    for step in range(session.step, steps):
         faults.enter(session.step)
         first = (step * hvd.size() + hvd.rank()) * BATCH_SIZE
         indices = [(first + i) % SAMPLES for i in range(BATCH_SIZE)]

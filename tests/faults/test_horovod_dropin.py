@@ -126,6 +126,14 @@ def test_join_of_a_script_with_a_training_state(tmp_path: Path) -> None:
     assert newcomer in steps[400]
 
 
+def test_a_job_whose_rank_0_has_less_to_do_is_not_taken_for_finished(tmp_path: Path) -> None:
+    job = run(tmp_path, "horovod_train.py", [], steps=STEPS, steps_of_rank_0=3)
+    assert job.status == 1
+    assert "The script of rank 0 is at its end, or has called hvd.shutdown()" in job.output
+    assert "Exception ignored" not in job.output
+    assert set(job.results()) == {job.member(0)}
+
+
 def test_too_few_ranks_are_left(tmp_path: Path) -> None:
     rules: list[Rule] = [{"rank": 1, "at": "settle", "step": 4, "do": "die"}]
     (tmp_path / "job.json").write_text(json.dumps({"folder": str(tmp_path), "faults": rules, "steps": STEPS}))

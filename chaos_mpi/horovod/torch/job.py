@@ -14,7 +14,7 @@ from chaos_mpi.elastic.exchanges import AllGather, AllReduce, Barrier
 from chaos_mpi.errors import NoSessionError
 from chaos_mpi.horovod.common.exceptions import HorovodInternalError
 from chaos_mpi.horovod.torch.calls import CallQueue
-from chaos_mpi.horovod.torch.negotiation import Asked
+from chaos_mpi.horovod.torch.negotiation import SHUTDOWN, Asked
 from chaos_mpi.horovod.torch.requests import Request, Waiting
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _BOUNDARY = "step boundary"
 CHECK = "check for changes of the ranks"
 #: Calls that leave a process as it is which has not entered the job yet.
-_LOCAL_BEFORE_ENTRY = ("broadcast", "barrier", CHECK, "shutdown")
+_LOCAL_BEFORE_ENTRY = ("broadcast", "barrier", CHECK, SHUTDOWN)
 
 
 class _InGraph:
@@ -264,7 +264,10 @@ def _open() -> Job:
 def _end_of_script(opened: Job) -> None:
     if _job is opened and is_initialized() and opened.session.ends_well:
         opened.queue.inline = True
-        shutdown()
+        try:
+            shutdown()
+        except Exception as error:  # Python would report it, and end the process as if all were well
+            opened.session.fail(error)
 
 
 def _refuse_other_communicator(comm: object) -> None:

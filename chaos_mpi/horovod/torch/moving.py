@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from chaos_mpi.elastic.exchanges import AllGather, AllToAll
-from chaos_mpi.elastic.operations import Operation
+from chaos_mpi.elastic.operations import Operation, byte_view
 from chaos_mpi.horovod.common.exceptions import HorovodInternalError
 from chaos_mpi.horovod.torch.handles import start, synchronize
 from chaos_mpi.horovod.torch.job import job
@@ -26,7 +26,7 @@ def movable(tensor: torch.Tensor) -> torch.Tensor:
     """
     if tensor.layout != torch.strided or tensor.is_quantized:
         raise ValueError(f"a tensor of {tensor.dtype}, {tensor.layout}, cannot be sent; make it dense first")
-    return tensor.detach().cpu()
+    return tensor.detach().cpu().resolve_conj().resolve_neg()
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -74,7 +74,7 @@ def _packed(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """The bytes of several tensors, after the number of rows of each, in words of eight bytes: MPI counts them."""
     words = [torch.tensor([tensor.shape[0] if tensor.dim() else 1 for tensor in tensors], device="cpu")]
     for tensor in tensors:
-        flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+        flat = byte_view(tensor)
         words.append(torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(torch.int64))
     return torch.cat(words)
 

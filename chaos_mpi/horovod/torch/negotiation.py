@@ -13,6 +13,8 @@ from typing import Any, Self
 
 #: The name of :func:`chaos_mpi.horovod.torch.join`.
 JOIN = "join"
+#: That of a rank that communicates no more.
+SHUTDOWN = "shutdown"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +119,12 @@ def _never(tables: Sequence[Mapping[str, Asked]], tired: bool) -> str:
         rank: ", ".join(asked.call for asked in table.values()) or "nothing" for rank, table in enumerate(tables)
     }
     why = "not all ranks made the calls in time" if tired else "the ranks wait for different calls, each for ever"
-    return f"{why} (pending at rank: calls): {_told(pending)}"
+    ended = ", ".join(str(rank) for rank, table in enumerate(tables) if any(a.call == SHUTDOWN for a in table.values()))
+    advice = (
+        f". The script of rank {ended} is at its end, or has called hvd.shutdown(), and those of others are not; with "
+        "less data than others have, it would have to call hvd.join() first"
+    )
+    return f"{why} (pending at rank: calls): {_told(pending)}{advice if ended else ''}"
 
 
 def _told(of_ranks: Mapping[int, str]) -> str:

@@ -18,6 +18,7 @@ from chaos_mpi.errors import GroupBrokenError
 from chaos_mpi.horovod.common.exceptions import HorovodInternalError
 from chaos_mpi.horovod.torch.calls import CallQueue
 from chaos_mpi.horovod.torch.job import job
+from chaos_mpi.horovod.torch.negotiation import SHUTDOWN
 
 if TYPE_CHECKING:
     from chaos_mpi.horovod.torch.job import Job
@@ -265,7 +266,7 @@ def end() -> None:
     for process_set in list(_sets.values()):
         if process_set._queue is not None:
             process_set._queue.drain()
-    job().meet("shutdown")
+    job().meet(SHUTDOWN)
     forget()
 
 

@@ -66,4 +66,4 @@ def checked(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     for tensor in tensors:
         if tensor.layout != torch.strided or not reducible(tensor.dtype):
             raise ValueError(f"a tensor of {tensor.dtype}, {tensor.layout}, cannot be reduced")
-    return [tensor.detach().cpu() for tensor in tensors]
+    return [tensor.detach().cpu().resolve_conj().resolve_neg() for tensor in tensors]
