@@ -14,13 +14,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-import xxhash
 
-from chaos_mpi.elastic.digest import tensor_bytes
 from chaos_mpi.elastic.sponsor import ANSWER_LIMIT_S
 from chaos_mpi.errors import PeerFailedError, WaitTimeoutError
 from chaos_mpi.mpi.channel import Channel
-from chaos_mpi.replication.devices import OnHost, await_devices
+from chaos_mpi.replication.devices import OnHost
 from chaos_mpi.replication.layout import Layout, dense
 from chaos_mpi.replication.source import StateSource
 
@@ -47,43 +45,6 @@ def invite(bridge: Bridge, later: Sequence[int], timing: dict[str, float], waite
         bridge.send({"admit": {"later": list(later), "timing": timing, "waited_s": waited_s}})
 
 
-def tensors_of_rank_0(session: Session) -> dict[str, torch.Tensor]:
-    """What members serve instead of their own where these differ, by name: copies of what rank 0 has.
-
-    Parameters, and what optimizers keep, are the same at all members. Module buffers need not be (statistics of
-    BatchNorm that are not synchronised), nor what other objects of the state keep. But each member sends a part of it,
-    and checks another's part. The members' own tensors stay as they are. Called by all members, between two steps.
-    """
-    mine = session.loose_tensors()
-    await_devices(mine.values())
-    digests = {name: xxhash.xxh3_128_hexdigest(tensor_bytes(tensor)) for name, tensor in mine.items()}
-    kinds = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in mine.items()}
-    words = sorted((name, kinds[name], digests[name]) for name in mine)
-    if len(set(session.gather(xxhash.xxh3_128_hexdigest(repr(words).encode(errors="backslashreplace"))))) == 1:
-        return {}
-    rows = session.gather({name: [kinds[name], digests[name]] for name in mine})
-    names = differing(rows)
-    shared = {name: dense(mine[name]).to("cpu", copy=True) for name in names}
-    session.share("tensors that differ", list(shared.values()))
-    if names and session.rank == 0:
-        log.warning(
-            "step %d: %s differ between the ranks (%d tensors); a rank that joins gets those of rank 0",
-            session.step, ", ".join(name.partition(".")[2] for name in names[:3]), len(names),
-        )  # fmt: skip
-    return shared
-
-
-def differing(rows: Sequence[Mapping[str, Sequence[str]]]) -> list[str]:
-    """Names of the tensors that all members have of one kind, with different values. Pure.
-
-    Args:
-        rows: of each member, what its tensors are: their kind, and a digest, by name.
-    """
-    everywhere = [name for name in rows[0] if all(name in row for row in rows)]
-    alike = [name for name in everywhere if len({row[name][0] for row in rows}) == 1]
-    return [name for name in alike if len({row[name][1] for row in rows}) > 1]
-
-
 @dataclass(frozen=True, slots=True)
 class LiveState:
     """The training state between two steps, and where the samplers are, as newcomers are to get it.
@@ -99,7 +60,7 @@ class LiveState:
 
     @classmethod
     def of(cls, session: Session, others: Mapping[str, torch.Tensor]) -> Self:
-        """That of this member, but for ``others``, see :func:`tensors_of_rank_0`."""
+        """That of this member, but for ``others``, see :func:`~chaos_mpi.elastic.alike.tensors_of_rank_0`."""
         packed = session.pack_for_newcomers()
         tensors = {name: dense(tensor) for name, tensor in {**packed.tensors, **others}.items()}
         return cls(Layout.of(tensors), OnHost(tensors), packed.skeleton)

@@ -14,6 +14,7 @@ from chaos_mpi.agent.hosts import host_name
 from chaos_mpi.agent.spawning import VARIABLE
 from chaos_mpi.elastic import kept
 from chaos_mpi.elastic.agent_link import links_between
+from chaos_mpi.elastic.alike import even_out
 from chaos_mpi.elastic.launching import Sizes
 from chaos_mpi.elastic.lifecycle import write_record
 from chaos_mpi.elastic.sponsor import versions
@@ -23,7 +24,7 @@ from chaos_mpi.membership import Agenda, Changes, View
 from chaos_mpi.mpi import runtime
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
 
@@ -74,6 +75,7 @@ class ChangingSession(StandingSession):
 
     initial_size: int
     started_with: int
+    _alike: list[Callable[[], Sequence[torch.Tensor]]]
     _arrival: Arrival | None
     _companions: list[Companion]
     _events: EventLog
@@ -212,8 +214,18 @@ class ChangingSession(StandingSession):
         return self._persistence.pack_with([sampler.hand_over() for sampler in self._samplers])
 
     def loose_tensors(self) -> dict[str, torch.Tensor]:
-        """What of the training state may differ between members, see :func:`admission.tensors_of_rank_0`."""
+        """What of the training state may differ between members, see :mod:`chaos_mpi.elastic.alike`."""
         return self._persistence.loose_tensors()
+
+    def keep_alike(self, tensors: Callable[[], Sequence[torch.Tensor]]) -> None:
+        """These live tensors are alike at all members after each step, and are to be so at the end of training."""
+        self._alike.append(tensors)
+
+    def _even_out(self) -> None:
+        """Passes after the last step, which are of no whole one, have changed buffers (BatchNorm statistics)."""
+        alike = {tensor.data_ptr() for tensors in self._alike for tensor in tensors()}
+        loose = self.loose_tensors().items()
+        even_out(self, {name: tensor for name, tensor in loose if tensor.data_ptr() in alike})
 
     def take_rng(self, state: Mapping[str, Any] | None) -> None:
         """Go on from these random number generators, from the next boundary on; None to keep this rank's."""

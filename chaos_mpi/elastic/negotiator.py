@@ -18,6 +18,7 @@ from chaos_mpi.agent import launcher
 from chaos_mpi.autoscale.settling import with_failed
 from chaos_mpi.elastic import admission
 from chaos_mpi.elastic.admission import LiveState
+from chaos_mpi.elastic.alike import tensors_of_rank_0
 from chaos_mpi.elastic.autoscaler import Autoscaler
 from chaos_mpi.elastic.overlap import Overlap, overlaps
 from chaos_mpi.elastic.sponsor import Sponsorship
@@ -176,7 +177,7 @@ class Negotiator:
         if outcome.order:
             self._arrange(outcome.order)
         if outcome.cut and self._overlap is not None:
-            self._overlap.cut(begun, admission.tensors_of_rank_0(self._session))
+            self._overlap.cut(begun, tensors_of_rank_0(self._session))
         if outcome.activate:
             self._activate(outcome.activate, begun)
         if outcome.admit:
@@ -286,7 +287,7 @@ class Negotiator:
             sponsorship.call_in()
         ready = all(join.id in mine and mine[join.id].is_there() for join in joins if join.sponsor == session.member)
         ready = ready and self._can_hand_over()
-        others = admission.tensors_of_rank_0(session)  # before newcomers are connected: a death now costs nothing
+        others = tensors_of_rank_0(session)  # before newcomers are connected: a death now costs nothing
         bridges = {id_: s.bridge for id_, s in mine.items() if s.bridge is not None}
 
         def call(view: View) -> None:
@@ -324,7 +325,7 @@ class Negotiator:
     def _activate(self, joins: tuple[Join, ...], begun: float) -> None:
         overlap, self._overlap = self._overlap, None
         assert overlap is not None
-        of_rank_0 = admission.tensors_of_rank_0(self._session)
+        of_rank_0 = tensors_of_rank_0(self._session)
         lost = overlap.stop(self._width())
         if lost is None:
             self._start_again(joins, self._session.view)

@@ -97,6 +97,7 @@ class Session(EndingSession):
         self._rollbacks: list[Callable[[], None]] = []
         self._restored: list[Callable[[], None]] = []
         self._handing_over: list[Callable[[tuple[str, ...]], None]] = []
+        self._alike = []
         self._recorded: dict[str, Any] = {}
         self._boundary_step = 0
         self._talk_is_owed = False  # a step was finished, and the members have not come to a place to negotiate since
@@ -161,6 +162,8 @@ class Session(EndingSession):
             return self._result
         self.let_error_go_on()
         self._refuse_if_ended()
+        if self.has_state:
+            self._even_out()
         self.boundary(final=True)
         self._negotiator.close()
         self._persistence.close()

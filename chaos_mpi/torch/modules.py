@@ -46,6 +46,8 @@ class StableBuffers:
         self._kept = [buffer.clone() for buffer in self._live]
         session.on_rollback(_while_it_lives(self._restore))
         session.on_restore(_while_it_lives(self.keep))
+        this = weakref.ref(self)
+        session.keep_alike(lambda: alive.live if (alive := this()) is not None else [])
 
     @property
     def live(self) -> list[torch.Tensor]:

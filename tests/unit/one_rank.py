@@ -27,7 +27,7 @@ class OneRank(Session):
         self.initial_size = self.started_with = 1
         self._ended = self._talk_is_owed = False
         self._bridge = None
-        self._recorded, self._restored, self._rollbacks = {}, [], []
+        self._recorded, self._restored, self._rollbacks, self._alike = {}, [], [], []
         self._last_contributors = (self.member,)
         self._samplers = AttachedSamplers()
         self._places = Places(self._samplers)

@@ -13,7 +13,8 @@ from one_rank import OneRank
 from torch import nn
 
 from chaos_mpi import TrainingState
-from chaos_mpi.elastic.admission import LiveState, differing, tensors_of_rank_0
+from chaos_mpi.elastic.admission import LiveState
+from chaos_mpi.elastic.alike import differing, tensors_of_rank_0
 
 RANKS = 3
 
@@ -95,6 +96,26 @@ def test_what_optimizers_keep_is_of_rank_0_where_it_is_known_to_differ(differ: b
     assert [momentum[0].item() for momentum in momenta] == ([1.0] * RANKS if differ else [1.0, 2.0, 3.0])
     own = [member.state.optimizers()[0].state[member.net[0].weight]["momentum_buffer"] for member, _, _ in result]
     assert [momentum[0, 0].item() for momentum in own] == [1.0, 2.0, 3.0]
+
+
+def test_at_the_end_buffers_that_were_alike_after_each_step_are_so_again() -> None:
+    meeting = Meeting(RANKS)
+    members = [Member(meeting, rank) for rank in range(RANKS)]
+
+    def end(member: Member) -> None:
+        member.keep_alike(lambda: [member.net[1].running_mean])
+        with torch.no_grad():
+            member.net[1].running_mean += member.place + 1
+            member.net[1].running_var += member.place
+        member.state.best += member.place
+        member._even_out()
+
+    with ThreadPoolExecutor(RANKS) as pool:
+        list(pool.map(end, members))
+    for member in members:
+        assert member.net[1].running_mean.tolist() == [1.0] * 3
+        assert member.net[1].running_var.tolist() == [1.0 + member.place] * 3, "it may differ"
+        assert member.state.best.tolist() == [member.place] * 2
 
 
 def test_nothing_is_shared_where_nothing_differs() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -69,6 +69,9 @@ class FakeSession:
 
     def on_rollback(self, undo: Callable[[], None]) -> None:
         self.undo.append(undo)
+
+    def keep_alike(self, tensors: Callable[[], Sequence[torch.Tensor]]) -> None:
+        pass
 
     def on_restore(self, note: Callable[[], None]) -> None:
         self.restored.append(note)
