@@ -96,12 +96,14 @@ def lives(pid: int, record: Record) -> bool:
     return runs(pid, record.get("started"))
 
 
-def judge(records: Records, mpirun_status: int) -> Verdict:
+def judge(records: Records, mpirun_status: int, *, ranks: int = 1, gave_up: bool = False) -> Verdict:
     """The outcome of a job that has ended by itself.
 
     Args:
         records: what the ranks wrote.
         mpirun_status: ``mpirun``'s exit status, negative for a signal.
+        ranks: how many the job was started with.
+        gave_up: Open MPI has said that it ends the job because of an error that the script does not handle.
     """
     outcomes = list(records.outcomes.values())
     by_kind = {
@@ -147,11 +149,20 @@ def judge(records: Records, mpirun_status: int) -> Verdict:
             EXIT_FAILED,
             f"training did not finish: all {len(records.members)} ranks died (mpirun {describe_status(mpirun_status)})",
         )
-    if mpirun_status == 0:
-        return Verdict(EXIT_FINISHED)
-    status = mpirun_status if mpirun_status > 0 else 128 - mpirun_status
     what = "no rank had joined the job yet" if records.starting else "no rank opened a chaos_mpi session"
-    return Verdict(status, f"the job failed: mpirun {describe_status(mpirun_status)}, and {what}")
+    if mpirun_status != 0:
+        status = mpirun_status if mpirun_status > 0 else 128 - mpirun_status
+        return Verdict(status, f"the job failed: mpirun {describe_status(mpirun_status)}, and {what}")
+    # mpirun, told that ranks may die, returns 0 whatever becomes of them.
+    if gave_up:
+        return Verdict(EXIT_FAILED, f"the job failed: a rank died, or MPI failed otherwise, and {what}")
+    if records.starting:
+        return Verdict(EXIT_FAILED, f"the job failed: {what}")
+    if ranks == 1:
+        return Verdict(EXIT_FINISHED)
+    return Verdict(
+        EXIT_FINISHED, f"{what}, so the job was not elastic, and whether all its ranks came to their end is not known"
+    )
 
 
 def _crashes(records: Records, crashed: Sequence[Record], speechless: Mapping[int, Record]) -> str:

@@ -29,6 +29,7 @@ _NOISE_STARTS = (
     b"MPI Error in NBC subrequest",
 )
 _BOX_LINES = 40
+_FATAL = b"*** MPI_ERRORS_ARE_FATAL"
 
 
 class OutputFilter:
@@ -47,6 +48,8 @@ class OutputFilter:
         self._empty_lines_owed = 0
         #: Lines of the package itself that were shown, so that chaosrun does not say the same again.
         self.own_lines: set[str] = set()
+        #: Whether Open MPI has said that it ends the job, because of an error that the script does not handle.
+        self.mpi_gave_up = False
 
     def feed(self, data: bytes) -> bytes:
         """What is to be shown after ``data`` was read."""
@@ -83,6 +86,7 @@ class OutputFilter:
         prefix = b""
         if self._tagged and (tag := _TAG.match(line)):
             prefix, line = b"[" + tag["rank"] + b"] ", line[tag.end() :]
+        self.mpi_gave_up |= _FATAL in line
         if not self._drop_noise:
             return [prefix + line]
         if self._box is not None:

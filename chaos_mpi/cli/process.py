@@ -167,6 +167,11 @@ class MpirunJob:
             )
         return self._process.returncode
 
+    @property
+    def mpi_gave_up(self) -> bool:
+        """Whether Open MPI has said that it ends the job, because of an error that the script does not handle."""
+        return any(output.mpi_gave_up for output in self._filters)
+
     def has_shown(self, message: str) -> bool:
         """Whether a rank has printed what this message tells, if with other numbers."""
         told = (line.removeprefix("chaos_mpi:").strip() for output in self._filters for line in output.own_lines)

@@ -128,7 +128,7 @@ def run(start: Start, metrics: tuple[str, int] | None) -> int:
                 )
             say(f"interrupted by {job.interrupted_by.name}; {fate}")
             return 128 + job.interrupted_by
-        verdict = judge(records, status)
+        verdict = judge(records, status, ranks=start.ranks, gave_up=job.mpi_gave_up)
         if verdict.message and not (verdict.status and job.has_shown(verdict.message)):
             say(verdict.message)
         if taken_over is not None and (advice := taken_over.left()):

@@ -125,6 +125,9 @@ CASES: dict[str, tuple[Records, int, Verdict]] = {
     "a script without a session that fails": (
         records(), 5, Verdict(5, "the job failed: mpirun ended with status 5, and no rank opened a chaos_mpi session"),
     ),
+    "all died while it started": (
+        records(starting=2), 0, Verdict(1, "the job failed: no rank had joined the job yet"),
+    ),
     "died while it started": (
         records(starting=2), 137,
         Verdict(137, "the job failed: mpirun ended with status 137, and no rank had joined the job yet"),
@@ -140,6 +143,15 @@ CASES: dict[str, tuple[Records, int, Verdict]] = {
 def test_verdict(case: str) -> None:
     found, mpirun_status, verdict = CASES[case]
     assert judge(found, mpirun_status) == verdict
+
+
+def test_of_a_script_without_a_session_little_is_known() -> None:
+    """mpirun returns 0 when ranks may die, whatever becomes of them."""
+    verdict = judge(records(), 0, ranks=2)
+    assert verdict.status == 0
+    assert "no rank opened a chaos_mpi session, so the job was not elastic" in verdict.message
+    assert judge(records(), 0, ranks=2, gave_up=True).status == 1
+    assert judge(records(FINISHED, FINISHED), 0, ranks=2, gave_up=True).status == 0
 
 
 def test_the_first_message_that_says_something_counts() -> None:
