@@ -26,7 +26,7 @@ from chaos_mpi.errors import EngineError
 CONNECT_LIMIT_S = 2.0
 #: Whoever is tried after others have used up the time gets so much, at least.
 _LEAST_LIMIT_S = 0.05
-_SPEECHLESS = "the job in {} is starting, or about to end, or hangs: none of its ranks answers"
+_SPEECHLESS = "the job in {} is starting, or about to end, or hangs, or is not of chaos_mpi: none of its ranks answers"
 #: The kind of the file in a job's private directory that the launcher writes when it begins.
 LAUNCHER = "launcher"
 #: Holds the path of the job's other private directory, which is in shared memory, if it has one.
@@ -110,12 +110,23 @@ def find_job(job: Path | None) -> Path:
     if not jobs:
         raise click.ClickException("no job of yours is running on this machine (it has to be started with chaosrun)")
     if len(jobs) > 1:
-        named = (f"{path}{'' if answers else ' (starting, or about to end)'}" for path, answers in jobs.items())
-        raise click.ClickException(f"several jobs are running; choose one with --job: {', '.join(named)}")
+        named = [
+            f"  --job {path}{_program(path)}{'' if answers else ' (starting, or about to end)'}"
+            for path, answers in jobs.items()
+        ]
+        raise click.ClickException("\n".join(["several jobs are running; choose one:", *named]))
     ((directory, answers),) = jobs.items()
     if not answers:
         raise click.ClickException(_SPEECHLESS.format(directory))
     return directory
+
+
+def _program(directory: Path) -> str:
+    """What runs in the job, in brackets; nothing if this is not its launcher's directory."""
+    for path in directory.glob(f"{LAUNCHER}-*.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return f" ({json.loads(path.read_text())['program']})"
+    return ""
 
 
 class RefusedError(click.ClickException):

@@ -93,7 +93,7 @@ def run(start: Start, metrics: tuple[str, int] | None) -> int:
     """Run the job and return chaosrun's exit status."""
     remove_left_over()
     with (
-        private_directories() as (run_dir, settings),
+        private_directories(shlex.join(start.program)) as (run_dir, settings),
         _metrics(metrics, run_dir) as serving,
         start.witness(run_dir) as witness_name,
     ):
@@ -156,8 +156,10 @@ def _metrics(where: tuple[str, int] | None, run_dir: Path) -> Iterator[Callable[
 
 
 @contextlib.contextmanager
-def private_directories() -> Iterator[tuple[Path, dict[str, str]]]:
+def private_directories(program: str) -> Iterator[tuple[Path, dict[str, str]]]:
     """The job's directory, and settings that keep all files of the launcher and of MPI in such directories.
+
+    ``program`` is noted down there, for a person who has several jobs.
 
     They are removed at the end, because a killed rank cannot tidy up after itself.
     """
@@ -171,7 +173,7 @@ def private_directories() -> Iterator[tuple[Path, dict[str, str]]]:
         try:
             run_dir = private()
             stack.enter_context(held(Path(run_dir)))
-            note_down(Path(run_dir), LAUNCHER, marks.here())
+            note_down(Path(run_dir), LAUNCHER, {**marks.here(), "program": program})
             settings = {"PRTE_MCA_prte_tmpdir_base": run_dir}
             if os.access(SHM_DIRECTORY, os.W_OK | os.X_OK):
                 memory = settings["OMPI_MCA_btl_sm_backing_directory"] = private(SHM_DIRECTORY)

@@ -237,7 +237,8 @@ class Negotiator:
             self._overlap.without(gone)
         session.emit("leave_committed", members=list(gone), **_leave_parts((*times, time.perf_counter())))
         if session.rank == 0:
-            log.warning("step %d: %s left; %d ranks train on", session.step, ", ".join(gone), session.size)
+            who = "1 rank trains" if session.size == 1 else f"{session.size} ranks train"
+            log.warning("step %d: %s left; %s on", session.step, ", ".join(gone), who)
         return stayers
 
     def _depart(self) -> NoReturn:

@@ -43,14 +43,20 @@ def start(limit_s: float) -> World:
     Raises:
         EngineError: MPI cannot be loaded or initialised, or has no fault tolerance here.
     """
+    given = set(os.environ)
     for name, value in MCA_DEFAULTS.items():
         os.environ.setdefault(f"OMPI_MCA_{name}", value)
+    if alone := "PMIX_NAMESPACE" not in given and "OMPI_MCA_btl" not in given:
+        # No launcher, so nobody to share memory with; Open MPI would leave the 16 MiB that it takes for that behind.
+        os.environ["OMPI_MCA_btl"] = "self,tcp"
     from chaos_mpi.mpi.world import MPI, World  # raises EngineError when MPI cannot be loaded
 
     if MPI.Is_finalized():
         raise EngineError("MPI was already finalized in this process; a session can be opened once per process.")
     if not MPI.Is_initialized():
         _wait_for_every_rank_in_mpi_init(limit_s)
+    if alone:
+        os.environ["OMPI_MCA_btl"] = MCA_DEFAULTS["btl"]  # for what this process starts
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         raise EngineError(
             "MPI was initialised without THREAD_MULTIPLE before chaos_mpi.init(); "
@@ -59,13 +65,15 @@ def start(limit_s: float) -> World:
     Watchdog.prepare()
     world = World(MPI.COMM_WORLD)
     if world.size == 1 and (others := _started_by_another_launcher()):
+        _finalize(limit_s)
         raise EngineError(
             f"this process was started by {others}, of which MPI knows nothing, so each rank would train alone: "
             "start the script with 'chaosrun -n N script.py' or 'mpirun --with-ft ulfm -n N python script.py'."
         )
-    if world.size > 1 and not _fault_tolerant():
+    if (ranks := world.size) > 1 and not _fault_tolerant():
+        _finalize(limit_s)
         raise EngineError(
-            f"this job of {world.size} ranks was started without fault tolerance: "
+            f"this job of {ranks} ranks was started without fault tolerance: "
             "start it with 'chaosrun -n N script.py' or 'mpirun --with-ft ulfm -n N python script.py'."
         )
     return world
@@ -82,6 +90,17 @@ def _wait_for_every_rank_in_mpi_init(limit_s: float) -> None:
     faulthandler.dump_traceback_later(limit_s, exit=True)
     try:
         MPI.Init_thread(MPI.THREAD_MULTIPLE)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _finalize(limit_s: float) -> None:
+    """Leave MPI where all ranks are refused: processes that just end leave segments of shared memory behind."""
+    from mpi4py import MPI
+
+    faulthandler.dump_traceback_later(limit_s, exit=True)
+    try:
+        MPI.Finalize()
     finally:
         faulthandler.cancel_dump_traceback_later()
 

@@ -3,7 +3,7 @@
     chaosrun -n 4 launch/examples/lightning_digits.py
     mpirun --with-ft ulfm -n 4 python launch/examples/lightning_digits.py
 
-Needs Horovod (bash launch/install_horovod.sh) and Lightning (pip install 'chaos-mpi[lightning,demo]'). What a script
+Needs Horovod (bash launch/install_horovod.sh) and Lightning (pip install '.[lightning,demo]'). What a script
 for one device has otherwise is marked with (1) to (3).
 """
 

@@ -5,7 +5,7 @@
 
 The model is a GPT-2 with 0.2 M parameters that begin at random, and reads the bytes of Python's own documentation
 strings: nothing is downloaded. Needs Horovod (bash launch/install_horovod.sh) and transformers (pip install
-'chaos-mpi[transformers]'). What a script for one device has otherwise is marked with (1) and (2).
+'.[transformers]'). What a script for one device has otherwise is marked with (1) and (2).
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def test_what_removes_old_files_is_kept_off_while_a_supervisor_lives() -> None:
 
 
 def test_what_removes_old_files_is_kept_off_while_chaosrun_lives() -> None:
-    with private_directories() as (directory, _):
+    with private_directories("train.py") as (directory, _):
         assert is_held(directory)
     assert not directory.exists()
 

@@ -181,14 +181,16 @@ def test_the_job_that_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     starting, running, memory = (tmp_path / f"chaosrun-{name}" for name in ("starting", "running", "memory"))
     for directory in (starting, running, memory):
         directory.mkdir(mode=0o700)
-    note_down(starting, LAUNCHER, here())
+    note_down(starting, LAUNCHER, {**here(), "program": "python train.py"})
     with pytest.raises(click.ClickException, match=f"the job in {starting} is starting, or about to end, or hangs"):
         find_job(None)
     control = ControlSocket(session(), running / "control-1.sock")
     try:
         with pytest.raises(click.ClickException, match="several jobs are running") as error:
             find_job(None)
-        assert f"{starting} (starting, or about to end)" in str(error.value) and str(memory) not in str(error.value)
+        assert f"{starting} (python train.py) (starting, or about to end)" in str(error.value) and str(
+            memory
+        ) not in str(error.value)
         assert find_job(running) == running
         with pytest.raises(click.ClickException, match=f"the job in {starting} is starting"):
             find_job(starting)
