@@ -291,7 +291,10 @@ def table(result: dict[str, Any]) -> None:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """A bar for each system, at each size and model: kill, join, stall."""
+    """The median and the range of each system, at each size and model: kill, join, stall.
+
+    No bars, as the axis is logarithmic: these have no foot to be long from.
+    """
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.5), layout="constrained")
@@ -305,9 +308,12 @@ def plot(result: dict[str, Any], path: Path) -> None:
         for shift, system in enumerate(SYSTEMS):
             rows = [r for r in result["rows"] if r["system"] == system and r[name]["n"]]
             places = [cells.index((r["model"], r["ranks"])) + 0.27 * (shift - 1) for r in rows]
-            axis.bar(places, [r[name]["median"] for r in rows], 0.25, label=SYSTEMS[system])
+            medians = [r[name]["median"] for r in rows]
+            below = [r[name]["median"] - r[name]["min"] for r in rows]
+            above = [r[name]["max"] - r[name]["median"] for r in rows]
+            axis.errorbar(places, medians, (below, above), fmt="o", capsize=4, label=SYSTEMS[system])
         axis.set_xticks(range(len(cells)), [f"{WORKLOADS[m].title}\n{n} ranks" for m, n in cells], fontsize=7)
-        axis.set(title=title, ylabel="s, median", yscale="log")
+        axis.set(title=title, ylabel="s, median and range", yscale="log")
         axis.grid(axis="y", alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=120)

@@ -176,7 +176,10 @@ def _ending(ended: list[Event]) -> str:
 
 
 def draw(events: list[Event], path: Path) -> None:
-    """Loss and cluster size over time, changes of the view marked, as a PNG. Needs matplotlib (extra ``plot``)."""
+    """Cluster size over time, and the loss if it was recorded, changes of the view marked, as a PNG.
+
+    Needs matplotlib (extra ``plot``).
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -189,16 +192,19 @@ def draw(events: list[Event], path: Path) -> None:
     marks = {"failure": ("tab:red", "died"), "join": ("tab:blue", "joined"), "leave": ("tab:orange", "left")}
     marks["order"] = ("tab:gray", "other order")
     changes = {e["epoch"]: (e["t"] - start, *marks[e["cause"]]) for e in events if e["event"] == "view_committed"}
-    figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(9, 5.5), height_ratios=(3, 1))
     if losses:
+        figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(9, 5.5), height_ratios=(3, 1))
         above.plot(*zip(*losses, strict=True), linewidth=1, color="tab:blue")
         above.set_yscale("log")
-    above.set_ylabel("loss")
+        above.set_ylabel("loss")
+    else:
+        figure, below = plt.subplots(figsize=(9, 3))
+        above = below
     below.step([e["t"] - start for e in steps], [e["size"] for e in steps], where="post", color="tab:green")
     below.set_ylim(bottom=0)
     below.set_ylabel("ranks")
     below.set_xlabel("seconds since the start")
-    for axes in (above, below):
+    for axes in {above, below}:
         axes.grid(alpha=0.3)
         for moment, color, _ in changes.values():
             axes.axvline(moment, color=color, linestyle="--", linewidth=1)
