@@ -1,4 +1,4 @@
-"""``chaosrun``: starts a job here or on several hosts, passes its output on, and says how it ended."""
+"""``chaosrun``: its options, and what they may be; :mod:`chaos_mpi.cli.running` runs the job."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ def _program(directory: Path) -> str:
     """What runs in the job, in brackets; nothing if this is not its launcher's directory."""
     for path in directory.glob(f"{LAUNCHER}-*.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return f" ({json.loads(path.read_text())['program']})"
+            return f" ({' '.join(json.loads(path.read_text())['program'].split())[:100]})"
     return ""
 
 

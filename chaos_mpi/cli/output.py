@@ -50,9 +50,13 @@ class OutputFilter:
         self.own_lines: set[str] = set()
         #: Whether Open MPI has said that it ends the job, because of an error that the script does not handle.
         self.mpi_gave_up = False
+        self._last = b""  # of what was read
 
     def feed(self, data: bytes) -> bytes:
         """What is to be shown after ``data`` was read."""
+        self._last += data
+        self.mpi_gave_up |= _FATAL in self._last
+        self._last = self._last[-len(_FATAL) :]
         if not self._tagged and not self._drop_noise:
             return data
         # mpirun ends its own messages with a zero byte behind the end of the line.
@@ -86,7 +90,6 @@ class OutputFilter:
         prefix = b""
         if self._tagged and (tag := _TAG.match(line)):
             prefix, line = b"[" + tag["rank"] + b"] ", line[tag.end() :]
-        self.mpi_gave_up |= _FATAL in line
         if not self._drop_noise:
             return [prefix + line]
         if self._box is not None:

@@ -159,9 +159,8 @@ def _metrics(where: tuple[str, int] | None, run_dir: Path) -> Iterator[Callable[
 def private_directories(program: str) -> Iterator[tuple[Path, dict[str, str]]]:
     """The job's directory, and settings that keep all files of the launcher and of MPI in such directories.
 
-    ``program`` is noted down there, for a person who has several jobs.
-
-    They are removed at the end, because a killed rank cannot tidy up after itself.
+    They are removed at the end, because a killed rank cannot tidy up after itself. ``program`` is noted down there, for
+    a person who has several jobs.
     """
     with contextlib.ExitStack() as stack:
 

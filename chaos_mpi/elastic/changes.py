@@ -62,8 +62,9 @@ class ChangingSession(StandingSession):
         stop_reason: why it cannot, once that is known: then the job has to stop.
         deadline: ends this rank if it has not begun to end by then.
         changes: how often the view has changed since the job was started, and why.
-        optimizers_differ: each member's optimizers keep what is of its own gradients, with Adasum for one: newcomers
-            get that of rank 0, and it does not count when replicas are compared. The same at all members.
+        optimizers_differ: from now on optimizers of each member keep what is of its own gradients, with Adasum for one:
+            newcomers get that of rank 0, and it does not count when replicas are compared, nor does that of other
+            optimizers. The same at all members.
     """
 
     told_to_end = False
@@ -224,8 +225,8 @@ class ChangingSession(StandingSession):
     def _even_out(self) -> None:
         """Passes after the last step, which are of no whole one, have changed buffers (BatchNorm statistics)."""
         alike = {tensor.data_ptr() for tensors in self._alike for tensor in tensors()}
-        loose = self.loose_tensors().items()
-        even_out(self, {name: tensor for name, tensor in loose if tensor.data_ptr() in alike})
+        loose = self.loose_tensors() if alike else {}
+        even_out(self, {name: tensor for name, tensor in loose.items() if tensor.data_ptr() in alike})
 
     def take_rng(self, state: Mapping[str, Any] | None) -> None:
         """Go on from these random number generators, from the next boundary on; None to keep this rank's."""

@@ -220,7 +220,8 @@ def _keep_from_children(handler: Callable[[int, FrameType | None], None]) -> Non
     forking = threading.local()
 
     def before() -> None:
-        forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())  # alone, as handlers may raise between the two
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def after() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, forking.mask)

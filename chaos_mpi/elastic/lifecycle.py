@@ -205,9 +205,9 @@ class ExitGuard:
         sys.excepthook, sys.exit = on_exception, noting_exit
 
     def fail(self, error: Exception) -> NoReturn:
-        """End the process, which is the rank's own, by this error, with one line."""
-        say_once(self._run_dir, error)
-        self._end(f"{type(error).__name__}: {error}", 1)
+        """End the process, which is the rank's own, by this error."""
+        self._on_exception(type(error), error, error.__traceback__)
+        raise AssertionError("an exception ends the rank's own process")
 
     def _noting_exit(self, status: str | int | None = None) -> NoReturn:
         # The exit status is not to be had when the process ends, and it tells an end from a failure.

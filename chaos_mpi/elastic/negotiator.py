@@ -304,7 +304,9 @@ class Negotiator:
         session.execute(operation)
         assert operation.view is not None
         state = LiveState.of(session, others) if operation.world is not None else None
-        policy, optimizers = session.settings.join_policy, session.optimizers()
+        # With optimizers that differ, a newcomer cannot repeat the steps of any other member.
+        policy = "blocking" if session.optimizers_differ else session.settings.join_policy
+        optimizers = session.optimizers()
         if state is not None and overlaps(policy, joins, state.layout.total_bytes, optimizers):
             self._overlap = Overlap(session, operation, joins, state, begun, self.propose)
             self.agenda = replace(self.agenda, replicating=joins)

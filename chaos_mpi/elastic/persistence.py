@@ -109,7 +109,7 @@ class Persistence:
         return with_groups_of(self._state.signature(), self._made_as)
 
     def digest(self) -> str:
-        """Digest over the training state of this member; empty when none is attached."""
+        """Digest over models and optimizers of this member, as far as members are alike; empty without a state."""
         if self._state is None:
             return ""
         return self._state.digest(optimizers=not self._session.optimizers_differ)

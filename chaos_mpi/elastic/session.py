@@ -55,7 +55,8 @@ class SessionResult:
 
     Attributes:
         outcome: ``finished``.
-        params_digest: digest over the training state of this member, or an empty string without one.
+        params_digest: digest over models and optimizers of this member (over the models, where
+            ``session.optimizers_differ``), or an empty string without a TrainingState.
         replicas_identical: whether all members ended with the same bits; None without a TrainingState to compare.
         steps: gradient steps finished.
         size: members at the end.
@@ -154,6 +155,7 @@ class Session(EndingSession):
     def close(self) -> SessionResult:
         """End the session in good order: compare the replicas, write the last checkpoint, leave MPI.
 
+        Module buffers that are alike after each step are made so once more before: later passes may have changed them.
         Every member calls it when training is over. Calling it again returns the same result. In a ``finally`` or
         ``except`` block, with an exception under way, it raises that exception instead: this rank has failed, or
         leaves, and the others are to train on.

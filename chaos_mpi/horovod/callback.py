@@ -91,7 +91,8 @@ class ChaosCallback:
         scheduler, sampler, rng, extras: see :class:`chaos_mpi.TrainingState`.
         named_parameters, compression, backward_passes_per_step, op, gradient_predivide_factor, groups: as for
             ``hvd.DistributedOptimizer``; the names default to those of the model.
-        broadcast_buffers: after every step, module buffers (BatchNorm statistics, for one) are those of rank 0.
+        broadcast_buffers: after every step, and at the end, module buffers (BatchNorm statistics, for one) are those
+            of rank 0.
             Horovod lets them differ, and then the replicas are not identical at the end.
 
     Attributes:

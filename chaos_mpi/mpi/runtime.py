@@ -53,7 +53,7 @@ def start(limit_s: float) -> World:
 
     if MPI.Is_finalized():
         raise EngineError("MPI was already finalized in this process; a session can be opened once per process.")
-    if not MPI.Is_initialized():
+    if ours := not MPI.Is_initialized():
         _wait_for_every_rank_in_mpi_init(limit_s)
     if alone:
         os.environ["OMPI_MCA_btl"] = MCA_DEFAULTS["btl"]  # for what this process starts
@@ -65,13 +65,15 @@ def start(limit_s: float) -> World:
     Watchdog.prepare()
     world = World(MPI.COMM_WORLD)
     if world.size == 1 and (others := _started_by_another_launcher()):
-        _finalize(limit_s)
+        if ours:
+            _finalize(limit_s)
         raise EngineError(
             f"this process was started by {others}, of which MPI knows nothing, so each rank would train alone: "
             "start the script with 'chaosrun -n N script.py' or 'mpirun --with-ft ulfm -n N python script.py'."
         )
     if (ranks := world.size) > 1 and not _fault_tolerant():
-        _finalize(limit_s)
+        if ours:
+            _finalize(limit_s)
         raise EngineError(
             f"this job of {ranks} ranks was started without fault tolerance: "
             "start it with 'chaosrun -n N script.py' or 'mpirun --with-ft ulfm -n N python script.py'."

@@ -33,9 +33,9 @@ class DistributedDataParallel(torch.nn.Module):
     done again among the survivors from the local gradients, which are kept until it is finished; the training
     loop sees nothing but a longer step. The average is over the members that took part.
 
-    At construction, all ranks get rank 0's parameters and buffers. After every step, buffers (BatchNorm
-    statistics, for one) are those of rank 0, unless ``broadcast_buffers`` is false. Where the module names some that
-    torch's is to ignore (``_ddp_params_and_buffers_to_ignore``), these are each rank's own.
+    At construction, all ranks get rank 0's parameters and buffers. After every step, and at the end, buffers
+    (BatchNorm statistics, for one) are those of rank 0, unless ``broadcast_buffers`` is false. Where the module names
+    some that torch's is to ignore (``_ddp_params_and_buffers_to_ignore``), these are each rank's own.
 
     A module that is wrapped once more has the newer wrapper only. Parameters that are frozen now are never averaged.
 

@@ -32,7 +32,8 @@ class ElasticState:
     """What :func:`elastic_hook` needs of one model. Made by every rank, before the first forward pass.
 
     From then on members may die, leave and join between two steps: at the beginning of each forward pass. Module
-    buffers (BatchNorm statistics, for one) are those of rank 0 after every step, if DDP was to broadcast them.
+    buffers (BatchNorm statistics, for one) are those of rank 0 after every step, and at the end, if DDP was to
+    broadcast them.
 
     Args:
         model: wrapped by torch's DistributedDataParallel on the default group of the backend ``chaos``.

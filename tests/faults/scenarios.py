@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -146,6 +147,23 @@ def joined_with_buffers_that_differ(session: chaos_mpi.Session) -> None:
     assert not result.replicas_identical
     if session.is_newcomer:
         assert 0 < float(state.seen[0]) < 100, "it has the tensor of another rank than 0"
+
+
+def passes_after_the_last_step(session: chaos_mpi.Session) -> None:
+    """The last round of accumulation is not complete, and each rank has statistics of its own of it."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model = chaos_mpi.DistributedDataParallel(net)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    chaos_mpi.TrainingState(model=model, optimizer=optimizer)
+    for number in range(5):
+        with contextlib.nullcontext() if number % 2 else model.no_sync():
+            model(torch.randn(8, 4) + session.rank).square().sum().backward()
+        if number % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    own = net[1].running_mean.tolist()
+    assert chaos_mpi.finalize().replicas_identical
+    assert (net[1].running_mean.tolist() == own) == (session.rank == 0)
 
 
 def works_afterwards(session: chaos_mpi.Session) -> None:

@@ -183,6 +183,11 @@ def test_a_rank_leaves_where_the_model_is_called_more_than_once_a_step(tmp_path:
     assert finished.events("leave_committed")[0]["step"] < 10
 
 
+def test_passes_after_the_last_step_leave_replicas_alike(tmp_path: Path) -> None:
+    with start("scenarios.py", tmp_path, "passes_after_the_last_step", ranks=2) as job:
+        assert job.finish().status == 0
+
+
 def test_work_after_training_takes_as_long_as_it_takes(tmp_path: Path) -> None:
     with start("scenarios.py", tmp_path, "works_afterwards", ranks=2) as job:
         finished = job.finish()

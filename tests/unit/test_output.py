@@ -90,6 +90,19 @@ def test_the_rest_of_a_line_is_no_noise(rest: bytes) -> None:
     assert filtered([b"progress ", rest]) == b"progress " + rest
 
 
+@pytest.mark.parametrize("drop_noise", [False, True])
+def test_it_is_noted_that_mpi_gives_up(drop_noise: bool) -> None:
+    said = b"[vm:00000] *** MPI_ERRORS_ARE_FATAL (processes in this communicator will now abort,\n"
+    for place in range(len(said)):
+        output = OutputFilter(tagged=False, drop_noise=drop_noise)
+        output.feed(b"epoch 3\n" + said[:place])
+        output.feed(said[place:])
+        assert output.mpi_gave_up, place
+    output = OutputFilter(tagged=False, drop_noise=drop_noise)
+    output.feed(b"epoch 3\nMPI is a library\n")
+    assert not output.mpi_gave_up
+
+
 # -- noise ------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ import torch
 
 from chaos_mpi.elastic.current import current_session_or_none
 from chaos_mpi.elastic.exchanges import AllGather, AllReduce, Barrier
-from chaos_mpi.errors import NoSessionError
+from chaos_mpi.errors import ChaosError, NoSessionError
 from chaos_mpi.horovod.common.exceptions import HorovodInternalError
 from chaos_mpi.horovod.torch.calls import CallQueue
 from chaos_mpi.horovod.torch.negotiation import SHUTDOWN, Asked
@@ -267,7 +267,7 @@ def _end_of_script(opened: Job) -> None:
         try:
             shutdown()
         except Exception as error:  # Python would report it, and end the process as if all were well
-            opened.session.fail(error)
+            opened.session.fail(ChaosError(str(error)) if isinstance(error, HorovodInternalError) else error)
 
 
 def _refuse_other_communicator(comm: object) -> None:

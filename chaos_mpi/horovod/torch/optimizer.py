@@ -133,11 +133,13 @@ class Distributed:
         """
         self._passes = dict.fromkeys(self._trained, 0)
         self._synchronized, self._step_begun = True, False
-        if not self._takes_part() or not self._trained or self.op == Adasum:
+        if not self._takes_part() or not self._trained:
             return
         for param in self._trained:
             if param.grad is None:  # other ranks may have used it
                 param.grad = torch.zeros_like(param)
+        if self.op == Adasum:
+            return
         if self._steps is not None:
             self._steps.settle()
             return
