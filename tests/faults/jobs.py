@@ -88,6 +88,7 @@ class Job:
         self._log = folder / "output.txt"
         self._began = time.monotonic()
         env = {**clean_environment(), **environment, _MARKER: self._token}
+        self._temporary = Path(environment.get("TMPDIR", folder))
         with open(self._log, "wb") as log:
             self._process = subprocess.Popen(
                 list(command), cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT,
@@ -100,6 +101,9 @@ class Job:
 
     def __exit__(self, *_: object) -> None:
         self._kill_rest()
+        # Who was killed leaves it; no later job finds it where the directory for temporary files is the test's own.
+        for note in self._temporary.glob("chaosrun-*/memory"):
+            shutil.rmtree(note.read_text(), ignore_errors=True)
         # pytest shows it only when the test fails.
         print(f"--- output of the job in {self.folder}\n{self.output()}")
         for path in sorted(self.folder.glob("events-*.jsonl")):

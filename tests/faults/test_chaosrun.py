@@ -173,10 +173,10 @@ def test_the_next_job_removes_what_a_killed_one_left(tmp_path: Path) -> None:
         left = [launcher.parent, Path((launcher.parent / "memory").read_text())]
         job.kill(int(launcher.stem.removeprefix("launcher-")))
         job.kill_all()
-    assert all(path.exists() for path in left)
-    environment = {"TMPDIR": str(tmp_path / "t")}
-    assert tool("chaosrun", "-n", "1", sys.executable, "-c", "pass", environment=environment).returncode == 0
-    assert not [path for path in left if path.exists()]
+        assert all(path.exists() for path in left)
+        environment = {"TMPDIR": str(tmp_path / "t")}
+        assert tool("chaosrun", "-n", "1", sys.executable, "-c", "pass", environment=environment).returncode == 0
+        assert not [path for path in left if path.exists()]
 
 
 def test_all_ranks_crash(tmp_path: Path) -> None:
