@@ -314,6 +314,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
             axis.errorbar(places, medians, (below, above), fmt="o", capsize=4, label=SYSTEMS[system])
         axis.set_xticks(range(len(cells)), [f"{WORKLOADS[m].title}\n{n} ranks" for m, n in cells], fontsize=7)
         axis.set(title=title, ylabel="s, median and range", yscale="log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
         axis.grid(axis="y", alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=120)
