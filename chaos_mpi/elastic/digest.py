@@ -11,16 +11,19 @@ import torch
 from chaos_mpi.replication.devices import await_devices
 
 
+def byte_view(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a dense tensor in row-major order, where it is; a view of its memory if that is possible."""
+    return tensor.resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
+
+
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor in row-major order; a view of its memory where that is possible, not a copy.
 
     Works for every dense dtype, also those that numpy does not know. Do not write into it.
     """
-    dense = tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
-    if dense.numel() == 0:
+    if tensor.numel() == 0:
         return memoryview(b"")
-    # A tensor without dimensions cannot be viewed as another dtype, one with a single dimension can.
-    flat: Any = dense.reshape(-1).view(torch.uint8).numpy()
+    flat: Any = byte_view(tensor.detach().cpu()).numpy()
     return memoryview(flat)
 
 

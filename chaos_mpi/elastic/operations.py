@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from chaos_mpi.elastic.comparison import refuse_mismatch
+from chaos_mpi.elastic.digest import byte_view
 from chaos_mpi.errors import EngineError, PeerFailedError, RecoveryError
 from chaos_mpi.membership import View
 from chaos_mpi.mpi.memory import transportable
@@ -216,11 +217,6 @@ class Share(Operation):
     def deliver(self) -> None:
         """Write the shared bits into the tensors."""
         unpack_bytes(self._flat, self._tensors)
-
-
-def byte_view(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a dense tensor in row-major order, where it is; a view of its memory if that is possible."""
-    return tensor.resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
 
 
 def pack_bytes(tensors: list[torch.Tensor], flat: torch.Tensor) -> None:

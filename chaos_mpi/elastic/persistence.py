@@ -265,8 +265,10 @@ class Persistence:
             tensors = self.pack_with([]).tensors
         except CheckpointError:
             return {}
-        parts = ["state.model.", "state.extras."] + ["state.optimizer."] * self._session.optimizers_differ
-        return {n: t for n, t in tensors.items() if n.startswith(tuple(parts)) and t.data_ptr() not in parameters}
+        parts: tuple[str, ...] = ("state.model.", "state.extras.")
+        if self._session.optimizers_differ:
+            parts += ("state.optimizer.",)
+        return {n: t for n, t in tensors.items() if n.startswith(parts) and t.data_ptr() not in parameters}
 
     def _packed(self, *, clone: bool) -> Packed:
         assert self._state is not None

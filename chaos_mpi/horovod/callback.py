@@ -92,8 +92,7 @@ class ChaosCallback:
         named_parameters, compression, backward_passes_per_step, op, gradient_predivide_factor, groups: as for
             ``hvd.DistributedOptimizer``; the names default to those of the model.
         broadcast_buffers: after every step, and at the end, module buffers (BatchNorm statistics, for one) are those
-            of rank 0.
-            Horovod lets them differ, and then the replicas are not identical at the end.
+            of rank 0. Horovod lets them differ, and then the replicas are not identical at the end.
 
     Attributes:
         session: the session, for ``record``, ``evaluate``, ``all_reduce`` and the like.

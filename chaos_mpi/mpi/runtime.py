@@ -8,6 +8,7 @@ the other ranks, and they are to see a dead peer and train on.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import logging
 import os
@@ -23,6 +24,8 @@ from chaos_mpi.errors import EngineError
 from chaos_mpi.mpi.launch import MCA_DEFAULTS
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from chaos_mpi.mpi.world import World
 
 log = logging.getLogger("chaos_mpi.mpi")
@@ -64,45 +67,47 @@ def start(limit_s: float) -> World:
         )
     Watchdog.prepare()
     world = World(MPI.COMM_WORLD)
-    if world.size == 1 and (others := _started_by_another_launcher()):
-        if ours:
-            _finalize(limit_s)
-        raise EngineError(
-            f"this process was started by {others}, of which MPI knows nothing, so each rank would train alone: "
-            "start the script with 'chaosrun -n N script.py' or 'mpirun --with-ft ulfm -n N python script.py'."
-        )
-    if (ranks := world.size) > 1 and not _fault_tolerant():
-        if ours:
-            _finalize(limit_s)
-        raise EngineError(
-            f"this job of {ranks} ranks was started without fault tolerance: "
-            "start it with 'chaosrun -n N script.py' or 'mpirun --with-ft ulfm -n N python script.py'."
-        )
+    if reason := _why_refused(world.size):
+        if ours:  # processes that just end leave segments of shared memory behind
+            with _at_most(limit_s):
+                MPI.Finalize()
+        raise EngineError(reason)
     return world
 
 
+def _why_refused(size: int) -> str:
+    """Why a world of so many ranks cannot be a job; nothing if it can. The same at all of them."""
+    if size == 1 and (others := _started_by_another_launcher()):
+        return (
+            f"this process was started by {others}, of which MPI knows nothing, so each rank would train alone: "
+            "start the script with 'chaosrun -n N script.py' or 'mpirun --with-ft ulfm -n N python script.py'."
+        )
+    if size > 1 and not _fault_tolerant():
+        return (
+            f"this job of {size} ranks was started without fault tolerance: "
+            "start it with 'chaosrun -n N script.py' or 'mpirun --with-ft ulfm -n N python script.py'."
+        )
+    return ""
+
+
 def _wait_for_every_rank_in_mpi_init(limit_s: float) -> None:
-    """Initialise MPI, which returns when all ranks of the job have called it.
+    """Initialise MPI, which returns when all ranks of the job have called it."""
+    from mpi4py import MPI
+
+    with _at_most(limit_s):
+        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+
+
+@contextlib.contextmanager
+def _at_most(limit_s: float) -> Iterator[None]:
+    """Within it, a call of MPI that waits for all ranks may take so long; then the process ends.
 
     mpi4py holds the interpreter lock meanwhile, so no thread of Python can watch over it. ``faulthandler`` has one
-    that needs no lock; what it prints when it ends the process is a traceback, with this function's name on top.
+    that needs no lock; what it prints when it ends the process is a traceback, with the calling function on top.
     """
-    from mpi4py import MPI
-
     faulthandler.dump_traceback_later(limit_s, exit=True)
     try:
-        MPI.Init_thread(MPI.THREAD_MULTIPLE)
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-
-
-def _finalize(limit_s: float) -> None:
-    """Leave MPI where all ranks are refused: processes that just end leave segments of shared memory behind."""
-    from mpi4py import MPI
-
-    faulthandler.dump_traceback_later(limit_s, exit=True)
-    try:
-        MPI.Finalize()
+        yield
     finally:
         faulthandler.cancel_dump_traceback_later()
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from chaos_mpi.elastic.current import current_session
+from chaos_mpi.elastic.digest import tensor_bytes
 from chaos_mpi.elastic.exchanges import AllGather
 from chaos_mpi.elastic.session import Session
 from chaos_mpi.errors import ConfigError, RecoveryError
@@ -230,7 +231,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             given = [n for n in waiting if next(m for m in keepers[n] if m in here) == self._session.member]
             header = torch.tensor(given, dtype=torch.int64, device="cpu")
             tensors = [self._flat[i].detach() for n in given for i in self._parts[n]]
-            data = b"".join([len(given).to_bytes(8, "little"), _bytes(header), *map(_bytes, tensors)])
+            data = b"".join([len(given).to_bytes(8, "little"), tensor_bytes(header), *map(tensor_bytes, tensors)])
             for source in self._gathered("updated parameters", data).values():
                 self._take(source, waiting)
 
@@ -326,7 +327,3 @@ def _keepers(kept: Mapping[str, Iterable[int]]) -> dict[int, list[str]]:
         for number in numbers:
             keepers.setdefault(number, []).append(member)
     return keepers
-
-
-def _bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.to("cpu").contiguous().view(-1).view(torch.uint8).numpy().tobytes()

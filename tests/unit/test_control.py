@@ -188,9 +188,8 @@ def test_the_job_that_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     try:
         with pytest.raises(click.ClickException, match="several jobs are running") as error:
             find_job(None)
-        assert f"{starting} (python train.py) (starting, or about to end)" in str(error.value) and str(
-            memory
-        ) not in str(error.value)
+        assert f"{starting} (python train.py) (starting, or about to end)" in str(error.value)
+        assert str(memory) not in str(error.value)
         assert find_job(running) == running
         with pytest.raises(click.ClickException, match=f"the job in {starting} is starting"):
             find_job(starting)

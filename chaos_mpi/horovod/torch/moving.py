@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from chaos_mpi.elastic.digest import byte_view
 from chaos_mpi.elastic.exchanges import AllGather, AllToAll
-from chaos_mpi.elastic.operations import Operation, byte_view
+from chaos_mpi.elastic.operations import Operation
 from chaos_mpi.horovod.common.exceptions import HorovodInternalError
 from chaos_mpi.horovod.torch.handles import start, synchronize
 from chaos_mpi.horovod.torch.job import job
