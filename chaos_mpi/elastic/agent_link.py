@@ -75,9 +75,9 @@ def follow(session: Session, negotiator: Negotiator) -> None:
     if (link := session.agent) is not None:
         link.follow_links(changed)
         link.follow_witness(lambda fields: session.emit("witness_changed", **fields))
-        link.follow_crashes(negotiator.propose_restart)
+        link.follow_crashes(negotiator.requests.restart)
         link.follow_joins(negotiator.launch_ended)
-        link.follow_order(traffic, negotiator.propose_order)
+        link.follow_order(traffic, negotiator.requests.order)
 
 
 def links_between(members: Collection[str], link: AgentLink | None) -> list[dict[str, str]]:

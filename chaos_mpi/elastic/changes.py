@@ -31,10 +31,11 @@ if TYPE_CHECKING:
     from chaos_mpi.elastic.arrival import Arrival
     from chaos_mpi.elastic.attached import AttachedSamplers
     from chaos_mpi.elastic.lifecycle import ExitGuard
-    from chaos_mpi.elastic.negotiator import Answer, Negotiator
+    from chaos_mpi.elastic.negotiator import Negotiator
     from chaos_mpi.elastic.operations import Operation
     from chaos_mpi.elastic.persistence import Persistence
     from chaos_mpi.elastic.places import Places
+    from chaos_mpi.elastic.requests import Answer
     from chaos_mpi.elastic.sampler import ElasticSampler
     from chaos_mpi.events import EventLog, RecentEvents
     from chaos_mpi.mpi.world import World
@@ -130,7 +131,7 @@ class ChangingSession(StandingSession):
                 "no rank can join: the script has not made its TrainingState (with chaos_mpi.horovod.torch: called its "
                 "function under hvd.elastic.run), which a newcomer would start from"
             )
-        return [self._negotiator.request_join(host, answer) for _ in range(n)]
+        return [self._negotiator.requests.join(host, answer) for _ in range(n)]
 
     def request_leave(self, member: str | None = None, answer: Answer | None = None) -> str:
         """Ask that a member goes after the present step, from any member and any thread; its process exits with 0.
@@ -142,7 +143,7 @@ class ChangingSession(StandingSession):
         Returns:
             The id of the request.
         """
-        return self._negotiator.request_leave(member if member is not None else self.member, answer)
+        return self._negotiator.requests.leave(member if member is not None else self.member, answer)
 
     def request_move(self, name: str, answer: Answer | None = None) -> str:
         """Ask that all ranks end after the present step, for the job to go on from there under another launcher.
@@ -162,7 +163,7 @@ class ChangingSession(StandingSession):
             raise ConfigError(
                 "the job cannot move: the script has not made its TrainingState, which it would go on from"
             )
-        return self._negotiator.request_move(name, answer)
+        return self._negotiator.requests.move(name, answer)
 
     # -- for what carries joins and leaves out -------------------------------------------------------
 

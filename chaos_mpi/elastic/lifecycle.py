@@ -83,7 +83,9 @@ def say_once(run_dir: Path | None, said: BaseException | str) -> None:
         except OSError:
             pass  # better twice than never
     try:
-        print(f"chaos_mpi: {text}", file=sys.stderr, flush=True)
+        # In one piece, which print() does not do with PYTHONUNBUFFERED: what MPI says next must not come between.
+        sys.stderr.write(f"chaos_mpi: {text}\n")
+        sys.stderr.flush()
         if descriptor >= 0:
             os.write(descriptor, b"1")
     finally:

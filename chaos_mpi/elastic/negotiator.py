@@ -1,26 +1,26 @@
-"""What this member wants of the others, and how all of them settle it at a step boundary.
+"""How members settle at a step boundary what some of them want, and carry it out.
 
-Proposals wait in an inbox that any thread may fill. Every gradient step carries one more number in its sum: how many
-members have something to propose. While it is zero nothing else happens; otherwise all negotiate at the next boundary.
+Proposals wait in an inbox (:mod:`chaos_mpi.elastic.requests`). Every gradient step carries one more number in its sum:
+how many members have something to propose. While it is zero nothing else happens; otherwise all negotiate at the next
+boundary.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from chaos_mpi.agent import launcher
 from chaos_mpi.autoscale.settling import with_failed
 from chaos_mpi.elastic import admission
 from chaos_mpi.elastic.admission import LiveState
 from chaos_mpi.elastic.alike import tensors_of_rank_0
 from chaos_mpi.elastic.autoscaler import Autoscaler
 from chaos_mpi.elastic.overlap import Overlap, overlaps
+from chaos_mpi.elastic.requests import Requests, put_now
 from chaos_mpi.elastic.sponsor import Sponsorship
 from chaos_mpi.elastic.transitions import Admit, Arrange, Leave
 from chaos_mpi.errors import CheckpointError
@@ -40,19 +40,12 @@ from chaos_mpi.membership import (
 )
 
 if TYPE_CHECKING:
-    from chaos_mpi.agent.crashes import Crash
     from chaos_mpi.elastic.session import Session
 
 log = logging.getLogger("chaos_mpi.elastic")
 
-#: What is said to those that asked for something too late.
-_OVER = "the job ended before that"
-
 #: Room for the report of one sampler, as JSON.
 _REPORT_BYTES = 320
-
-#: What became of a request, told to who made it: the event and its fields.
-Answer = Callable[[str, dict[str, Any]], None]
 
 
 class Negotiator:
@@ -63,6 +56,7 @@ class Negotiator:
         limits: how small and how large the job may get.
 
     Attributes:
+        requests: what this member wants.
         agenda: what all have agreed on and not yet done.
         due: whether some member had something to propose in the last finished step.
     """
@@ -71,64 +65,23 @@ class Negotiator:
         self.agenda = Agenda()
         self.due = False
         self.limits = limits
+        self.requests = Requests(session, limits)
         self._session = session
-        self._lock = threading.Lock()
-        self._inbox: dict[tuple[str, str, int], Proposal] = {}
-        self._answers: dict[str, Answer] = {}
-        self._numbers = itertools.count(1)
-        self._closed = False
         self._sponsorships: dict[str, Sponsorship] = {}
         self._asked_at: dict[str, float] = {}  # when joins were asked for, on this machine's monotonic clock
         self._overlap: Overlap | None = None
-        self._autoscaler = Autoscaler(session, limits, lambda: self.agenda, self.propose)
-
-    # -- proposing; from any thread --------------------------------------------------------------------
-
-    def request_join(self, host: str = "", answer: Answer | None = None) -> str:
-        """Ask for one more rank; returns the id of the request."""
-        return self._request("join", host=host, answer=answer)
-
-    def request_leave(self, member: str, answer: Answer | None = None) -> str:
-        """Ask that a member goes; returns the id of the request."""
-        return self._request("leave", member=member, answer=answer)
-
-    def request_move(self, name: str, answer: Answer | None = None) -> str:
-        """Ask that all end, with the state kept under this name; returns the id of the request."""
-        return self._request("move", name=name, answer=answer)
-
-    def propose_restart(self, crash: Crash) -> None:
-        """Another rank has crashed: ask for one more in its place. All do so who hear of it, and it counts once."""
-        if not self.limits.restarts_an_hour:
-            return
-        obstacle = ""
-        if launcher.is_lost():
-            obstacle = "mpirun, which starts ranks, is gone"
-        elif not self._session.has_state:
-            obstacle = "the script has no TrainingState, which a new rank would start from"
-        id_, host = f"restart-{crash.member}", crash.host or "localhost"
-        self.propose(
-            Proposal("restart", id_, crash.member, host, reason=crash.how, asked_at=time.time(), obstacle=obstacle)
-        )
-
-    def propose_order(self, order: tuple[str, ...]) -> None:
-        """The agents have found an order of the members in which slow links carry less; from any thread."""
-        self.propose(Proposal("order", "order", order=order))
+        self._autoscaler = Autoscaler(session, limits, lambda: self.agenda, self.requests.propose)
 
     def launch_ended(self, mark: str, how: str) -> None:
         """The process of a newcomer has ended; from any thread. This member may have had it started."""
         for sponsorship in list(self._sponsorships.values()):
             sponsorship.process_ended(mark, how)
 
-    def propose(self, proposal: Proposal) -> None:
-        """Put a proposal before all members at the next boundary."""
-        with self._lock:
-            self._inbox[proposal.kind, proposal.id, proposal.attempt] = proposal
-
     def wants_to_talk(self) -> bool:
         """Whether this member has something to propose."""
         agenda, view = self.agenda, self._session.view
         agreed = orphaned(agenda, view) or cut_is_due(agenda, view) or self._autoscaler.wants_a_change()
-        return bool(self._inbox) or agreed
+        return bool(self.requests) or agreed
 
     # -- at a boundary ---------------------------------------------------------------------------------
 
@@ -142,11 +95,10 @@ class Negotiator:
         if not self.due:
             return
         self.due = False
-        with self._lock:
-            mine = list(self._inbox.values())
+        mine = self.requests.waiting()
         arrived = time.perf_counter()
         # What a change of the view needs to know of the samplers comes along, so that a leave needs no other round.
-        word = [[_put_now(p).to_json() for p in mine], self._session.sampler_reports()]
+        word = [[put_now(p).to_json() for p in mine], self._session.sampler_reports()]
         words, contributors = self._session.gather_with_contributors(word)
         begun = time.perf_counter()  # until here a member has waited for slower ones, as it does in every step
         view = View(0, contributors)
@@ -159,11 +111,7 @@ class Negotiator:
         outcome = negotiate(self.agenda, view, proposals, self.limits)
         outcome = self._autoscaler.settle(outcome, view)
         self.agenda = outcome.agenda
-        with self._lock:
-            for proposal in mine:
-                key = proposal.kind, proposal.id, proposal.attempt
-                if self._inbox.get(key) is proposal:  # and not a newer one
-                    del self._inbox[key]
+        self.requests.settled(mine)
         if outcome.move is not None:
             self._move(outcome.move)
         if outcome.leave:
@@ -197,10 +145,7 @@ class Negotiator:
         for sponsorship in self._sponsorships.values():
             sponsorship.give_up("the job ended")
         self._sponsorships.clear()
-        with self._lock:
-            self._closed = True
-        for id_ in list(self._answers):
-            self._answer(id_, "refused", {"reason": _OVER})
+        self.requests.close()
         if self._overlap is not None:
             self._overlap.abandon()
             self._overlap = None
@@ -255,11 +200,10 @@ class Negotiator:
         if reason := session.keep_state(move.name):
             if session.rank == 0:
                 log.warning("the job cannot move to another launcher: %s", reason)
-            self._answer(move.id, "refused", {"reason": reason})
+            self.requests.answer(move.id, "refused", {"reason": reason})
             return
-        for id_ in set(self._answers) - {move.id}:
-            self._answer(id_, "refused", {"reason": f"{MOVES}; ask again when it is there"})
-        self._answer(move.id, "moved", {"step": session.step})
+        self.requests.refuse_all(f"{MOVES}; ask again when it is there", but=move.id)
+        self.requests.answer(move.id, "moved", {"step": session.step})
         self.close()
         session.move_away()
 
@@ -308,7 +252,7 @@ class Negotiator:
         policy = "blocking" if session.optimizers_differ else session.settings.join_policy
         optimizers = session.optimizers()
         if state is not None and overlaps(policy, joins, state.layout.total_bytes, optimizers):
-            self._overlap = Overlap(session, operation, joins, state, begun, self.propose)
+            self._overlap = Overlap(session, operation, joins, state, begun, self.requests.propose)
             self.agenda = replace(self.agenda, replicating=joins)
         elif state is not None and admission.replicate(session, operation, joins, state, begun):
             self._welcome(joins)
@@ -344,7 +288,7 @@ class Negotiator:
 
     def _welcome(self, joins: tuple[Join, ...]) -> None:
         for join in joins:
-            self._answer(join.id, "active", {"member": join.newcomer})
+            self.requests.answer(join.id, "active", {"member": join.newcomer})
 
     def _start_again(self, joins: tuple[Join, ...], view: View) -> None:
         for join in self._renew(joins, view):
@@ -357,9 +301,9 @@ class Negotiator:
         for join in given_up:
             reason = f"it failed {join.attempt} times"
             self._session.emit("join_failed", id=join.id, host=join.host, reason=reason)
-            self._answer(join.id, "refused", {"reason": reason})
+            self.requests.answer(join.id, "refused", {"reason": reason})
         for join in again:
-            self._answer(join.id, "starting", {"sponsor": join.sponsor, "attempt": join.attempt})
+            self.requests.answer(join.id, "starting", {"sponsor": join.sponsor, "attempt": join.attempt})
         return again
 
     def _sponsor(self, join: Join) -> None:
@@ -370,7 +314,7 @@ class Negotiator:
         if join.sponsor != session.member:
             return
         session.emit("join_spawned", id=join.id, host=join.host, attempt=join.attempt)
-        sponsorship = Sponsorship(join, session.requirements(), session.settings.join_timeout_s, self.propose)
+        sponsorship = Sponsorship(join, session.requirements(), session.settings.join_timeout_s, self.requests.propose)
         if (before := self._sponsorships.pop(join.id, None)) is not None:
             before.give_up("another attempt is made")
         self._sponsorships[join.id] = sponsorship
@@ -383,23 +327,6 @@ class Negotiator:
         asked_at = self._asked_at.get(join.id)
         return sum(timing.values()) if asked_at is None else time.monotonic() - asked_at
 
-    def _request(
-        self, kind: str, *, member: str = "", host: str = "", name: str = "", answer: Answer | None = None
-    ) -> str:
-        session = self._session
-        with self._lock:
-            id_ = f"{kind}-{session.member}-{next(self._numbers)}"
-            if answer is not None and not self._closed:
-                self._answers[id_] = answer
-        if self._closed:
-            if answer is not None:
-                answer("refused", {"reason": _OVER})
-            return id_
-        if kind == "join":
-            session.emit("join_requested", id=id_, host=host)
-        self.propose(Proposal(kind, id_, member, host, asked_at=time.time(), name=name))
-        return id_
-
     def _tell(self, outcome: Outcome, hosts: Mapping[str, str]) -> None:
         """Tell who asked, and the event log; ``hosts`` are those of all joins."""
         for crash in outcome.crashes:
@@ -411,29 +338,14 @@ class Negotiator:
                 self._session.emit("join_failed", id=id_, host=hosts[id_], reason=reason)
             if self._session.rank == 0:
                 log.warning("the wish to %s (%s) is refused: %s", id_.partition("-")[0], id_, reason)
-            self._answer(id_, "refused", {"reason": reason})
+            self.requests.answer(id_, "refused", {"reason": reason})
         for join in outcome.start:
-            self._answer(join.id, "starting", {"sponsor": join.sponsor, "attempt": join.attempt})
-        for id_ in list(self._answers):
-            if id_.startswith("leave-") and id_ in self.agenda.settled:
-                self._answer(id_, "left", {"members": list(outcome.leave)})
-
-    def _answer(self, id_: str, what: str, fields: dict[str, Any]) -> None:
-        answer = self._answers.get(id_)
-        if answer is not None:
-            answer(what, fields)
-            if what in ("refused", "left", "active", "moved"):
-                del self._answers[id_]
+            self.requests.answer(join.id, "starting", {"sponsor": join.sponsor, "attempt": join.attempt})
+        self.requests.answer_left(self.agenda.settled, outcome.leave)
 
     def _width(self) -> int:
         # The same at all members: a report is six counters, and they all have equally many samplers.
         return 64 + _REPORT_BYTES * len(self._session.samplers)
-
-
-def _put_now(proposal: Proposal) -> Proposal:
-    """A proposal with the time that it has waited until it is put before the members."""
-    waited_s = max(0.0, time.time() - proposal.asked_at) if proposal.asked_at else 0.0
-    return replace(proposal, waited_s=waited_s)
 
 
 def _leave_parts(times: Sequence[float]) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -12,6 +12,8 @@ from chaos_mpi.errors import ConfigError
 
 if TYPE_CHECKING:
     from chaos_mpi.elastic.session import Session
+
+_T = TypeVar("_T")
 
 
 class StableBuffers:
@@ -44,10 +46,9 @@ class StableBuffers:
         self._live = [_alias(buffer) for buffer in self._tensors]
         self.nbytes = sum(buffer.nbytes for buffer in self._live)
         self._kept = [buffer.clone() for buffer in self._live]
-        session.on_rollback(_while_it_lives(self._restore))
-        session.on_restore(_while_it_lives(self.keep))
-        this = weakref.ref(self)
-        session.keep_alike(lambda: alive.live if (alive := this()) is not None else [])
+        session.on_rollback(_while_it_lives(self._restore, None))
+        session.on_restore(_while_it_lives(self.keep, None))
+        session.keep_alike(_while_it_lives(self._to_be_alike, []))
 
     @property
     def live(self) -> list[torch.Tensor]:
@@ -75,14 +76,17 @@ class StableBuffers:
     def _restore(self) -> None:
         _copy(self.live, self._kept)
 
+    def _to_be_alike(self) -> list[torch.Tensor]:
+        return self.live
 
-def _while_it_lives(method: Callable[[], None]) -> Callable[[], None]:
+
+def _while_it_lives(method: Callable[[], _T], gone: _T) -> Callable[[], _T]:
     """Calls the method of an object as long as somebody else keeps that: a session may outlive many models."""
     reference = weakref.WeakMethod(method)
 
-    def call() -> None:
-        if (alive := reference()) is not None:
-            alive()
+    def call() -> _T:
+        alive = reference()
+        return gone if alive is None else alive()
 
     return call
 

@@ -44,7 +44,7 @@ def test_a_group_outlives_a_change_of_the_order_of_the_members(session: Session)
     group, before, place = Subgroup(session, mine, 4, 30.0), session.members, session.rank
     # The agents ask for it, in a job on several hosts, when they have found slow links.
     order = (before[0], *reversed(before[1:]))
-    session._negotiator.propose_order(order)
+    session._negotiator.requests.order(order)
     session.meet(True)
     assert session.members == order
     assert session.rank == order.index(session.member)
@@ -52,7 +52,7 @@ def test_a_group_outlives_a_change_of_the_order_of_the_members(session: Session)
     group.execute(operation)
     assert operation.result.tolist() == mine
     assert session.gather(place) == [before.index(member) for member in order]
-    session._negotiator.propose_order(before)
+    session._negotiator.requests.order(before)
     session.meet(True)
     assert session.members == before
     group.free()

@@ -137,8 +137,8 @@ class FaultPoints:
             (session, "enter_view", "newcomer:enter_view"),
         ):
             setattr(owner, name, self._before_call(getattr(owner, name), lambda *_, point=point: point))
-        negotiator = session._negotiator
-        negotiator.propose = self._before_call(negotiator.propose, lambda proposal: f"members:propose {proposal.kind}")
+        requests = session._negotiator.requests
+        requests.propose = self._before_call(requests.propose, lambda proposal: f"members:propose {proposal.kind}")
         autoscaler = session._negotiator._autoscaler
         autoscaler._propose = self._before_call(
             autoscaler._propose, lambda proposal: f"members:observe {sum(slots for _, slots in proposal.hosts)}"
@@ -196,7 +196,7 @@ class FaultPoints:
         elif deed == "order":
             # Asked for by the agents in a job on several hosts, when they have found slow links.
             first, *rest = self._session.members
-            self._session._negotiator.propose_order((first, *reversed(rest)))
+            self._session._negotiator.requests.order((first, *reversed(rest)))
         elif deed == "raise":
             raise InjectedError(f"injected into rank {self._rank}")
 

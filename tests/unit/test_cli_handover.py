@@ -20,7 +20,7 @@ from chaos_mpi.cli.handover import HandOver, ready
 from chaos_mpi.elastic import kept
 from chaos_mpi.elastic.awaited import AwaitedState
 from chaos_mpi.elastic.control import ControlSocket
-from chaos_mpi.elastic.negotiator import Answer
+from chaos_mpi.elastic.requests import Answer
 from chaos_mpi.elastic.session import Session
 from chaos_mpi.errors import CheckpointError, ConfigError
 from chaos_mpi.events import RecentEvents

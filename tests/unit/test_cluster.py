@@ -183,7 +183,7 @@ def test_a_rank_on_a_host_with_a_name_that_is_none_is_refused_at_once(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    negotiator = SimpleNamespace(request_join=lambda host, answer: asked.append(host))
+    negotiator = SimpleNamespace(requests=SimpleNamespace(join=lambda host, _: asked.append(host)))
     session: Any = SimpleNamespace(has_state=True, _negotiator=negotiator)
     monkeypatch.setenv(VARIABLE, "[]")
     with pytest.raises(ConfigError, match=f"no rank can join: '{name}' is not the name of a host"):

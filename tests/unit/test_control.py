@@ -26,7 +26,7 @@ from chaos_mpi.agent.marks import here
 from chaos_mpi.cli.control import LAUNCHER, ask, ask_all, end_ranks, find_job, follow
 from chaos_mpi.cli.status import combine, lines
 from chaos_mpi.elastic.control import ControlSocket
-from chaos_mpi.elastic.negotiator import Answer
+from chaos_mpi.elastic.requests import Answer
 from chaos_mpi.elastic.session import Session
 from chaos_mpi.elastic.status import MemberStatus
 from chaos_mpi.events import EventLog, RecentEvents

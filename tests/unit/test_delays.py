@@ -60,7 +60,7 @@ def word_of(origin: Negotiator, session: Any) -> Any:
 def test_the_sponsor_counts_from_the_request_whatever_clocks_say(clocks: Clocks) -> None:
     clocks.ahead_s = 3600.0
     origin, session = negotiator("a:1")
-    id_ = origin.request_join()
+    id_ = origin.requests.join()
     clocks.now += 2.0  # a long step
     word = word_of(origin, session)
     clocks.ahead_s = -60.0  # on the other host

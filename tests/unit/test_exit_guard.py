@@ -51,3 +51,19 @@ def test_a_forked_child_ends_as_it_likes(deed: str, when: str, tmp_path: Path) -
     assert done.returncode == 0
     assert ("of the child" in done.stderr) == ("raise" in deed)
     assert len(list(tmp_path.glob("leaving-*"))) == 1
+
+
+def test_what_is_said_goes_out_in_one_piece() -> None:
+    """With PYTHONUNBUFFERED, too: else what MPI says of the end comes between a line and the end of it."""
+    reader, writer = os.pipe2(os.O_DIRECT)  # a read gets what one write wrote
+    said = "from chaos_mpi.elastic.lifecycle import say_once; say_once(None, 'a member is stuck')"
+    try:
+        subprocess.run(
+            [sys.executable, "-c", said], stderr=writer, env={**os.environ, "PYTHONUNBUFFERED": "1"}, timeout=60,
+            check=True,
+        )  # fmt: skip
+        os.close(writer)
+        assert os.read(reader, 4096) == b"chaos_mpi: a member is stuck\n"
+        assert os.read(reader, 4096) == b""
+    finally:
+        os.close(reader)
