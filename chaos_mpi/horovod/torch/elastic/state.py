@@ -17,6 +17,7 @@ from chaos_mpi.elastic.digest import params_digest
 from chaos_mpi.horovod.common.exceptions import HorovodInternalError, HostsUpdatedInterrupt
 from chaos_mpi.horovod.torch.basics import rank
 from chaos_mpi.horovod.torch.elastic import membership
+from chaos_mpi.horovod.torch.elastic.copying import copied
 from chaos_mpi.horovod.torch.elastic.sampler import ElasticSampler, merged
 from chaos_mpi.horovod.torch.functions import (
     _without_tensors,
@@ -255,7 +256,7 @@ class StateHandler(ABC):
 
     def save(self) -> None:
         """Keep what :meth:`restore` goes back to."""
-        self._saved = copy.deepcopy(self.value.state_dict())
+        self._saved = copied(self.value.state_dict(), self._saved)
 
     def restore(self) -> None:
         """Go back to what was saved last."""
