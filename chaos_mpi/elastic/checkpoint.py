@@ -5,6 +5,7 @@ Written here by hand, since a file must be synced before it gets its name; read 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import logging
@@ -15,6 +16,7 @@ import struct
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -28,8 +30,9 @@ from chaos_mpi.replication.tree import Packed
 
 log = logging.getLogger("chaos_mpi.checkpoint")
 
-#: Version of the layout of a checkpoint; raised when older packages cannot read newer files.
-FORMAT_VERSION = 1
+#: Version of the layout of a checkpoint; raised when older packages cannot read newer files. The first had another
+#: digest.
+FORMAT_VERSION = 2
 
 #: Readers of safetensors accept no longer header than this.
 MAX_HEADER_BYTES = 100_000_000
@@ -310,9 +313,12 @@ def stored_digest(path: str | os.PathLike[str]) -> str:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
-def _content_digest(step: int, packed: Packed) -> str:
+def _content_digest(step: int, packed: Packed, version: str = str(FORMAT_VERSION)) -> str:
     skeleton = torch.frombuffer(bytearray(packed.skeleton.encode()), dtype=torch.uint8)
-    return params_digest([(f"step {step}", skeleton), *sorted(packed.tensors.items())])
+    content = [(f"step {step}", skeleton), *sorted(packed.tensors.items())]
+    return (
+        params_digest(content, partial(hashlib.blake2b, digest_size=16)) if version == "1" else params_digest(content)
+    )
 
 
 def _read(path: Path) -> tuple[int, Packed]:
@@ -331,7 +337,7 @@ def _read(path: Path) -> tuple[int, Packed]:
         for name, (dtype, shape) in json.loads(metadata["dtypes"]).items():
             tensors[name] = tensors[name].view(getattr(torch, dtype)).reshape(shape)
         step, packed = int(metadata["step"]), Packed(metadata["skeleton"], tensors)
-        good = _content_digest(step, packed) == metadata["digest"]
+        good = _content_digest(step, packed, metadata["format_version"]) == metadata["digest"]
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise _DamagedError(f"{path} is damaged: {error!r}") from error
     if not good:

@@ -123,13 +123,25 @@ def test_foreign_newer_missing_and_unreadable_files(tmp_path: Path) -> None:
     path.rmdir()
     save_now(path, 1, small())
     data = path.read_bytes()
-    assert data.count(b'"format_version":"1"') == 1
-    path.write_bytes(data.replace(b'"format_version":"1"', b'"format_version":"2"'))
-    with pytest.raises(CheckpointError, match=r"written by chaos_mpi .* in format 2.*upgrade"):
+    assert data.count(b'"format_version":"2"') == 1
+    path.write_bytes(data.replace(b'"format_version":"2"', b'"format_version":"3"'))
+    with pytest.raises(CheckpointError, match=r"written by chaos_mpi .* in format 3.*upgrade"):
         load(path)
     save_now(checkpoint_path(tmp_path, 0), 0, small())
     with pytest.raises(CheckpointError, match="upgrade"):  # an older one would silently lose steps
         load_latest(tmp_path)
+
+
+def test_a_file_of_the_first_format(tmp_path: Path) -> None:
+    path = checkpoint_path(tmp_path, 1)
+    save_now(path, 1, small())
+    digest = checkpoint.stored_digest(path).encode()
+    first = path.read_bytes().replace(b'"format_version":"2"', b'"format_version":"1"')
+    path.write_bytes(first)
+    with pytest.raises(CheckpointError, match="damaged"):
+        load(path)
+    path.write_bytes(first.replace(digest, b"dc9d38680300919e02e5cc5cd0240aef"))  # as it was written then
+    assert load(path).tensors["w"].tolist() == [1, 1, 1]
 
 
 def test_load_latest_passes_over_damage_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -262,5 +274,5 @@ def test_the_metadata(tmp_path: Path) -> None:
     save_now(tmp_path / "a", 42, small())
     data = (tmp_path / "a").read_bytes()
     metadata = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])["__metadata__"]
-    assert (metadata["writer"], metadata["step"], metadata["format_version"]) == ("chaos_mpi", "42", "1")
+    assert (metadata["writer"], metadata["step"], metadata["format_version"]) == ("chaos_mpi", "42", "2")
     assert len(metadata["digest"]) == 32
