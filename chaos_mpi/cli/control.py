@@ -205,14 +205,14 @@ def _ask_one(path: Path, request: dict[str, Any], limit_s: float) -> dict[str, A
 
 
 def end_ranks(job: Path, name: str) -> bool:
-    """Tell every rank of the job to end as soon as it can, as SIGTERM does, but once; whether any could be told.
+    """Tell every rank that the job is to stop after the present step; whether any could be told.
 
     All are told before any is waited for: those that hang are not to use up the time of the others. Without threads,
     for this is done within a signal handler, which may have interrupted whoever starts or ends one.
 
     Args:
         job: its private directory.
-        name: of the signal for which they are to end.
+        name: of the signal for which they are to stop.
     """
     limit = time.monotonic() + CONNECT_LIMIT_S
     request = json.dumps({"do": "end", "signal": name}).encode() + b"\n"

@@ -198,9 +198,7 @@ class MpirunJob:
         assert self._process is not None
         self._deadline = time.monotonic() + GRACE_S
         self.told = {entry.pid: entry.host for entry in registry.registered(self._run_dir) if entry.host}
-        if number is not signal.SIGINT and end_ranks(self._run_dir, number.name):
-            return
-        if self._process.poll() is None:
+        if not end_ranks(self._run_dir, number.name) and self._process.poll() is None:
             self._process.send_signal(signal.SIGINT)
 
     def _allowance_s(self, records: Records) -> float | None:

@@ -165,6 +165,10 @@ class ChangingSession(StandingSession):
             )
         return self._negotiator.requests.move(name, answer)
 
+    def request_stop(self, signal_name: str) -> None:
+        """Ask that the job stops after the present step, because of this signal; from any member and any thread."""
+        self._negotiator.requests.stop(signal_name)
+
     # -- for what carries joins and leaves out -------------------------------------------------------
 
     @property
@@ -324,15 +328,19 @@ class ChangingSession(StandingSession):
 
         What is left without it is too few, so the others, if not told to end as well, stop in the next step.
         """
-        if not self.stop_reason:
-            return
+        if self.stop_reason:
+            self._in_time()
+            saved = self._persistence.save_on_request() if self.rank == 0 else ""
+            self._stop(f"{self.stop_reason}, and it was told to end ({self.told_by}, host {self.host})", saved)
+
+    def stop_together(self, signal_name: str) -> NoReturn:
+        """All members have agreed to stop here, as the job was told to end: rank 0 saves the state, and says so."""
         self._in_time()
-        message = ""
-        if self.rank == 0:
-            message = (
-                f"stopped at step {self.step} on request: {self.stop_reason}, and it was told to end ({self.told_by}, "
-                f"host {self.host}). {self._persistence.save_on_request()}"
-            )
+        saved = self._persistence.save_together()
+        self._stop(f"the job was told to end ({signal_name}, host {self.host})", saved)
+
+    def _stop(self, why: str, saved: str) -> NoReturn:
+        message = f"stopped at step {self.step} on request: {why}. {saved}" if self.rank == 0 else ""
         self._persistence.close()
         self._end("stopped", message, "")
         raise StopRequestedError(message)

@@ -59,8 +59,8 @@ class ControlSocket:
     "follow"}``, answered by one ``{"event": {...}}`` for each event, up to the end of the session, and by ``{}`` now
     and then;
     ``{"do": "add", "n": 1, "host": ""}``; ``{"do": "remove", "member": id}``; ``{"do": "link", "a": host, "b": host,
-    "down": true}``; ``{"do": "end", "signal": "SIGTERM"}``, which is for this member alone, as SIGTERM is, and names
-    the signal that its launcher got; ``{"do": "relaunch"}``, what another launcher has to know to start the job anew;
+    "down": true}``; ``{"do": "end", "signal": "SIGTERM"}``, after which the job stops: its launcher got this
+    signal; ``{"do": "relaunch"}``, what another launcher has to know to start the job anew;
     ``{"do": "hand_over", "name": "chaos-state-..."}``, for it to go on under that one; ``{"do": "state_kept",
     "problem": ""}``, to ranks that wait for what is handed over.
 
@@ -167,7 +167,7 @@ class ControlSocket:
             return
         if request["do"] == "end":
             # Who asks for it does not wait for an answer.
-            end_soon(session, str(request.get("signal", signal.SIGTERM.name)))
+            stop_soon(session, str(request.get("signal", signal.SIGTERM.name)))
             return
         if request["do"] == "add":
             session.request_join(1, str(request.get("host", "")), answer)
@@ -251,12 +251,8 @@ def end_soon(session: Session, name: str) -> None:
         session: this member's part in the job.
         name: of the signal that said so.
     """
-    if session.told_to_end:
+    if not _has_to_end(session, name):
         return
-    session.told_by, session.told_to_end = name, True
-    timer = session.deadline = threading.Timer(LEAVE_DEADLINE_S, _end_now, (session,))
-    timer.daemon = True
-    timer.start()
 
     def answer(what: str, fields: dict[str, Any]) -> None:
         if what == "refused":
@@ -264,6 +260,28 @@ def end_soon(session: Session, name: str) -> None:
 
     # In a thread, because a signal handler may have interrupted whoever holds the lock of the inbox.
     threading.Thread(target=session.request_leave, args=(None, answer), daemon=True).start()
+
+
+def stop_soon(session: Session, name: str) -> None:
+    """All ranks are to end: the job stops after the present step, also where a rank has asked to leave before.
+
+    Args:
+        session: this member's part in the job.
+        name: of the signal that said so.
+    """
+    _has_to_end(session, name)
+    session.request_stop(name)
+
+
+def _has_to_end(session: Session, name: str) -> bool:
+    """From now on this rank has a limited time; whether it had not been told so before."""
+    if session.told_to_end:
+        return False
+    session.told_by, session.told_to_end = name, True
+    timer = session.deadline = threading.Timer(LEAVE_DEADLINE_S, _end_now, (session,))
+    timer.daemon = True
+    timer.start()
+    return True
 
 
 def _end_now(session: Session) -> None:

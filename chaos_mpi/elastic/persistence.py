@@ -180,8 +180,12 @@ class Persistence:
             elif self._writer.last_error is not None:
                 log.error("the last checkpoint was not written: %s", self._writer.last_error)
 
-    def save_emergency(self) -> str:
-        """Write the state at once, and say where, or why not."""
+    def save_emergency(self, rng_of_ranks: list[dict[str, Any]] | None = None) -> str:
+        """Write the state at once, and say where, or why not.
+
+        Args:
+            rng_of_ranks: states of the random number generators, where the other ranks could still be asked.
+        """
         if self._state is None:
             return "No state was saved, because the script names none (chaos_mpi.TrainingState)."
         if not self._has_begun:
@@ -198,8 +202,7 @@ class Persistence:
                 path = checkpoint.checkpoint_path(directory, step)
             if self._writer is not None:
                 self._writer.flush(FLUSH_LIMIT_S)
-            # The others cannot be asked any more.
-            self._rng_of_ranks = [self._rng] if self._rng is not None else None
+            self._rng_of_ranks = rng_of_ranks or ([self._rng] if self._rng is not None else None)
             checkpoint.save_now(path, step, self._packed(clone=False))
         except (ChaosError, OSError) as error:
             return f"The state could NOT be saved to {path}: {error}."
@@ -208,11 +211,17 @@ class Persistence:
                 agent.saving(0.0)
         return f"The state is saved in {path}; go on with --checkpoint-dir {directory} --resume."
 
-    def save_on_request(self) -> str:
+    def save_on_request(self, rng_of_ranks: list[dict[str, Any]] | None = None) -> str:
         """The same, if a checkpoint directory was chosen: nobody expects files anywhere after a plain stop."""
         if self._settings.checkpoint_dir is None:
             return "No state was saved, because there is no checkpoint directory (--checkpoint-dir)."
-        return self.save_emergency()
+        return self.save_emergency(rng_of_ranks)
+
+    def save_together(self) -> str:
+        """The same, called by all members, at a boundary: rank 0 writes, and an empty text is returned at others."""
+        told = self._settings.checkpoint_dir is not None and self._state is not None and self._state.keeps_rng
+        rng_of_ranks = self._session.gather(self._rng) if told else None
+        return self.save_on_request(rng_of_ranks) if self._session.rank == 0 else ""
 
     def keep(self, name: str) -> str:
         """Have each host keep the state in its memory; called by all members, at a boundary.

@@ -59,6 +59,10 @@ class Requests:
         """Ask that all end, with the state kept under this name; returns the id of the request."""
         return self._ask("move", name=name, answer=answer)
 
+    def stop(self, signal_name: str) -> None:
+        """Ask that all end, because the job got this signal. Whoever is told asks for it, and it counts once."""
+        self.propose(Proposal("stop", "stop", self._session.member, reason=signal_name))
+
     def restart(self, crash: Crash) -> None:
         """Another rank has crashed: ask for one more in its place. All do so who hear of it, and it counts once."""
         if not self._limits.restarts_an_hour:

@@ -30,7 +30,7 @@ from chaos_mpi.membership.view import View
 MAX_ATTEMPTS = 3
 #: Begins why requests are refused once the job is to go on under another launcher.
 MOVES = "the job moves to another launcher"
-_REQUESTS = frozenset({"join", "leave", "move", "restart"})
+_REQUESTS = frozenset({"join", "leave", "move", "restart", "stop"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +44,13 @@ class Proposal:
             (the newcomers that are replicating, join ``id`` among them, are ready for the cut, or as far as they can
             get); ``hosts`` (the machines that there are now are ``hosts``); ``move`` (all are to end, with their
             state kept as ``name``, because the job goes on under another launcher); ``restart`` (``member`` crashed,
-            and one more rank is to run on ``host``); ``order`` (the members are to be in the order ``order``).
+            and one more rank is to run on ``host``); ``order`` (the members are to be in the order ``order``); ``stop``
+            (all are to end, because the job was told to).
         id: of the request; unique in the life of a job.
         member: see ``kind``; empty for a join.
         host: for a join, the machine it is to run on; empty for any.
         attempt: for ``arrived`` and ``failed``, the number of the attempt they speak of.
-        reason: for a person to read; for ``restart``, how the rank ended.
+        reason: for a person to read; for ``restart``, how the rank ended; for ``stop``, the name of the signal.
         asked_at: when the request was made, Unix seconds, by the clock of its origin; 0 if not known.
         waited_s: how long ago that was when it was put before the members, seconds; their clocks may differ.
         hosts: see ``kind``.
@@ -177,6 +178,7 @@ class Outcome:
         refused: why requests are not carried out, by id.
         crashes: what is done about ranks that crashed.
         order: the members in the order that they are to be in from here on; empty if they stay as they are.
+        stop: the name of the signal because of which all end, and nothing else is done; empty if there is none.
     """
 
     agenda: Agenda
@@ -189,6 +191,7 @@ class Outcome:
     refused: Mapping[str, str] = field(default_factory=dict)
     crashes: tuple[Crash, ...] = ()
     order: tuple[str, ...] = ()
+    stop: str = ""
 
 
 def negotiate(agenda: Agenda, view: View, proposals: Iterable[Sequence[Proposal]], limits: Limits) -> Outcome:
@@ -208,6 +211,8 @@ def negotiate(agenda: Agenda, view: View, proposals: Iterable[Sequence[Proposal]
         {p.id: p for p in reversed(everything) if p.kind in _REQUESTS and p.id not in agenda.settled}.values(),
         key=lambda p: (p.kind != "leave", p.id),
     )
+    if (stop := next((p for p in requests if p.kind == "stop"), None)) is not None:
+        return Outcome(agenda, stop=stop.reason)
     refused: dict[str, str] = {}
     leaving = _leaving([p for p in requests if p.kind == "leave"], view, limits, refused)
     staying = view.next(m for m in view.members if m not in leaving) if len(leaving) < view.size else view

@@ -20,6 +20,7 @@ from jobs import HERE, MPIRUN_ENVIRONMENT, Finished, Job, mpirun, start, start_t
 from problem import Problem, as_trained, check_exactly_once, largest_difference, read_traces, replay
 
 from chaos_mpi.cli.process import LEFT_ALONE_S
+from chaos_mpi.elastic import checkpoint
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(150, method="signal")]
 
@@ -311,6 +312,26 @@ def test_all_are_told_to_end_and_resumed(machine: bool, tmp_path: Path) -> None:
     second = run_again(first, tmp_path / "b", problem, *options)
     assert second.status == 0
     _check_continued(problem, first, second, step)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_launcher_that_is_told_to_end_stops_all_ranks_at_one_step(number: signal.Signals, tmp_path: Path) -> None:
+    problem, saved = Problem(ranks=3, epochs=10**6), tmp_path / "saved"
+    with start_training(tmp_path / "a", problem, options=["--checkpoint-dir", str(saved)]) as job:
+        job.wait_until(lambda: job.steps_finished() > 2, "the first steps")
+        job.signal(number)
+        finished = job.finish()
+    assert finished.status == 128 + number
+    ends = finished.events("session_ended")
+    assert [e["outcome"] for e in ends] == ["stopped"] * 3
+    (path,) = saved.glob("step-*.safetensors")
+    assert {e["step"] for e in ends} == {checkpoint.step_of(path)}
+    line, last = (line for line in finished.output.splitlines() if line.startswith(("chaos_mpi: ", "chaosrun: ")))
+    step = checkpoint.step_of(path)
+    assert f": stopped at step {step} on request: the job was told to end ({number.name}, host " in line
+    assert f"The state is saved in {path}; go on with --checkpoint-dir {saved} --resume." in line
+    assert last == f"chaosrun: interrupted by {number.name}; all ranks were ended"
+    assert not finished.events("leave_committed")
 
 
 def test_a_closed_terminal_stops_the_job_with_its_state_saved(tmp_path: Path) -> None:

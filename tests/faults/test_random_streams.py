@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
+import torch
 from jobs import start
 
 from chaos_mpi.elastic.checkpoint import list_checkpoints, step_of
@@ -22,6 +24,11 @@ def run(folder: Path, ranks: int, wanted: int, seeds: str, *options: str) -> dic
         finished = job.finish()
     assert finished.status == 0
     assert [result["identical"] for result in finished.results().values()] == [True] * wanted
+    return drawn_in(folder)
+
+
+def drawn_in(folder: Path) -> dict[int, Draws]:
+    """What each rank of a job drew in each step."""
     drawn = {}
     for path in folder.glob("draws-*.jsonl"):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -51,3 +58,22 @@ def test_a_resumed_job_draws_as_if_it_had_not_stopped(seeds: str, tmp_path: Path
     for rank in (0, 1):
         assert list(again[rank]) == list(range(step_of(before) + 1, 11))
         assert again[rank] == {step: whole[rank][step] for step in again[rank]}
+
+
+def test_a_job_that_was_told_to_end_draws_on_when_it_is_resumed(tmp_path: Path) -> None:
+    options = ["--checkpoint-dir", str(tmp_path / "checkpoints")]
+    folder = tmp_path / "first"
+    folder.mkdir()
+    forever = 0  # ranks that it would end with
+    with start("random_stream.py", folder, str(folder), str(forever), "own", ranks=2, options=options) as job:
+        job.wait_until(lambda: min(map(len, drawn_in(folder).values()), default=0) > 3, "the first steps")
+        job.signal(signal.SIGTERM)
+        assert job.finish().status == 128 + signal.SIGTERM
+    first = drawn_in(folder)
+    again = run(tmp_path / "again", 2, 2, "own", *options, "--resume")
+    for rank in (0, 1):
+        stream = torch.Generator().manual_seed(7 + rank)
+        torch.rand(3, generator=stream)
+        drawn = {step: numbers[0] for step, numbers in {**first[rank], **again[rank]}.items()}
+        assert list(drawn) == list(range(1, len(first[rank]) + 11))
+        assert list(drawn.values()) == [torch.rand(1, generator=stream).item() for _ in drawn]

@@ -258,11 +258,11 @@ def test_who_follows_and_does_not_read_keeps_no_member_from_ending(
 def test_a_member_is_told_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("chaos_mpi.elastic.control.LEAVE_DEADLINE_S", 1e6)  # this process is not to end at it
     asked: queue.SimpleQueue[object] = queue.SimpleQueue()
-    leaving = session(told_to_end=False, request_leave=lambda *request: asked.put(request))
+    leaving = session(told_to_end=False, request_stop=asked.put)
     control = ControlSocket(leaving, tmp_path / "control-1.sock")
     try:
         assert end_ranks(tmp_path, "SIGHUP")
-        assert asked.get(timeout=10)
+        assert asked.get(timeout=10) == "SIGHUP"
         assert leaving.told_by == "SIGHUP"
     finally:
         control.close()
@@ -271,7 +271,7 @@ def test_a_member_is_told_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_members_that_hang_keep_nobody_from_being_told_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("chaos_mpi.elastic.control.LEAVE_DEADLINE_S", 1e6)  # this process is not to end at it
     asked: queue.SimpleQueue[object] = queue.SimpleQueue()
-    leaving = session(told_to_end=False, request_leave=lambda *request: asked.put(request))
+    leaving = session(told_to_end=False, request_stop=asked.put)
     hanging = [sockets.listen(tmp_path / f"control-{number}.sock") for number in range(1, 6)]
     control = ControlSocket(leaving, tmp_path / "control-9.sock")  # comes last
     telling = threading.Thread(target=end_ranks, args=(tmp_path, "SIGTERM"))

@@ -123,6 +123,13 @@ def test_the_last_rank_cannot_leave() -> None:
     assert outcome.refused == {"3": "c cannot leave: it is the last rank"}
 
 
+def test_a_job_that_is_told_to_end_does_nothing_else() -> None:
+    agenda = Agenda(settled=frozenset({"old"}))
+    stops = [[Proposal("stop", "stop", member, reason=name)] for member, name in (("b", "SIGHUP"), ("c", "SIGTERM"))]
+    outcome = settle(agenda, ABC, [leave("l", "a"), join("j"), Proposal("move", "m", name="x")], *stops)
+    assert outcome == Outcome(agenda, stop="SIGHUP")
+
+
 def test_some_of_those_that_were_to_go_stay_if_too_many_others_have_died() -> None:
     assert those_that_go({"a", "c"}, ABC, 1) == ("a", "c")
     assert those_that_go({"a", "c"}, View(0, ("b", "c")), 1) == ("c",)
