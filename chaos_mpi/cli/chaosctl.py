@@ -222,7 +222,7 @@ def _follow(job: Path, request: dict[str, Any], limit_s: float) -> str:
     """Print what becomes of a request; why it was refused, or nothing."""
     for answer in ask(job, request, limit_s):
         if answer["what"] == "starting":
-            again = f" (attempt {answer['attempt']}; the job's output says why the one before did not come in)"
+            again = f" (attempt {answer['attempt']}; the one before: {answer['failure']})"
             click.echo(f"{answer['sponsor']} starts a rank{again if answer['attempt'] > 1 else ''}")
         elif answer["what"] == "active":
             click.echo(f"{answer['member']} takes part")

@@ -317,13 +317,13 @@ class Negotiator:
             self._session.emit("join_failed", id=join.id, host=join.host, reason=reason)
             self.requests.answer(join.id, "refused", {"reason": reason})
         for join in again:
-            self.requests.answer(join.id, "starting", {"sponsor": join.sponsor, "attempt": join.attempt})
+            self.requests.answer(join.id, "starting", _start_of(join))
         return again
 
     def _sponsor(self, join: Join) -> None:
         session = self._session
         if session.rank == 0:
-            attempt = f", attempt {join.attempt}" if join.attempt > 1 else ""
+            attempt = f", attempt {join.attempt}; the one before: {join.failure}" if join.attempt > 1 else ""
             log.warning("step %d: a rank is being started by %s (%s%s)", session.step, join.sponsor, join.id, attempt)
         if join.sponsor != session.member:
             return
@@ -354,12 +354,16 @@ class Negotiator:
                 log.warning("the wish to %s (%s) is refused: %s", id_.partition("-")[0], id_, reason)
             self.requests.answer(id_, "refused", {"reason": reason})
         for join in outcome.start:
-            self.requests.answer(join.id, "starting", {"sponsor": join.sponsor, "attempt": join.attempt})
+            self.requests.answer(join.id, "starting", _start_of(join))
         self.requests.answer_left(self.agenda.settled, outcome.leave)
 
     def _width(self) -> int:
         # The same at all members: a report is six counters, and they all have equally many samplers.
         return 64 + _REPORT_BYTES * len(self._session.samplers)
+
+
+def _start_of(join: Join) -> dict[str, Any]:
+    return {"sponsor": join.sponsor, "attempt": join.attempt, "failure": join.failure}
 
 
 def _leave_parts(times: Sequence[float]) -> dict[str, float]:

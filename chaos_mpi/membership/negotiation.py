@@ -94,6 +94,7 @@ class Join:
         attempt: 1 for the first start.
         newcomer: its member id once it is up, else empty.
         asked_at: when it was asked for, Unix seconds, by the clock of the origin; 0 if not known.
+        failure: why the attempt before came to nothing; empty for the first.
     """
 
     id: str
@@ -103,6 +104,7 @@ class Join:
     attempt: int = 1
     newcomer: str = ""
     asked_at: float = 0.0
+    failure: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +268,7 @@ def restart(agenda: Agenda, view: View, failed: Iterable[Join]) -> tuple[Agenda,
     again: list[Join] = []
     given_up: list[Join] = []
     for join in failed:
-        next_try = _again(join, view)
+        next_try = _again(join, view, "it has ended, or cannot be reached, before it had the state")
         if next_try is None:
             given_up.append(join)
         else:
@@ -356,22 +358,28 @@ def _progress(
             going.append(join)
         elif word is not None and word.kind == "misfit":
             refused[join.id] = word.reason
-        elif (next_try := _again(join, view)) is not None:
+        elif (next_try := _again(join, view, why := _why(join, word))) is not None:
             going.append(next_try)
             again.append(next_try)
         else:
-            why = word.reason if word is not None and word.reason else f"its sponsor {join.sponsor} is gone"
             refused[join.id] = f"given up after {join.attempt} attempts: {why}"
     return going, admit, again
 
 
-def _again(join: Join, view: View) -> Join | None:
+def _why(join: Join, word: Proposal | None) -> str:
+    """Why an attempt came to nothing, of which its sponsor said this, if it said anything."""
+    return word.reason if word is not None and word.reason else f"its sponsor {join.sponsor} is gone"
+
+
+def _again(join: Join, view: View, failure: str) -> Join | None:
     if join.attempt >= MAX_ATTEMPTS:
         return None
     turn = join.turn + 1
     if _sponsor(view, turn) == join.sponsor:
         turn += 1  # the view has changed, so that the next turn would be the same one's
-    return replace(join, attempt=join.attempt + 1, turn=turn, newcomer="", sponsor=_sponsor(view, turn))
+    return replace(
+        join, attempt=join.attempt + 1, turn=turn, newcomer="", sponsor=_sponsor(view, turn), failure=failure
+    )
 
 
 def _sponsor(view: View, turn: int) -> str:

@@ -11,12 +11,15 @@ import contextlib
 import ctypes
 import functools
 import os
+import select
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.sharedctypes import RawValue
+from typing import NoReturn
 
-from chaos_mpi.agent.processes import die_with_parent, dies_with_parent
+from chaos_mpi.agent.processes import die_with_parent, dies_with_parent, is_running, start_time
 
 WorkerInit = Callable[[int], None]
 
@@ -34,10 +37,13 @@ class SurvivingInit:
     def __init__(self, script_init: WorkerInit | None) -> None:
         self._script_init = script_init
         self._rank_ends = _rank_ends()
-        self._parent = 0  # the rank, or the server that forks for it and ends with it
+        self._rank = os.getpid(), start_time(os.getpid())
+        self._parent = 0  # the rank, or the server that forks for it
 
     def __call__(self, worker: int) -> None:
         self._parent = os.getppid()
+        if self._parent != self._rank[0]:  # the server lives as long as what it has forked
+            threading.Thread(target=_end_with, args=self._rank, name="chaos_mpi-rank", daemon=True).start()
         # A handler, because programs that the worker starts would inherit that a signal is ignored, or held off.
         signal.signal(signal.SIGTERM, self._on_sigterm)
         signal.siginterrupt(signal.SIGTERM, False)
@@ -50,6 +56,17 @@ class SurvivingInit:
     def _on_sigterm(self, *_: object) -> None:
         if self._rank_ends.value or os.getppid() != self._parent:
             os._exit(0)  # as torch's own workers do
+
+
+def _end_with(pid: int, started: int) -> NoReturn:
+    """End this process when another one does."""
+    with contextlib.suppress(ProcessLookupError):
+        descriptor = os.pidfd_open(pid)
+        if is_running(pid, started):  # and this is not another one, with its number
+            ends = select.poll()  # unlike select(), with descriptors above 1023 as well
+            ends.register(descriptor, select.POLLIN)
+            ends.poll()
+    os._exit(0)
 
 
 @contextlib.contextmanager

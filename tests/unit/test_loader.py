@@ -218,18 +218,21 @@ def test_workers_outlive_a_sigterm_to_all_processes(context: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("killed", [False, True], ids=["the-end-of-the-script", "a-rank-that-is-killed"])
-def test_workers_end_with_their_rank(killed: bool) -> None:
+@pytest.mark.parametrize("context", ["fork", "spawn", "forkserver"])
+def test_workers_end_with_their_rank(context: str, killed: bool) -> None:
     script = textwrap.dedent("""
         import multiprocessing, os, signal, sys
         from chaos_mpi.torch.loader import DataLoader
 
-        loader = DataLoader(range(20), batch_size=2, num_workers=2, persistent_workers=True)
+        how = {"num_workers": 2, "persistent_workers": True, "multiprocessing_context": sys.argv[2]}
+        loader = DataLoader(range(20), batch_size=2, **how)
         assert len(list(loader)) == 10
         print(len(multiprocessing.active_children()), "workers", flush=True)
         if sys.argv[1] == "True":
             os.kill(os.getpid(), signal.SIGKILL)
     """)
     # The workers have this end of the pipe, too: it is read to its end when the last one has ended.
-    done = subprocess.run([sys.executable, "-c", script, str(killed)], stdout=subprocess.PIPE, timeout=120, check=False)
+    command = [sys.executable, "-c", script, str(killed), context]
+    done = subprocess.run(command, stdout=subprocess.PIPE, timeout=120, check=False)
     assert done.stdout == b"2 workers\n"
     assert done.returncode == (-signal.SIGKILL if killed else 0)

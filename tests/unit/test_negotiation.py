@@ -285,6 +285,7 @@ def test_a_failed_start_is_tried_again_by_another_sponsor_until_it_is_given_up()
         (current,) = outcome.start
         assert outcome.agenda.joins == (current,)
         assert current.attempt == attempt
+        assert current.failure == (f"no luck {attempt - 1}" if attempt > 1 else "")
         sponsors.append(current.sponsor)
         outcome = settle(outcome.agenda, ABC, [word("failed", current, f"no luck {attempt}")])
     assert sorted(sponsors) == ["a", "b", "c"]
@@ -356,6 +357,7 @@ def test_joins_that_could_not_be_admitted_start_again_or_are_given_up() -> None:
     assert [j.id for j in admitted.admit] == ["1", "2"]
     after, again, given_up = restart(admitted.agenda, ABC, admitted.admit)
     assert [(j.id, j.attempt, j.newcomer) for j in again] == [("1", 2, "")]
+    assert again[0].failure
     assert [j.id for j in given_up] == ["2"]
     assert again[0].sponsor in ABC.members
     assert again[0].sponsor != first.start[0].sponsor
