@@ -65,24 +65,28 @@ class CollectiveCalls(ABC):
             tensor.copy_(operation.results()[0])
         return tensor
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: Any, label: str = "gather") -> list[Any]:
         """Every member's JSON-able ``value``, in rank order, of the members that took part.
+
+        Args:
+            value: it.
+            label: what for, the same at every member.
 
         Raises:
             ConfigError: JSON does not know the value.
         """
-        return self.gather_with_contributors(value)[0]
+        return self.gather_with_contributors(value, label)[0]
 
-    def gather_with_contributors(self, value: Any) -> tuple[list[Any], tuple[str, ...]]:
+    def gather_with_contributors(self, value: Any, label: str = "gather") -> tuple[list[Any], tuple[str, ...]]:
         """The same, and whose values they are: the same at every member, whoever died meanwhile."""
         try:
             payload = json.dumps(value).encode()
         except (TypeError, ValueError) as error:
             raise ConfigError(f"gather takes what JSON knows (numbers, text, lists, dicts): {error}") from None
-        operation = GatherRows("gather", payload, _SHORT_BYTES)
+        operation = GatherRows(label, payload, _SHORT_BYTES)
         self.execute(operation)
         if (longest := operation.longest) > _SHORT_BYTES:  # all see the same lengths
-            operation = GatherRows("gather", payload, longest)
+            operation = GatherRows(label, payload, longest)
             self.execute(operation)
         return operation.decoded(), operation.contributors
 

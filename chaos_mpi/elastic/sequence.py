@@ -271,6 +271,8 @@ class OperationSequence:
             entered=self._finished + (flight is not None),
             label=flight.label if flight is not None else "",
             finished_label=last.label if last is not None else self._last_label,
+            call=flight.phase if flight is not None else "",
+            finished_call=last.phase if last is not None else "",
         )
         return Position(
             report=report,

@@ -170,7 +170,7 @@ class Session(EndingSession):
         self._negotiator.close()
         self._persistence.close()
         mine = self._persistence.digest()
-        digests = self.gather(mine)
+        digests = self.gather(mine, "end of the session")
         self._sequence.close()
         identical = len(set(digests)) == 1 if self.has_state else None
         if identical is False and self.rank == 0:

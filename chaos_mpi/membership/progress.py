@@ -29,6 +29,7 @@ class Report:
         entered: number of operations entered: ``finished`` or one more.
         label: what the operation in flight is (empty when none is); the same at every member.
         finished_label: what the last finished operation was.
+        call, finished_call: these in words that say more; empty where there are none.
     """
 
     member: str
@@ -36,6 +37,8 @@ class Report:
     entered: int
     label: str
     finished_label: str
+    call: str = ""
+    finished_call: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON-able dict."""
@@ -90,15 +93,15 @@ def decide(reports: Sequence[Report]) -> Decision:
 
 
 def _check_labels(reports: Sequence[Report]) -> None:
-    seen: dict[int, tuple[str, str]] = {}
+    seen: dict[int, tuple[str, str, str]] = {}
     for report in reports:
-        places = [(report.finished, report.finished_label)]
+        places = [(report.finished, report.finished_label, report.finished_call or report.finished_label)]
         if report.entered > report.finished:
-            places.append((report.entered, report.label))
-        for place, label in places:
-            member, other = seen.setdefault(place, (report.member, label))
+            places.append((report.entered, report.label, report.call or report.label))
+        for place, label, call in places:
+            member, other, other_call = seen.setdefault(place, (report.member, label, call))
             if other != label:
                 raise MismatchError(
-                    f"collective call number {place} is '{other}' on {member} but '{label}' on {report.member}: "
+                    f"collective call number {place} is '{other_call}' on {member} but '{call}' on {report.member}: "
                     "every rank must make the same calls in the same order (look for a call under 'if rank == ...')."
                 )

@@ -40,7 +40,7 @@ class OneRank(Session):
     def emit(self, event: str, **fields: Any) -> None:
         """There is no event log."""
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: Any, label: str = "gather") -> list[Any]:
         """Nobody else is there."""
         return [value]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,6 +73,12 @@ def test_members_in_different_calls_are_named() -> None:
     there = Report("b:2", 3, 4, "gather", "op")
     with pytest.raises(MismatchError, match=r"number 4 is 'gradient step' on a:1 but 'gather' on b:2"):
         decide([here, there])
+    said = replace(there, label="collective call", call="all_reduce of 3 numbers")
+    with pytest.raises(MismatchError, match=r"is 'gradient step' on a:1 but 'all_reduce of 3 numbers' on b:2"):
+        decide([here, said])
+    done = replace(there, entered=3, finished_label="another", finished_call="another in words")
+    with pytest.raises(MismatchError, match=r"number 3 is 'op' on a:1 but 'another in words' on b:2"):
+        decide([here, done])
 
 
 def test_a_result_of_another_call_is_never_adopted() -> None:
