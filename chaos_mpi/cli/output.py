@@ -65,6 +65,8 @@ class OutputFilter:
         shown: list[bytes] = []
         for line in lines:
             # The rest of a line that was begun is no line of its own, whatever it looks like.
+            if self._begun:
+                self._note_own(line)
             shown += [line + b"\n"] if self._begun else self._line(line + b"\n")
             self._begun = False
         # A prompt or a progress bar has no line end and must not wait for one, unless it may become noise or a tag.
@@ -107,9 +109,13 @@ class OutputFilter:
             return []
         if line.startswith(_NOISE_STARTS[3:]):
             return []
-        if line.startswith(b"chaos_mpi: ") and len(self.own_lines) < 100:
-            self.own_lines.add(line.decode(errors="replace").strip())
+        self._note_own(line)
         return [prefix + line]
+
+    def _note_own(self, line: bytes) -> None:
+        _, own, text = line.partition(b"chaos_mpi: ")  # which may stand behind a progress bar
+        if own and len(self.own_lines) < 100:
+            self.own_lines.add((own + text).decode(errors="replace").strip())
 
     def _boxed(self, shown: bytes, line: bytes) -> list[bytes]:
         assert self._box is not None

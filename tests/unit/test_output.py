@@ -201,6 +201,13 @@ def test_own_messages_are_remembered() -> None:
     assert output.own_lines == {"chaos_mpi: rank 1 is slow"}
 
 
+def test_own_messages_behind_a_progress_bar_are_remembered() -> None:
+    output = OutputFilter(tagged=False, drop_noise=True)
+    output.feed(b"\r 10% [=>   ] chaos_mpi: stopped\n\r 20%")
+    output.feed(b"chaos_mpi: saved\n")
+    assert output.own_lines == {"chaos_mpi: stopped", "chaos_mpi: saved"}
+
+
 def test_memory_for_own_messages_is_bounded() -> None:
     output = OutputFilter(tagged=False, drop_noise=True)
     output.feed(b"".join(b"chaos_mpi: %d\n" % n for n in range(1000)))
