@@ -18,6 +18,7 @@ from chaos_mpi.cli.doctor import report
 from chaos_mpi.cli.hosts import initial_ranks, slots_here
 from chaos_mpi.cli.options import Seconds
 from chaos_mpi.cli.outcome import EXIT_USAGE
+from chaos_mpi.cli.process import GRACE_S
 from chaos_mpi.cli.running import Start, run
 from chaos_mpi.cli.terminal import refuse, say
 from chaos_mpi.config import BATCH_POLICIES, JOIN_POLICIES, LOG_LEVELS, SCALE_POLICIES
@@ -57,6 +58,10 @@ class _Command(click.Command):
 )  # fmt: skip
 @click.option("--batch-policy", type=click.Choice(BATCH_POLICIES), help="Batch and learning rate on a change of size.")
 @click.option("--timeout", type=Seconds(), help="Longest wait for other ranks, seconds.")
+@click.option(
+    "--grace", type=Seconds(), default=GRACE_S, metavar="SECONDS",
+    help=f"After Ctrl-C or SIGTERM, time for the present step, and for the state to be saved. Default: {GRACE_S:g}.",
+)  # fmt: skip
 @click.option("--checkpoint-dir", type=click.Path(file_okay=False, path_type=Path), help="Write checkpoints there.")
 @click.option("--checkpoint-every", type=click.IntRange(min=1), help="Steps between checkpoints.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint, if there is one.")
@@ -84,6 +89,7 @@ def main(
     restarts: int | None,
     batch_policy: str | None,
     timeout: float | None,
+    grace: float,
     checkpoint_dir: Path | None,
     checkpoint_every: int | None,
     resume: bool,
@@ -142,7 +148,7 @@ def main(
     if hosts is not None:
         needed = (Path.cwd(), *_files(script, checkpoint_dir, event_log, hosts_from))
         hosts = replace(hosts, paths=tuple(map(str, needed)))
-    start = Start(ranks, _program(script, module), chosen, hosts, tag_output, drop_noise=log_level != "debug")
+    start = Start(ranks, _program(script, module), chosen, hosts, tag_output, log_level != "debug", grace)
     try:
         if dry_run:
             print(start.shown())

@@ -204,7 +204,7 @@ def _ask_one(path: Path, request: dict[str, Any], limit_s: float) -> dict[str, A
     return None if "error" in answer else answer
 
 
-def end_ranks(job: Path, name: str) -> bool:
+def end_ranks(job: Path, name: str, limit_s: float) -> bool:
     """Tell every rank that the job is to stop after the present step; whether any could be told.
 
     All are told before any is waited for: those that hang are not to use up the time of the others. Without threads,
@@ -213,9 +213,10 @@ def end_ranks(job: Path, name: str) -> bool:
     Args:
         job: its private directory.
         name: of the signal for which they are to stop.
+        limit_s: they have so long, seconds.
     """
     limit = time.monotonic() + CONNECT_LIMIT_S
-    request = json.dumps({"do": "end", "signal": name}).encode() + b"\n"
+    request = json.dumps({"do": "end", "signal": name, "limit_s": limit_s}).encode() + b"\n"
     with contextlib.ExitStack() as told, selectors.DefaultSelector() as answering:
         for path in sorted(job.glob("control-*.sock")):
             if (connection := _reach(path, max(_LEAST_LIMIT_S, limit - time.monotonic()))) is not None:

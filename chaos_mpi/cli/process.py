@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -20,6 +20,7 @@ import psutil
 
 from chaos_mpi.agent import registry
 from chaos_mpi.agent.proxy import KILL_SIGNAL
+from chaos_mpi.agent.spawning import JOIN_OPTION
 from chaos_mpi.cli.control import end_ranks
 from chaos_mpi.cli.outcome import RecordReader, Records, describe_status, lives
 from chaos_mpi.cli.output import OutputFilter
@@ -27,8 +28,10 @@ from chaos_mpi.cli.terminal import say, write
 from chaos_mpi.elastic.lifecycle import alike, write_record
 from chaos_mpi.errors import ChaosError, EngineError
 
-#: After a signal, the ranks get this long to end before everything is killed.
+#: After a signal, the ranks get this long to end before everything is killed, if nothing else was chosen.
 GRACE_S = 10.0
+#: What the ranks have printed gets so long to come through.
+_OUTPUT_LIMIT_S = 10.0
 #: When a job has failed, what is left of it may hold ``mpirun`` up for so long.
 LINGER_S = 15.0
 #: The same when the scripts have come to their end: what they have asked for at the end of the process is still done.
@@ -63,12 +66,14 @@ class MpirunJob:
         tagged: whether it says which rank each line is from.
         drop_noise: leave out what Open MPI remarks.
         outlived: the ranks are started by proxies, and train on when ``mpirun`` is killed, or this process.
+        grace_s: after a signal, they have so long to end.
 
     Raises:
         EngineError: it cannot be started.
 
     Attributes:
         interrupted_by: the first signal that was forwarded, or None.
+        overdue: whether ranks were killed then, because they had not ended in time, or of a second signal.
         told: other hosts that ranks were on then, by the process id of the proxy.
     """
 
@@ -82,8 +87,10 @@ class MpirunJob:
         tagged: bool,
         drop_noise: bool,
         outlived: bool = False,
+        grace_s: float = GRACE_S,
     ) -> None:
         self.interrupted_by: signal.Signals | None = None
+        self.overdue, self._grace_s = False, grace_s
         self.told: dict[int, str] = {}
         self._run_dir, self._outlived = run_dir, outlived
         self._records = RecordReader(run_dir)
@@ -130,6 +137,7 @@ class MpirunJob:
             now = time.monotonic()
             meanwhile(now)
             if self._deadline is not None and now > self._deadline:
+                self.overdue = True
                 self._kill_everything()
             records = self._records.read()
             if (loss := self._start.loss(records, now)) is not None:
@@ -157,7 +165,7 @@ class MpirunJob:
         else:
             self._kill_ranks()
         for pump in self._pumps:
-            pump.join(GRACE_S)
+            pump.join(_OUTPUT_LIMIT_S)
         self._restore_handlers()
         if lost:
             raise LauncherLostError(
@@ -196,9 +204,10 @@ class MpirunJob:
 
     def _forward(self, number: signal.Signals) -> None:
         assert self._process is not None
-        self._deadline = time.monotonic() + GRACE_S
+        if self._deadline is None:  # another signal may have come already
+            self._deadline = time.monotonic() + self._grace_s
         self.told = {entry.pid: entry.host for entry in registry.registered(self._run_dir) if entry.host}
-        if not end_ranks(self._run_dir, number.name) and self._process.poll() is None:
+        if not end_ranks(self._run_dir, number.name, self._grace_s) and self._process.poll() is None:
             self._process.send_signal(signal.SIGINT)
 
     def _allowance_s(self, records: Records) -> float | None:
@@ -242,13 +251,21 @@ class MpirunJob:
             registry.end(self._run_dir, KILL_SIGNAL, _PROXIES_LIMIT_S)
             return
         records = self._records.read()
-        for pid in {*records.starting, *records.members}:
+        for pid in {*records.starting, *records.members, *_newcomers()}:
             try:
                 process = psutil.Process(pid)
                 if process.environ().get("CHAOS_RUN_DIR") == str(self._run_dir):
                     process.kill()
             except psutil.Error:
                 continue
+
+
+def _newcomers() -> Iterator[int]:
+    """Ranks that were started to join some job. Until they load this package, nothing tells that they are there."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if any(word.startswith(f"{JOIN_OPTION}=") for word in process.cmdline()):
+                yield process.pid
 
 
 def _programs_between(launcher_pid: int, pid: int) -> list[psutil.Process]:

@@ -17,7 +17,7 @@ from chaos_mpi.agent.home import held, note_down
 from chaos_mpi.cli import handover, witness
 from chaos_mpi.cli.cluster import Cluster
 from chaos_mpi.cli.control import LAUNCHER, MEMORY_FILE, remove_left_over
-from chaos_mpi.cli.outcome import EXIT_GOES_ON, EXIT_STOPPED, judge, read_records, untold
+from chaos_mpi.cli.outcome import EXIT_GOES_ON, EXIT_STOPPED, Records, Verdict, judge, read_records, untold
 from chaos_mpi.cli.process import LauncherLostError, MpirunJob
 from chaos_mpi.cli.starting import StartProgress
 from chaos_mpi.cli.terminal import refuse, say
@@ -37,6 +37,7 @@ class Start:
         hosts: where they run, if not all on this machine.
         tag_output: let mpirun say which rank each line is from.
         drop_noise: leave out what Open MPI remarks.
+        grace_s: after a signal, the ranks have so long to end.
     """
 
     ranks: int
@@ -45,6 +46,7 @@ class Start:
     hosts: Cluster | None
     tag_output: bool
     drop_noise: bool
+    grace_s: float
 
     def line(self, run_dir: Path, witness_name: str | None = None) -> list[str]:
         """The mpirun line, with the job's private directory and the name of its witness, if it has one."""
@@ -85,7 +87,7 @@ class Start:
         """Start it."""
         return MpirunJob(
             self.line(run_dir, witness_name), environment, run_dir, ranks=self.ranks, tagged=self.tag_output,
-            drop_noise=self.drop_noise, outlived=self.hosts is not None,
+            drop_noise=self.drop_noise, outlived=self.hosts is not None, grace_s=self.grace_s,
         )  # fmt: skip
 
 
@@ -118,14 +120,10 @@ def run(start: Start, metrics: tuple[str, int] | None) -> int:
             stopped = judge(records, status)
             if stopped.status == EXIT_STOPPED and not job.has_shown(stopped.message):
                 say(stopped.message)
-            fate = "all ranks were ended"
-            if taken_over is not None and not taken_over.begun:
-                fate = "the takeover is given up, and the job goes on as it was"
-            elif silent := untold(records, job.told):
-                fate = (
-                    f"{', '.join(silent)} did not confirm it, and the ranks there may train on: look there with "
-                    "'chaosctl status'"
-                )
+            given_up = taken_over is not None and not taken_over.begun
+            fate = (
+                "the takeover is given up, and the job goes on as it was" if given_up else _fate(job, records, stopped)
+            )
             say(f"interrupted by {job.interrupted_by.name}; {fate}")
             return 128 + job.interrupted_by
         verdict = judge(records, status, ranks=start.ranks, gave_up=job.mpi_gave_up)
@@ -134,6 +132,23 @@ def run(start: Start, metrics: tuple[str, int] | None) -> int:
         if taken_over is not None and (advice := taken_over.left()):
             say(advice)
         return verdict.status
+
+
+def _fate(job: MpirunJob, records: Records, verdict: Verdict) -> str:
+    """What became of the ranks of a job that was interrupted."""
+    if silent := untold(records, job.told):
+        return (
+            f"{', '.join(silent)} did not confirm it, and the ranks there may train on: look there with "
+            "'chaosctl status'"
+        )
+    if any(record.get("outcome") == "finished" for record in records.outcomes.values()):
+        return "the training had finished"
+    if job.overdue and verdict.status != EXIT_STOPPED:
+        return (
+            "all ranks were killed before they had come to the end of a step, and no state was saved (--grace gives "
+            "them longer)"
+        )
+    return "all ranks were ended"
 
 
 @contextlib.contextmanager

@@ -59,9 +59,9 @@ class ControlSocket:
     "follow"}``, answered by one ``{"event": {...}}`` for each event, up to the end of the session, and by ``{}`` now
     and then;
     ``{"do": "add", "n": 1, "host": ""}``; ``{"do": "remove", "member": id}``; ``{"do": "link", "a": host, "b": host,
-    "down": true}``; ``{"do": "end", "signal": "SIGTERM"}``, after which the job stops: its launcher got this
-    signal; ``{"do": "relaunch"}``, what another launcher has to know to start the job anew;
-    ``{"do": "hand_over", "name": "chaos-state-..."}``, for it to go on under that one; ``{"do": "state_kept",
+    "down": true}``; ``{"do": "end", "signal": "SIGTERM", "limit_s": 10.0}``, after which the job stops: its launcher
+    got this signal, and waits for so long; ``{"do": "relaunch"}``, what another launcher has to know to start the job
+    anew; ``{"do": "hand_over", "name": "chaos-state-..."}``, for it to go on under that one; ``{"do": "state_kept",
     "problem": ""}``, to ranks that wait for what is handed over.
 
     Args:
@@ -167,7 +167,7 @@ class ControlSocket:
             return
         if request["do"] == "end":
             # Who asks for it does not wait for an answer.
-            stop_soon(session, str(request.get("signal", signal.SIGTERM.name)))
+            stop_soon(session, str(request["signal"]), float(request["limit_s"]))
             return
         if request["do"] == "add":
             session.request_join(1, str(request.get("host", "")), answer)
@@ -251,7 +251,7 @@ def end_soon(session: Session, name: str) -> None:
         session: this member's part in the job.
         name: of the signal that said so.
     """
-    if not _has_to_end(session, name):
+    if not _has_to_end(session, name, LEAVE_DEADLINE_S):
         return
 
     def answer(what: str, fields: dict[str, Any]) -> None:
@@ -262,23 +262,24 @@ def end_soon(session: Session, name: str) -> None:
     threading.Thread(target=session.request_leave, args=(None, answer), daemon=True).start()
 
 
-def stop_soon(session: Session, name: str) -> None:
+def stop_soon(session: Session, name: str, limit_s: float) -> None:
     """All ranks are to end: the job stops after the present step, also where a rank has asked to leave before.
 
     Args:
         session: this member's part in the job.
         name: of the signal that said so.
+        limit_s: whoever said so waits for so long; this rank ends itself then, or after :data:`LEAVE_DEADLINE_S`.
     """
-    _has_to_end(session, name)
+    _has_to_end(session, name, max(limit_s, LEAVE_DEADLINE_S))
     session.request_stop(name)
 
 
-def _has_to_end(session: Session, name: str) -> bool:
+def _has_to_end(session: Session, name: str, limit_s: float) -> bool:
     """From now on this rank has a limited time; whether it had not been told so before."""
     if session.told_to_end:
         return False
     session.told_by, session.told_to_end = name, True
-    timer = session.deadline = threading.Timer(LEAVE_DEADLINE_S, _end_now, (session,))
+    timer = session.deadline = threading.Timer(limit_s, _end_now, (session,))
     timer.daemon = True
     timer.start()
     return True

@@ -133,7 +133,7 @@ def refuse_orphan() -> None:
     sponsor = _sponsor()
     host, _, pid = sponsor.rpartition(":")
     if pid.isdigit() and host == own_host(os.environ) and not psutil.pid_exists(int(pid)):
-        raise JoinError(f"{sponsor}, which started this rank, has died meanwhile")
+        raise JoinError(f"{sponsor}, which started this rank, has ended meanwhile")
 
 
 class LaunchWatch:

@@ -8,7 +8,8 @@ clips them; and at the end of each step all agree whether to go on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sized
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,8 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from chaos_mpi.elastic.session import SessionResult
+
+log = logging.getLogger("chaos_mpi.horovod")
 
 
 class ChaosTrainerCallback(TrainerCallback):  # type: ignore[misc]
@@ -101,7 +104,7 @@ class ChaosTrainerCallback(TrainerCallback):  # type: ignore[misc]
             worker_init_fn=made.worker_init_fn,
             multiprocessing_context=made.multiprocessing_context,
         )
-        return _Endless(loader, self._sampler)
+        return _Endless(loader, self._sampler, lambda: self._trainer.control.should_training_stop)
 
     def _training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         assert self.chaos is not None
@@ -152,9 +155,10 @@ class ChaosTrainerCallback(TrainerCallback):  # type: ignore[misc]
             counters=self._counters,
             **self._options,
         )
-        if 0 < state.max_steps <= state.global_step:
-            raise ConfigError(f"there is nothing left to do: step {state.global_step} of {state.max_steps} is finished")
         self._tell_rank()
+        if 0 < state.max_steps <= state.global_step:  # what the script does after the training may be left to do
+            log.warning("there is nothing left to train: step %d of %d is finished", state.global_step, state.max_steps)
+            control.should_training_stop = True
         if self.session.is_newcomer:
             args.eval_on_start = False  # the others wait
 
@@ -183,14 +187,21 @@ class ChaosTrainerCallback(TrainerCallback):  # type: ignore[misc]
 
 
 class _Endless:
-    """Batches of one epoch after the other. Without a length: how long an epoch is changes with the members."""
+    """Batches of one epoch after the other. Without a length: how long an epoch is changes with the members.
 
-    def __init__(self, loader: DataLoader[Any], sampler: ElasticSampler) -> None:
-        self._loader, self._sampler = loader, sampler
+    Args:
+        loader, sampler: where they come from.
+        is_over: whether there are to be none.
+    """
+
+    def __init__(self, loader: DataLoader[Any], sampler: ElasticSampler, is_over: Callable[[], bool]) -> None:
+        self._loader, self._sampler, self._is_over = loader, sampler, is_over
         self.dataset = loader.dataset
 
     def __iter__(self) -> Iterator[Any]:
         # Of a job that is resumed, or joined, where an epoch ends, the first pass has nothing left.
+        if self._is_over():
+            return
         empty = 0
         while empty < 2:
             empty += 1

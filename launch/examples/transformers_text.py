@@ -66,8 +66,9 @@ def main() -> None:
         trainer.train()
 
     if trainer.is_world_process_zero():
-        loss = next(entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry)
-        print(f"loss {loss:.2f}, replicas identical: {chaos.result.replicas_identical}", flush=True)
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        last = f"loss {losses[-1]:.2f}" if losses else "no step was left"  # of a job that is resumed at its end
+        print(f"{last}, replicas identical: {chaos.result.replicas_identical}", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -227,6 +228,13 @@ def forgets_to_close(session: chaos_mpi.Session) -> None:
     """Ends without chaos_mpi.finalize()."""
     model = chaos_mpi.DistributedDataParallel(nn.Linear(4, 6))
     model(torch.ones(2, 4)).sum().backward()
+
+
+def works_on_after_the_training(session: chaos_mpi.Session) -> None:
+    """Is at something else after chaos_mpi.finalize()."""
+    chaos_mpi.finalize()
+    print("trained", flush=True)
+    signal.pause()
 
 
 if __name__ == "__main__":

@@ -334,6 +334,47 @@ def test_a_launcher_that_is_told_to_end_stops_all_ranks_at_one_step(number: sign
     assert not finished.events("leave_committed")
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["at the limit", "at a second signal"])
+def test_ranks_that_do_not_stop_in_time_are_killed_and_it_is_said(again: bool, tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    options = ["--checkpoint-dir", str(saved), "--grace", "300" if again else "1"]
+    hang = rule(1, "forward", "stop", STEP)
+    with start_training(tmp_path / "a", Problem(ranks=2), [hang], options=options) as job:
+        job.wait_until((tmp_path / "a" / "mark-forward.1").exists, "the hang")
+        job.signal(signal.SIGINT)
+        if again:
+            job.signal(signal.SIGTERM)  # two of a kind may come as one
+        finished = job.finish()
+    assert finished.status == 128 + signal.SIGINT
+    assert not list(saved.glob("step-*.safetensors"))
+    assert finished.output.splitlines()[-1] == (
+        "chaosrun: interrupted by SIGINT; all ranks were killed before they had come to the end of a step, and no "
+        "state was saved (--grace gives them longer)"
+    )
+
+
+@pytest.mark.parametrize("how", ["it is told to end", "the training is over"])
+def test_a_rank_that_is_still_starting_ends_with_the_job(how: str, tmp_path: Path) -> None:
+    newcomer = 100  # see fault_points.own_label
+    rules = [rule(1, "boundary", "join", 3), rule(newcomer, "start", "stop")]
+    problem = Problem(ranks=2, pause_s=0.02, epochs=10**6 if how == "it is told to end" else 20)
+    with start_training(tmp_path, problem, rules) as job:
+        job.wait_until((tmp_path / f"mark-start.{newcomer}").exists, "the start of the newcomer")
+        if how == "it is told to end":
+            job.signal(signal.SIGTERM)
+        finished = job.finish()
+    assert finished.status == (128 + signal.SIGTERM if how == "it is told to end" else 0)
+
+
+def test_a_launcher_that_is_told_to_end_too_late(tmp_path: Path) -> None:
+    with start("scenarios.py", tmp_path, "works_on_after_the_training", ranks=2) as job:
+        job.wait_until(lambda: "trained" in job.output(), "the end of the training")
+        job.signal(signal.SIGTERM)
+        finished = job.finish()
+    assert finished.status == 128 + signal.SIGTERM
+    assert finished.output.splitlines()[-1] == "chaosrun: interrupted by SIGTERM; the training had finished"
+
+
 def test_a_closed_terminal_stops_the_job_with_its_state_saved(tmp_path: Path) -> None:
     problem, close, saved = Problem(ranks=3, epochs=10**6), tmp_path / "close", tmp_path / "saved"
     terminal = [sys.executable, str(HERE / "terminal.py"), str(close)]

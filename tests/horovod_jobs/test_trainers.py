@@ -200,15 +200,24 @@ def test_kill_9_and_chaosctl_add(trainer: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("trainer", [trainer_of("transformers")])
-def test_the_example_leaves_no_folder_behind(trainer: str, tmp_path: Path) -> None:
+def test_the_example_leaves_no_folder_behind_and_can_be_resumed_at_its_end(trainer: str, tmp_path: Path) -> None:
     example = PACKAGE_ROOT / "launch" / "examples" / f"{trainer}_text.py"
-    done = subprocess.run(
-        [*chaosrun(2), str(example), "--steps", "2"], env={**clean_environment(), "TMPDIR": str(tmp_path)},
-        capture_output=True, text=True, timeout=LIMIT_S, check=False,
-    )  # fmt: skip
+    command = [*chaosrun(2), "--checkpoint-dir", str(tmp_path / "saved"), "--resume", str(example), "--steps", "2"]
+
+    def run() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, env={**clean_environment(), "TMPDIR": str(tmp_path)}, capture_output=True, text=True,
+            timeout=LIMIT_S, check=False,
+        )  # fmt: skip
+
+    done = run()
     assert done.returncode == 0, done.stdout + done.stderr
     assert "replicas identical: True" in done.stdout
     assert not list(tmp_path.glob("tmp*"))
+    again = run()
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "no step was left, replicas identical: True" in again.stdout
+    assert "there is nothing left to train: step 2 of 2 is finished" in again.stderr
 
 
 @pytest.mark.parametrize("saved", [8, 10])

@@ -261,7 +261,7 @@ def test_a_member_is_told_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     leaving = session(told_to_end=False, request_stop=asked.put)
     control = ControlSocket(leaving, tmp_path / "control-1.sock")
     try:
-        assert end_ranks(tmp_path, "SIGHUP")
+        assert end_ranks(tmp_path, "SIGHUP", 10.0)
         assert asked.get(timeout=10) == "SIGHUP"
         assert leaving.told_by == "SIGHUP"
     finally:
@@ -274,7 +274,7 @@ def test_members_that_hang_keep_nobody_from_being_told_to_end(tmp_path: Path, mo
     leaving = session(told_to_end=False, request_stop=asked.put)
     hanging = [sockets.listen(tmp_path / f"control-{number}.sock") for number in range(1, 6)]
     control = ControlSocket(leaving, tmp_path / "control-9.sock")  # comes last
-    telling = threading.Thread(target=end_ranks, args=(tmp_path, "SIGTERM"))
+    telling = threading.Thread(target=end_ranks, args=(tmp_path, "SIGTERM", 10.0))
     began = time.monotonic()
     try:
         telling.start()
@@ -285,7 +285,7 @@ def test_members_that_hang_keep_nobody_from_being_told_to_end(tmp_path: Path, mo
         for listener in hanging:
             connection, _ = listener.accept()
             with connection:
-                assert connection.recv(100) == b'{"do": "end", "signal": "SIGTERM"}\n'
+                assert connection.recv(100) == b'{"do": "end", "signal": "SIGTERM", "limit_s": 10.0}\n'
     finally:
         control.close()
         for listener in hanging:
@@ -334,4 +334,4 @@ def test_processes_that_a_rank_forks_end_by_sigterm_as_any_other() -> None:
 
 def test_nobody_is_told_to_end_where_nobody_is(tmp_path: Path) -> None:
     (tmp_path / "control-7.sock").touch()  # what a member that was killed leaves
-    assert not end_ranks(tmp_path, "SIGHUP")
+    assert not end_ranks(tmp_path, "SIGHUP", 10.0)
