@@ -43,7 +43,15 @@ class CutOffError(ChaosError):
 
 
 class StopRequestedError(ChaosError):
-    """This rank was told to end and too few would be left without it, so the job stops, with its state saved."""
+    """The job was told to end, or this rank was and too few would be left without it: it stops, with its state saved.
+
+    Attributes:
+        by_all: whether all members stop, as they have agreed on.
+    """
+
+    def __init__(self, message: str, *, by_all: bool = False) -> None:
+        super().__init__(message)
+        self.by_all = by_all
 
 
 class WaitTimeoutError(ChaosError):

@@ -39,7 +39,8 @@ def settle(
     """
     given_up = [join for join in before.joins if join.id in outcome.refused]
     outcome = replace(outcome, agenda=with_failed(outcome.agenda, given_up))
-    if outcome.start or outcome.admit or outcome.leave or outcome.cut or outcome.activate or outcome.move:
+    busy = outcome.start or outcome.admit or outcome.leave or outcome.cut or outcome.activate or outcome.move
+    if busy or outcome.stop:
         return outcome, Decision()
     agenda = outcome.agenda
     decision = decide(policy, agenda, view, limits)

@@ -30,6 +30,8 @@ from chaos_mpi.errors import ChaosError, EngineError
 
 #: After a signal, the ranks get this long to end before everything is killed, if nothing else was chosen.
 GRACE_S = 10.0
+#: A shorter line of a rank is no message, but a script's own that only looks like one.
+_TELLING = 15
 #: What the ranks have printed gets so long to come through.
 _OUTPUT_LIMIT_S = 10.0
 #: When a job has failed, what is left of it may hold ``mpirun`` up for so long.
@@ -73,7 +75,7 @@ class MpirunJob:
 
     Attributes:
         interrupted_by: the first signal that was forwarded, or None.
-        overdue: whether ranks were killed then, because they had not ended in time, or of a second signal.
+        overdue: why ranks were killed then; empty if they were not.
         told: other hosts that ranks were on then, by the process id of the proxy.
     """
 
@@ -90,7 +92,7 @@ class MpirunJob:
         grace_s: float = GRACE_S,
     ) -> None:
         self.interrupted_by: signal.Signals | None = None
-        self.overdue, self._grace_s = False, grace_s
+        self.overdue, self._grace_s = "", grace_s
         self.told: dict[int, str] = {}
         self._run_dir, self._outlived = run_dir, outlived
         self._records = RecordReader(run_dir)
@@ -137,7 +139,7 @@ class MpirunJob:
             now = time.monotonic()
             meanwhile(now)
             if self._deadline is not None and now > self._deadline:
-                self.overdue = True
+                self.overdue = self.overdue or f"{self._grace_s:g} s later (--grace)"
                 self._kill_everything()
             records = self._records.read()
             if (loss := self._start.loss(records, now)) is not None:
@@ -183,12 +185,12 @@ class MpirunJob:
     def has_shown(self, message: str) -> bool:
         """Whether a rank has printed what this message tells, if with other numbers."""
         told = (line.removeprefix("chaos_mpi:").strip() for output in self._filters for line in output.own_lines)
-        return any(text and alike(text) in alike(message) for text in told)
+        return any(len(alike(text)) >= _TELLING and alike(text) in alike(message) for text in told)
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         if self.interrupted_by is not None:
             if number != signal.SIGHUP:  # which comes twice from a terminal, and after SIGTERM when a machine goes down
-                self._deadline = 0.0  # a second signal: at once
+                self._deadline, self.overdue = 0.0, "at a second signal"
             return
         self.interrupted_by = signal.Signals(number)
         if self._process is not None:
@@ -238,20 +240,24 @@ class MpirunJob:
 
     def _kill_everything(self) -> None:
         assert self._process is not None
-        self._killed = True
-        if self._outlived:  # the ranks first: those that lose mpirun before they are told to end would train on
-            self._kill_ranks()
+        first, self._killed = not self._killed, True
+        # The ranks first: those that lose mpirun before would train on, and the kernel wakes those that are stopped.
+        self._kill_ranks(newcomers=first)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._kill_ranks()
+        self._kill_ranks(newcomers=False)
 
-    def _kill_ranks(self) -> None:
-        """Ranks that outlived mpirun; only those that carry this job's directory in their environment."""
+    def _kill_ranks(self, *, newcomers: bool = True) -> None:
+        """Ranks that outlived mpirun; only those that carry this job's directory in their environment.
+
+        Args:
+            newcomers: look at all processes for those as well that are still starting.
+        """
         if self._outlived:
             registry.end(self._run_dir, KILL_SIGNAL, _PROXIES_LIMIT_S)
             return
         records = self._records.read()
-        for pid in {*records.starting, *records.members, *_newcomers()}:
+        for pid in {*records.starting, *records.members, *(_newcomers() if newcomers else ())}:
             try:
                 process = psutil.Process(pid)
                 if process.environ().get("CHAOS_RUN_DIR") == str(self._run_dir):

@@ -144,10 +144,7 @@ def _fate(job: MpirunJob, records: Records, verdict: Verdict) -> str:
     if any(record.get("outcome") == "finished" for record in records.outcomes.values()):
         return "the training had finished"
     if job.overdue and verdict.status != EXIT_STOPPED:
-        return (
-            "all ranks were killed before they had come to the end of a step, and no state was saved (--grace gives "
-            "them longer)"
-        )
+        return f"what had not ended was killed {job.overdue}, and the present state was not saved"
     return "all ranks were ended"
 
 

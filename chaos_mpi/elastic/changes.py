@@ -58,7 +58,7 @@ class ChangingSession(StandingSession):
     """What a session does about members that come and go on purpose. The session itself sets the attributes.
 
     Attributes:
-        told_to_end: whether this rank is to leave as soon as it can.
+        told_to_end: whether this rank is to leave as soon as it can, or the job to stop.
         told_by: the name of the signal that said so.
         stop_reason: why it cannot, once that is known: then the job has to stop.
         deadline: ends this rank if it has not begun to end by then.
@@ -328,22 +328,31 @@ class ChangingSession(StandingSession):
 
         What is left without it is too few, so the others, if not told to end as well, stop in the next step.
         """
-        if self.stop_reason:
-            self._in_time()
-            saved = self._persistence.save_on_request() if self.rank == 0 else ""
-            self._stop(f"{self.stop_reason}, and it was told to end ({self.told_by}, host {self.host})", saved)
-
-    def stop_together(self, signal_name: str) -> NoReturn:
-        """All members have agreed to stop here, as the job was told to end: rank 0 saves the state, and says so."""
+        if not self.stop_reason:
+            return
         self._in_time()
-        saved = self._persistence.save_together()
-        self._stop(f"the job was told to end ({signal_name}, host {self.host})", saved)
-
-    def _stop(self, why: str, saved: str) -> NoReturn:
-        message = f"stopped at step {self.step} on request: {why}. {saved}" if self.rank == 0 else ""
+        message = ""
+        if self.rank == 0:
+            message = (
+                f"stopped at step {self.step} on request: {self.stop_reason}, and it was told to end ({self.told_by}, "
+                f"host {self.host}). {self._persistence.save_on_request()}"
+            )
         self._persistence.close()
         self._end("stopped", message, "")
         raise StopRequestedError(message)
+
+    def stop_together(self, signal_name: str) -> NoReturn:
+        """All members have agreed to stop here, as the job was told to end: one saves the state, and all say so."""
+        self._in_time()
+        told = f"stopped at step {self.step} on request: the job was told to end ({signal_name}, host"
+        messages: list[str] = []
+        while not any(messages):  # rank 0 may die of it, and is another one then
+            saved = self._persistence.save_together()
+            messages = self.gather(f"{told} {self.host}). {saved}" if self.rank == 0 else "", "stop")
+        message = next(filter(None, messages))
+        self._persistence.close()
+        self._end("stopped", message, "")
+        raise StopRequestedError(message, by_all=True)
 
     def _write_identity(self) -> None:
         identity = {"member": self.member, "pid": os.getpid(), "rank": self.rank, "host": self.host}

@@ -36,6 +36,8 @@ log = logging.getLogger("chaos_mpi.elastic")
 
 #: A rank that was told to leave by SIGTERM is ended if it has not left by then, seconds.
 LEAVE_DEADLINE_S = 30.0
+#: Held while a deadline is set: by the handler of SIGTERM in the main thread, or by a thread that talks with a client.
+_deadlines = threading.Lock()
 #: How long a member that ends waits for its last answers to be written, seconds.
 _LAST_ANSWERS_S = 2.0
 #: Longest request, bytes.
@@ -275,14 +277,19 @@ def stop_soon(session: Session, name: str, limit_s: float) -> None:
 
 
 def _has_to_end(session: Session, name: str, limit_s: float) -> bool:
-    """From now on this rank has a limited time; whether it had not been told so before."""
-    if session.told_to_end:
-        return False
-    session.told_by, session.told_to_end = name, True
-    timer = session.deadline = threading.Timer(limit_s, _end_now, (session,))
-    timer.daemon = True
-    timer.start()
-    return True
+    """From now on this rank has so long, or longer if it is told so later; whether it had not been told before."""
+    with _deadlines:
+        first = not session.told_to_end
+        if not first and (limit_s <= LEAVE_DEADLINE_S or session.deadline is None):
+            return False
+        if first:
+            session.told_by, session.told_to_end = name, True
+        elif session.deadline is not None:
+            session.deadline.cancel()
+        timer = session.deadline = threading.Timer(limit_s, _end_now, (session,))
+        timer.daemon = True
+        timer.start()
+    return first
 
 
 def _end_now(session: Session) -> None:

@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from chaos_mpi.agent.home import note_down
-from chaos_mpi.errors import ChaosError, NoSessionError, TooFewRanksError
+from chaos_mpi.errors import ChaosError, NoSessionError, StopRequestedError, TooFewRanksError
 
 log = logging.getLogger("chaos_mpi.elastic")
 
@@ -257,7 +257,8 @@ class ExitGuard:
             self._previous(kind, value, traceback)
         message = str(value) if stopped else f"{kind.__name__}: {value}"
         status = STOPPED_STATUS if stopped else 130 if issubclass(kind, KeyboardInterrupt) else 1
-        self._end(message, status, together=isinstance(value, TooFewRanksError))
+        by_all = isinstance(value, StopRequestedError) and value.by_all
+        self._end(message, status, together=by_all or isinstance(value, TooFewRanksError))
 
     def _end(self, message: str, status: int, *, together: bool = False) -> NoReturn:
         """End the process now; ``together`` with all others, who need not be told of it."""

@@ -112,9 +112,10 @@ class Negotiator:
         outcome = negotiate(self.agenda, view, proposals, self.limits)
         outcome = self._autoscaler.settle(outcome, view)
         self.agenda = outcome.agenda
-        self.requests.settled(mine)
+        self.requests.forget(mine)
         if outcome.stop:
-            self._stop(outcome.stop)
+            self.close()
+            self._session.stop_together(outcome.stop)
         if outcome.move is not None:
             self._move(outcome.move)
         if outcome.leave:
@@ -196,17 +197,6 @@ class Negotiator:
             sponsorship.give_up("its sponsor leaves")
         self._autoscaler.close()
         self._session.depart()
-
-    def _stop(self, signal_name: str) -> NoReturn:
-        session = self._session
-        self.close()
-        asked: View | None = None
-        while (
-            session.settings.checkpoint_dir is not None and asked != session.view
-        ):  # again if rank 0 has died meanwhile
-            asked = session.view
-            session.hand_over(asked.members[1:])
-        session.stop_together(signal_name)
 
     def _move(self, move: Proposal) -> None:
         """Keep the state, and end; returns, and all train on, if no host can keep it."""

@@ -220,7 +220,7 @@ class Persistence:
     def save_together(self) -> str:
         """The same, called by all members, at a boundary: rank 0 writes, and an empty text is returned at others."""
         told = self._settings.checkpoint_dir is not None and self._state is not None and self._state.keeps_rng
-        rng_of_ranks = self._session.gather(self._rng) if told else None
+        rng_of_ranks = self._session.gather(self._rng, "stop: random numbers") if told else None
         return self.save_on_request(rng_of_ranks) if self._session.rank == 0 else ""
 
     def keep(self, name: str) -> str:

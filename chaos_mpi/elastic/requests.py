@@ -27,7 +27,7 @@ Answer = Callable[[str, dict[str, Any]], None]
 
 
 class Requests:
-    """Proposals of one member. All methods may be called from any thread.
+    """Proposals of one member. What asks for something may be called from any thread.
 
     Args:
         session: this member's part in the job.
@@ -90,9 +90,10 @@ class Requests:
         session = self._session
         with self._lock:
             id_ = f"{kind}-{session.member}-{next(self._numbers)}"
-            if answer is not None and not self._closed:
+            closed = self._closed
+            if answer is not None and not closed:
                 self._answers[id_] = answer
-        if self._closed:
+        if closed:
             if answer is not None:
                 answer("refused", {"reason": _OVER})
             return id_
@@ -108,8 +109,8 @@ class Requests:
         with self._lock:
             return list(self._inbox.values())
 
-    def settled(self, proposals: Sequence[Proposal]) -> None:
-        """These were put before the members."""
+    def forget(self, proposals: Sequence[Proposal]) -> None:
+        """These were put before the members, and need not be again."""
         with self._lock:
             for proposal in proposals:
                 key = proposal.kind, proposal.id, proposal.attempt
@@ -122,7 +123,7 @@ class Requests:
         if answer is not None:
             answer(what, fields)
             if what in ("refused", "left", "active", "moved"):
-                del self._answers[id_]
+                self._answers.pop(id_, None)
 
     def answer_left(self, settled: Collection[str], leaving: Sequence[str]) -> None:
         """Tell those that asked for a leave which is among ``settled`` that ``leaving`` go."""

@@ -69,6 +69,7 @@ class ChaosTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self.result: SessionResult | None = None
         self._trainer, self._options = trainer, options
         self._sampler: ElasticSampler | None = None
+        self._nothing_is_left = False
         self._counters = _Counters(trainer)
         self._make_loader, self._train_step = trainer.get_train_dataloader, trainer.training_step
         self._end_step = trainer._maybe_log_save_evaluate
@@ -104,7 +105,7 @@ class ChaosTrainerCallback(TrainerCallback):  # type: ignore[misc]
             worker_init_fn=made.worker_init_fn,
             multiprocessing_context=made.multiprocessing_context,
         )
-        return _Endless(loader, self._sampler, lambda: self._trainer.control.should_training_stop)
+        return _Endless(loader, self._sampler, lambda: self._nothing_is_left)
 
     def _training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         assert self.chaos is not None
@@ -158,7 +159,7 @@ class ChaosTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self._tell_rank()
         if 0 < state.max_steps <= state.global_step:  # what the script does after the training may be left to do
             log.warning("there is nothing left to train: step %d of %d is finished", state.global_step, state.max_steps)
-            control.should_training_stop = True
+            control.should_training_stop = self._nothing_is_left = True
         if self.session.is_newcomer:
             args.eval_on_start = False  # the others wait
 
@@ -191,7 +192,7 @@ class _Endless:
 
     Args:
         loader, sampler: where they come from.
-        is_over: whether there are to be none.
+        is_over: whether there are to be none, at any rank.
     """
 
     def __init__(self, loader: DataLoader[Any], sampler: ElasticSampler, is_over: Callable[[], bool]) -> None:
@@ -199,9 +200,9 @@ class _Endless:
         self.dataset = loader.dataset
 
     def __iter__(self) -> Iterator[Any]:
-        # Of a job that is resumed, or joined, where an epoch ends, the first pass has nothing left.
         if self._is_over():
             return
+        # Of a job that is resumed, or joined, where an epoch ends, the first pass has nothing left.
         empty = 0
         while empty < 2:
             empty += 1

@@ -23,6 +23,9 @@ from chaos_mpi.agent.processes import die_with_parent, dies_with_parent, is_runn
 
 WorkerInit = Callable[[int], None]
 
+#: How often a worker looks for its rank, where the kernel does not tell it of the end.
+_LOOK_MS = 1000
+
 
 class SurvivingInit:
     """The ``worker_init_fn`` of a loader whose workers live as long as their rank does.
@@ -60,12 +63,13 @@ class SurvivingInit:
 
 def _end_with(pid: int, started: int) -> NoReturn:
     """End this process when another one does."""
-    with contextlib.suppress(ProcessLookupError):
-        descriptor = os.pidfd_open(pid)
-        if is_running(pid, started):  # and this is not another one, with its number
-            ends = select.poll()  # unlike select(), with descriptors above 1023 as well
-            ends.register(descriptor, select.POLLIN)
-            ends.poll()
+    ends = select.poll()  # unlike select(), with descriptors above 1023 as well
+    limit_ms = _LOOK_MS
+    with contextlib.suppress(OSError):  # it has ended, or this kernel or container does not know the call
+        ends.register(os.pidfd_open(pid), select.POLLIN)
+        limit_ms = -1
+    while is_running(pid, started):
+        ends.poll(limit_ms)
     os._exit(0)
 
 

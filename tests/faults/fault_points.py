@@ -103,6 +103,8 @@ class FaultPoints:
         regrouping = session._sequence._regrouping
         regrouping._set_phase = self._before_call(regrouping._set_phase, lambda phase: f"phase:{phase}")
         session.settle = self._settle(session.settle)
+        persistence = session._persistence
+        persistence.save_on_request = self._before_call(persistence.save_on_request, lambda *_: "save on request")
         self._attach_to_joins(session)
         from chaos_mpi.mpi import runtime
 

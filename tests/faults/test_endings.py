@@ -334,6 +334,23 @@ def test_a_launcher_that_is_told_to_end_stops_all_ranks_at_one_step(number: sign
     assert not finished.events("leave_committed")
 
 
+def test_the_next_rank_saves_where_the_one_that_was_to_is_killed(tmp_path: Path) -> None:
+    problem, saved = Problem(ranks=3, epochs=10**6), tmp_path / "saved"
+    die = rule(0, "save on request", "die")
+    with start_training(tmp_path / "a", problem, [die], options=["--checkpoint-dir", str(saved)]) as job:
+        job.wait_until(lambda: job.steps_finished() > 2, "the first steps")
+        job.signal(signal.SIGTERM)
+        finished = job.finish()
+    assert finished.status == 128 + signal.SIGTERM
+    (path,) = saved.glob("step-*.safetensors")
+    ends = finished.events("session_ended")
+    assert {e["member"] for e in ends} == {finished.member(1), finished.member(2)}
+    assert {e["outcome"] for e in ends} == {"stopped"}
+    (message,) = {e["message"] for e in ends}
+    assert f"The state is saved in {path}" in message
+    assert finished.output.count("stopped at step") == 1
+
+
 @pytest.mark.parametrize("again", [False, True], ids=["at the limit", "at a second signal"])
 def test_ranks_that_do_not_stop_in_time_are_killed_and_it_is_said(again: bool, tmp_path: Path) -> None:
     saved = tmp_path / "saved"
@@ -347,9 +364,9 @@ def test_ranks_that_do_not_stop_in_time_are_killed_and_it_is_said(again: bool, t
         finished = job.finish()
     assert finished.status == 128 + signal.SIGINT
     assert not list(saved.glob("step-*.safetensors"))
+    when = "at a second signal" if again else "1 s later (--grace)"
     assert finished.output.splitlines()[-1] == (
-        "chaosrun: interrupted by SIGINT; all ranks were killed before they had come to the end of a step, and no "
-        "state was saved (--grace gives them longer)"
+        f"chaosrun: interrupted by SIGINT; what had not ended was killed {when}, and the present state was not saved"
     )
 
 

@@ -425,6 +425,14 @@ def test_the_policy_waits_while_the_members_have_other_things_to_do() -> None:
     assert decide(Available(), outcome.agenda, view, Limits()).leaves == ("a:2",)
 
 
+def test_the_policy_has_nothing_to_say_when_the_job_stops() -> None:
+    view, agenda = View(0, ("a:1",)), Agenda(hosts=hosts(a=2))
+    assert decide(Available(), agenda, view, Limits()).joins
+    outcome = negotiate(agenda, view, [[Proposal("stop", "stop", "a:1", reason="SIGTERM")]], Limits())
+    outcome, decision = settle(Available(), agenda, outcome, view, Limits())
+    assert (outcome.stop, outcome.start, decision) == ("SIGTERM", (), Decision())
+
+
 def test_nothing_is_decided_before_anybody_has_looked() -> None:
     assert decide(Available(), Agenda(), View(0, ("a:1", "b:1")), Limits()) == Decision()
 

@@ -25,7 +25,7 @@ from chaos_mpi.agent.home import note_down
 from chaos_mpi.agent.marks import here
 from chaos_mpi.cli.control import LAUNCHER, ask, ask_all, end_ranks, find_job, follow
 from chaos_mpi.cli.status import combine, lines
-from chaos_mpi.elastic.control import ControlSocket
+from chaos_mpi.elastic.control import ControlSocket, end_soon, stop_soon
 from chaos_mpi.elastic.requests import Answer
 from chaos_mpi.elastic.session import Session
 from chaos_mpi.elastic.status import MemberStatus
@@ -330,6 +330,23 @@ def test_processes_that_a_rank_forks_end_by_sigterm_as_any_other() -> None:
         assert process.exitcode == 1
     """
     subprocess.run([sys.executable, "-c", program], timeout=60, check=True)
+
+
+def test_whoever_is_given_longer_later_has_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: queue.SimpleQueue[object] = queue.SimpleQueue()
+    monkeypatch.setattr("chaos_mpi.elastic.control.LEAVE_DEADLINE_S", 0.5)
+    monkeypatch.setattr("chaos_mpi.elastic.control._end_now", ended.put)
+    rank: Any = SimpleNamespace(
+        told_to_end=False, told_by="", request_leave=lambda *_: None, request_stop=lambda _: None, deadline=None
+    )
+    end_soon(rank, "SIGTERM")
+    stop_soon(rank, "SIGINT", 300.0)
+    assert rank.told_by == "SIGTERM"
+    with pytest.raises(queue.Empty):
+        ended.get(timeout=1.0)
+    stop_soon(rank, "SIGINT", 0.1)  # it does not get shorter
+    assert rank.deadline.interval == 300.0
+    rank.deadline.cancel()
 
 
 def test_nobody_is_told_to_end_where_nobody_is(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -86,6 +87,17 @@ def test_a_part_of_a_tensor_stays_a_part_of_it() -> None:
     kept = copied(state, copied(state, None))
     kept["whole"].fill_(1)
     assert kept["part"].tolist() == [1, 1]
+
+
+def test_a_copy_that_fails_leaves_the_one_before_as_it_was() -> None:
+    class NotToBeCopied:
+        def __deepcopy__(self, _: Any) -> Any:
+            raise TypeError
+
+    kept = copied({"weight": torch.zeros(2)}, None)
+    with pytest.raises(TypeError):
+        copied({"weight": torch.ones(2), "other": NotToBeCopied()}, kept)
+    assert kept["weight"].tolist() == [0, 0]
 
 
 def test_it_takes_no_other_memory() -> None:

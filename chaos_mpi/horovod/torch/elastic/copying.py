@@ -26,11 +26,15 @@ def copied(state: T, before: Any) -> T:
     for alike in _by_memory(before):
         free.setdefault(_kind(alike[0]), deque()).append(alike[0])
     memo: dict[int, Any] = {}
+    reused: list[tuple[torch.Tensor, torch.Tensor]] = []
     for alike in _by_memory(state):
         if buffers := free.get(_kind(alike[0])):
-            copied_one = buffers.popleft().copy_(alike[0])
-            memo |= {id(tensor): copied_one for tensor in alike}
-    return copy.deepcopy(state, memo)
+            reused.append((buffers.popleft(), alike[0]))
+            memo |= {id(tensor): reused[-1][0] for tensor in alike}
+    made = copy.deepcopy(state, memo)
+    for buffer, tensor in reused:  # last: where something cannot be copied, the copy before is still whole
+        buffer.copy_(tensor)
+    return made
 
 
 _Kind = tuple[torch.dtype, torch.Size, tuple[int, ...], torch.device]
