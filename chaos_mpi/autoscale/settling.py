@@ -39,8 +39,8 @@ def settle(
     """
     given_up = [join for join in before.joins if join.id in outcome.refused]
     outcome = replace(outcome, agenda=with_failed(outcome.agenda, given_up))
-    busy = outcome.start or outcome.admit or outcome.leave or outcome.cut or outcome.activate or outcome.move
-    if busy or outcome.stop:
+    changes = (outcome.start, outcome.admit, outcome.leave, outcome.cut, outcome.activate, outcome.move, outcome.stop)
+    if any(changes):
         return outcome, Decision()
     agenda = outcome.agenda
     decision = decide(policy, agenda, view, limits)

@@ -67,7 +67,9 @@ class OutputFilter:
             # The rest of a line that was begun is no line of its own, whatever it looks like.
             if self._begun:
                 self._note_own(line)
-            shown += [line + b"\n"] if self._begun else self._line(line + b"\n")
+                shown.append(line + b"\n")
+            else:
+                shown += self._line(line + b"\n")
             self._begun = False
         # A prompt or a progress bar has no line end and must not wait for one, unless it may become noise or a tag.
         open_line = self._begun or (self._box is None and not _may_be_noise(self._rest))

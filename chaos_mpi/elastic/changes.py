@@ -337,9 +337,7 @@ class ChangingSession(StandingSession):
                 f"stopped at step {self.step} on request: {self.stop_reason}, and it was told to end ({self.told_by}, "
                 f"host {self.host}). {self._persistence.save_on_request()}"
             )
-        self._persistence.close()
-        self._end("stopped", message, "")
-        raise StopRequestedError(message)
+        self._stop(message, by_all=False)
 
     def stop_together(self, signal_name: str) -> NoReturn:
         """All members have agreed to stop here, as the job was told to end: one saves the state, and all say so."""
@@ -349,10 +347,12 @@ class ChangingSession(StandingSession):
         while not any(messages):  # rank 0 may die of it, and is another one then
             saved = self._persistence.save_together()
             messages = self.gather(f"{told} {self.host}). {saved}" if self.rank == 0 else "", "stop")
-        message = next(filter(None, messages))
+        self._stop(next(filter(None, messages)), by_all=True)
+
+    def _stop(self, message: str, *, by_all: bool) -> NoReturn:
         self._persistence.close()
         self._end("stopped", message, "")
-        raise StopRequestedError(message, by_all=True)
+        raise StopRequestedError(message, by_all=by_all)
 
     def _write_identity(self) -> None:
         identity = {"member": self.member, "pid": os.getpid(), "rank": self.rank, "host": self.host}
