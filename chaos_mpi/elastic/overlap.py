@@ -19,8 +19,8 @@ from chaos_mpi.elastic.transitions import Meet
 from chaos_mpi.membership import Join, Proposal
 from chaos_mpi.mpi.channel import Channel
 from chaos_mpi.replication.layout import Range
-from chaos_mpi.replication.recording import Cut, RecordingSource
-from chaos_mpi.replication.steps import can_follow
+from chaos_mpi.replication.recording import RecordingSource
+from chaos_mpi.replication.steps import Cut, can_follow
 from chaos_mpi.sharding.held import widened
 
 if TYPE_CHECKING:

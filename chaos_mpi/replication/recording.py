@@ -28,7 +28,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,6 +37,7 @@ from chaos_mpi.replication.devices import OnHost
 from chaos_mpi.replication.layout import DataTransfer, Layout, Piece, Range, Transport
 from chaos_mpi.replication.source import StateSource
 from chaos_mpi.replication.steps import (
+    Cut,
     Gradients,
     Snapshot,
     Step,
@@ -61,25 +61,6 @@ SWITCH_INTERVAL_S = 0.001
 
 #: Slices that a newcomer may never have fetched, with their transfers; MPI may still read them.
 _abandoned: list[object] = []
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """The state between two steps, and who sends what of it.
-
-    Attributes:
-        layout, tensors: of the state; the tensors are the live ones.
-        ranges: what this member is going to send.
-        index, count: this member keeps slice ``index`` of ``count`` of every later gradient.
-        invitation: what the newcomers are told.
-    """
-
-    layout: Layout
-    tensors: Mapping[str, torch.Tensor]
-    ranges: Sequence[Range]
-    index: int
-    count: int
-    invitation: dict[str, Any]
 
 
 class RecordingSource(StateSource):

@@ -1,4 +1,4 @@
-"""An optimizer step as it is kept and repeated, and a copy of a part of a state."""
+"""An optimizer step as it is kept and repeated; the state between two, and a copy of a part of it."""
 
 from __future__ import annotations
 
@@ -43,6 +43,25 @@ class Gradients(NamedTuple):
     layout: Layout
     digest: str
     strides: dict[str, list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """The state between two steps, and who sends what of it.
+
+    Attributes:
+        layout, tensors: of the state; the tensors are the live ones.
+        ranges: what this member is going to send.
+        index, count: this member keeps slice ``index`` of ``count`` of every later gradient.
+        invitation: what the newcomers are told.
+    """
+
+    layout: Layout
+    tensors: Mapping[str, torch.Tensor]
+    ranges: Sequence[Range]
+    index: int
+    count: int
+    invitation: dict[str, Any]
 
 
 class Snapshot:

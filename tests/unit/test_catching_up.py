@@ -31,9 +31,9 @@ from chaos_mpi.membership import Join
 from chaos_mpi.replication import recording, replaying
 from chaos_mpi.replication.layout import Layout, Piece, dense
 from chaos_mpi.replication.puller import StatePuller
-from chaos_mpi.replication.recording import Cut, RecordingSource
+from chaos_mpi.replication.recording import RecordingSource
 from chaos_mpi.replication.replaying import Follower, FollowError, measure_links
-from chaos_mpi.replication.steps import Snapshot, can_follow, slice_of
+from chaos_mpi.replication.steps import Cut, Snapshot, can_follow, slice_of
 from chaos_mpi.replication.tree import Packed, pack, unpack
 from chaos_mpi.sharding import Neighbour
 
